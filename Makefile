@@ -1,0 +1,44 @@
+# Two commands for a fresh machine: `make demo` runs the main job, `make test` passes every test.
+# Both need only git, make and Python >= 3.11, and set up .venv on their first run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_LABELS := eng_Latn deu_Latn fra_Latn spa_Latn pol_Latn tur_Latn vie_Latn rus_Cyrl bul_Cyrl \
+	ukr_Cyrl ell_Grek arb_Arab heb_Hebr hin_Deva tha_Thai kor_Hang jpn_Jpan zho_Hani
+
+.PHONY: demo test check format bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/collector collect --out runs/demo
+	$(BIN)/collector collect --out runs/demo-random --weights random
+	$(BIN)/collector show runs/demo --beside runs/demo-random --labels $(DEMO_LABELS)
+	$(BIN)/collector query runs/demo effective_experts --layer 4 --labels eng_Latn,kor_Hang
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not gpu"
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/sqlfluff lint queries
+	$(BIN)/codespell
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.collect
+
+clean:
+	rm -rf $(VENV) runs dist
+
+# The stamp is newer than what it was made of, so a second run installs nothing.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@

@@ -1,0 +1,22 @@
+"""Collects the routing of Mixture-of-Experts models over whole datasets, and answers in SQL.
+
+from collector import open_run
+
+run = open_run("runs/demo")
+run.query("domain_specialization", layer=5).df()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["open_run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use, so that `collector --help` starts at once."""
+    if name == "open_run":
+        from collector.warehouse import open_run
+
+        return open_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
