@@ -1,0 +1,143 @@
+"""What a run is: frozen settings, each with the text that `collector collect --help` shows.
+
+A run has two kinds of settings. Those of `DataConfig`, `ModelConfig` and `CaptureConfig` decide
+what is recorded: they are part of the plan, and a resume with other values is refused. Those of
+`LaunchConfig` only decide where and how fast it happens, and may change from one launch to the
+next. Nothing here touches a file, a model or Ray; nothing changes after construction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+DEMO = "demo"
+"""Names both the embedded model and the embedded corpus."""
+
+Store = Literal["text", "probabilities"]
+
+
+def _require_positive(name: str, value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which documents are read, and how they are cut into shards."""
+
+    data: tuple[str, ...] = (DEMO,)
+    """Where the documents are; several are read one after the other:
+    `demo` (real sentences in 60 languages);
+    a file, glob or URL (.jsonl .csv .tsv .parquet .txt, local or s3:// gs:// az:// https://);
+    `hf:NAME[:CONFIG][:SPLIT]` (a dataset of the Hugging Face hub, or a local folder of data files);
+    a folder written by `Dataset.save_to_disk`."""
+    text_column: str = "text"
+    """Column with the text.
+    A number addresses a CSV/TSV column by position: the file has no header."""
+    label_column: str = "label"
+    """Column with the label that queries group by, as a rule the language.
+    `@file` takes the file's name, up to its first dot, as the label of all its documents."""
+    id_column: str = "id"
+    """Column with the document's own id; without one a document is named FILE#ROW."""
+    per_label: int | None = None
+    """Take only the first N documents of each label (reads all labels once, while planning)."""
+    limit: int | None = None
+    """Take only the first N documents."""
+    docs_per_shard: int = 512
+    """Documents per shard: the unit of work, of commit and of repetition after a failure."""
+
+    def __post_init__(self) -> None:
+        """Refuses what no plan can be made of."""
+        if not self.data:
+            raise ValueError("--data needs at least one source, for example --data demo")
+        for name in ("per_label", "limit", "docs_per_shard"):
+            _require_positive(name, getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which router is asked."""
+
+    model: str = DEMO
+    """A Mixture-of-Experts model: id on the Hugging Face hub, local folder, or `demo`."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights and of the computation; `auto` is the checkpoint's own."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` gives the untrained baseline of the same architecture."""
+    seed: int = 0
+    """Seed of the random weights, the same in every replica."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """What is recorded of each token, and how documents are batched on the way."""
+
+    layers: tuple[int, ...] | None = None
+    """Router layers to record, by the model's own numbers (default: all).
+    Nothing after the last of them is computed."""
+    max_length: int = 512
+    """Longest document in tokens. What is longer is cut there and counted."""
+    tokens_per_batch: int | None = None
+    """Padded tokens per forward pass (default: 4096 on a CPU, 32768 on a GPU).
+    A document longer than this is a batch of its own."""
+    store: tuple[Store, ...] = ()
+    """Also store `text` (each document's text) or `probabilities` (of all experts, for every token and layer).
+    Probabilities are 4 bytes each before compression."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible geometry."""
+        _require_positive("max_length", self.max_length)
+        _require_positive("tokens_per_batch", self.tokens_per_batch)
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise ValueError(f"--layers takes layer numbers from 0, got {self.layers}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Where the replicas run. Only the device has a part in what is recorded."""
+
+    replicas: int | None = None
+    """Model replicas (default: as many as the GPUs hold; on CPUs one per node)."""
+    gpus_per_replica: float = 1.0
+    """GPUs per replica; a fraction lets several share one. Ignored on CPUs."""
+    cpus_per_replica: int | None = None
+    """CPU cores per replica (default: 1 beside a GPU; on CPUs all cores of the smallest node)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes GPUs where Ray sees some."""
+    ray_address: str | None = None
+    """Cluster to join (`auto`, host:port, ray://…). Default: RAY_ADDRESS, else a local Ray is started."""
+    max_attempts: int = 3
+    """Attempts per shard before it is reported as failed and left out."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible placement."""
+        for name in ("replicas", "gpus_per_replica", "cpus_per_replica", "max_attempts"):
+            _require_positive(name, getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run contains, with device and batch size resolved."""
+
+    data: DataConfig
+    model: ModelConfig
+    capture: CaptureConfig
+    device: Literal["cpu", "cuda"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat dictionary of JSON values, as plan and run.json hold it."""
+        sections = [dataclasses.asdict(section) for section in (self.data, self.model, self.capture)]
+        flat = {key: value for section in sections for key, value in section.items()} | {"device": self.device}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
+
+
+def resolve(
+    *, data: DataConfig, model: ModelConfig, capture: CaptureConfig, device: Literal["cpu", "cuda"]
+) -> RunConfig:
+    """Fills in what depends on the device."""
+    if capture.tokens_per_batch is None:
+        capture = dataclasses.replace(capture, tokens_per_batch=32768 if device == "cuda" else 4096)
+    return RunConfig(data=data, model=model, capture=capture, device=device)
