@@ -1,0 +1,240 @@
+"""Trains the demo model: a small OLMoE over 60 languages, with a tokenizer of its own.
+
+    python -m collector.demo.train --out collector/demo/model
+
+The result is what `collector collect` uses by default. It is an OLMoE in every respect that
+routing depends on (softmax router, 64 experts, the 8 highest chosen, weights not normalised),
+cut to hidden size 64 and 8 layers so that it trains on two CPU cores and fits into a wheel.
+Nothing in the collector depends on this module; it is here so that anybody can repeat the model.
+
+Training packs sentences, each opened by `<|bos|>`, into rows of 256 tokens in random order, so
+that every batch mixes all languages and the load-balancing loss cannot punish an expert for
+serving one language. The load-balancing loss is taken per layer (Switch, arXiv 2101.03961,
+eq. 4) and averaged; it is not pooled over layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F  # noqa: N812
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+
+from collector.demo.corpus import MODEL_DIR, SOURCE, read_sentences
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BOS, EOS, PAD = "<|bos|>", "<|endoftext|>", "<|pad|>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train the demo model from scratch and write it with its training record."""
+
+    out: Path = MODEL_DIR
+    """Folder for config, safetensors, tokenizer and training.json."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of sentences."""
+    steps: int = 3000
+    """Optimizer steps."""
+    rows: int = 16
+    """Rows per step."""
+    row_tokens: int = 256
+    """Tokens per row: a step sees rows x row_tokens tokens."""
+    learning_rate: float = 3e-3
+    """Peak learning rate: linear warm-up, constant, linear decay over the last 30 %."""
+    warmup: int = 100
+    """Warm-up steps."""
+    weight_decay: float = 0.1
+    """AdamW decay, matrices only."""
+    balance: float = 0.01
+    """Coefficient of the load-balancing loss (OLMoE's)."""
+    vocabulary: int = 8192
+    """Entries of the tokenizer, special tokens included."""
+    log_every: int = 50
+    """Steps between two lines of the log."""
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts`; every document is opened by `<|bos|>`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[PAD, EOS, BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    bos_id = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=512
+    )
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
+    """A freshly initialised model of the demo's geometry, in float32."""
+    torch.manual_seed(config.seed)
+    model = OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=config.vocabulary,
+            hidden_size=64,
+            intermediate_size=32,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_experts=64,
+            num_experts_per_tok=8,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def packed_rows(documents: list[list[int]], config: TrainConfig) -> Iterator[torch.Tensor]:
+    """Yields batches [rows, row_tokens] of packed documents for ever, a new order each epoch."""
+    generator = torch.Generator().manual_seed(config.seed)
+    size = config.rows * config.row_tokens
+    stream: list[int] = []
+    while True:
+        for index in torch.randperm(len(documents), generator=generator).tolist():
+            stream.extend(documents[index])
+            if len(stream) >= size:
+                yield torch.tensor(stream[:size]).view(config.rows, config.row_tokens)
+                del stream[:size]
+
+
+class BalanceLoss:
+    """Collects, by hooks on the routers, the load-balancing loss of each layer of a forward."""
+
+    def __init__(self, model: OlmoeForCausalLM) -> None:
+        self.losses: list[torch.Tensor] = []
+        for layer in model.model.layers:
+            layer.mlp.gate.register_forward_hook(self._hook)
+
+    def _hook(self, _router: torch.nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
+        logits_te, _, experts_tk = outputs
+        n_experts = logits_te.shape[1]
+        load_e = torch.bincount(experts_tk.flatten(), minlength=n_experts) / len(logits_te)
+        probability_e = logits_te.float().softmax(-1).mean(0)
+        self.losses.append(n_experts * (load_e * probability_e).sum())
+
+    def pop(self) -> torch.Tensor:
+        """The mean over layers of E x sum(f_e x P_e); k at perfect balance."""
+        mean = torch.stack(self.losses).mean()
+        self.losses.clear()
+        return mean
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Warm-up, constant, then linear decay to zero over the last 30 % of the steps."""
+    decay_from = int(config.steps * 0.7)
+    down = (config.steps - step) / max(1, config.steps - decay_from)
+    return config.learning_rate * min(1.0, (step + 1) / config.warmup, down)
+
+
+def train(model: OlmoeForCausalLM, documents: list[list[int]], config: TrainConfig) -> list[dict[str, float]]:
+    """Trains in place; returns the log, one entry per `log_every` steps."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+    balance_loss = BalanceLoss(model)
+    log: list[dict[str, float]] = []
+    recent: list[tuple[float, float]] = []
+    started = time.monotonic()
+    for step, rows in zip(range(config.steps), packed_rows(documents, config), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        hidden = model.model(input_ids=rows).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1].flatten(0, 1))
+        loss = F.cross_entropy(logits, rows[:, 1:].flatten())
+        balance = balance_loss.pop()
+        (loss + config.balance * balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent.append((loss.item(), balance.item()))
+        if (step + 1) % config.log_every == 0:
+            mean_loss, mean_balance = (math.fsum(column) / len(recent) for column in zip(*recent, strict=True))
+            seconds = time.monotonic() - started
+            log.append({"step": step + 1, "loss": round(mean_loss, 4), "balance": round(mean_balance, 4)})
+            print(f"step {step + 1}/{config.steps} loss {mean_loss:.3f} balance {mean_balance:.3f} "
+                  f"{seconds / (step + 1):.2f} s/step", flush=True)  # fmt: skip
+            recent.clear()
+    return log
+
+
+@torch.no_grad()
+def heldout_loss(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """Mean next-token loss (nats) per label over the held-out sentences, one at a time."""
+    model.eval()
+    sums: dict[str, tuple[float, int]] = {}
+    for sentence in read_sentences("heldout"):
+        ids = torch.tensor([tokenizer(sentence.text)["input_ids"][:512]])
+        if ids.shape[1] < 2:
+            continue
+        logits = model.lm_head(model.model(input_ids=ids).last_hidden_state[0, :-1])
+        loss = F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+        total, count = sums.get(sentence.label, (0.0, 0))
+        sums[sentence.label] = (total + loss, count + ids.shape[1] - 1)
+    return {label: round(total / count, 4) for label, (total, count) in sorted(sums.items())}
+
+
+def main(config: TrainConfig) -> None:
+    """Trains, evaluates and writes; a repeated call with one seed sees the same data in the same order."""
+    # A sentence may stand in both parts (18 words of Lao do); what is held out is not trained on.
+    heldout = {sentence.text for sentence in read_sentences("heldout")}
+    texts = [sentence.text for sentence in read_sentences("train") if sentence.text not in heldout]
+    tokenizer = train_tokenizer(texts, config.vocabulary)
+    documents: list[list[int]] = tokenizer(texts)["input_ids"]
+    tokens = sum(map(len, documents))
+    print(f"{len(texts)} sentences, {tokens} tokens, {config.steps} steps", flush=True)
+    model = build_model(config, tokenizer)
+    started = time.monotonic()
+    log = train(model, documents, config)
+    seconds = time.monotonic() - started
+    model.to(torch.bfloat16)
+    config.out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(config.out)
+    tokenizer.save_pretrained(config.out)
+    record = {
+        "command": "python -m collector.demo.train " + " ".join(sys.argv[1:]),
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "out"},
+        "data": {"source": SOURCE, "sentences": len(texts), "tokens": tokens,
+                 "tokens_seen": config.steps * config.rows * config.row_tokens},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "log": log,
+        "heldout_loss": heldout_loss(model, tokenizer),
+    }  # fmt: skip
+    (config.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(TrainConfig))
