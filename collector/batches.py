@@ -1,0 +1,143 @@
+"""Texts -> token ids -> padded batches: tokenize, sort by length, pack under a padded-token budget.
+
+Batching is a function of the shard alone, so a shard that is done again repeats its numerics.
+Within a shard the packing is optimal for its cost model: documents sorted by length are cut into
+batches by dynamic programming, which minimises padded tokens plus a fixed charge per batch.
+Every real token has a slot, its index in the shard's token table (documents in source order,
+positions ascending), so results can be put in place whatever the order of batches or the side
+of the padding. Knows tokenizers, not models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+BATCH_CHARGE = 1 / 16
+"""What a forward pass costs before its first token, as a share of the token budget."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenTable:
+    """The tokens of D documents, one after the other; T tokens in all."""
+
+    ids: NDArray[np.int64]
+    """[T] token ids."""
+    is_special: NDArray[np.bool_]
+    """[T] whether the tokenizer added the token by itself (BOS, EOS …)."""
+    starts: NDArray[np.int64]
+    """[D + 1] slot of each document's first token; the last entry is T."""
+    truncated: NDArray[np.bool_]
+    """[D] whether the document was cut at the maximum length."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[D] tokens per document."""
+        return np.diff(self.starts)
+
+    @property
+    def doc(self) -> NDArray[np.int64]:
+        """[T] each token's document."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @property
+    def position(self) -> NDArray[np.int64]:
+        """[T] each token's place in its document, from 0."""
+        return np.arange(len(self.ids)) - np.repeat(self.starts[:-1], self.lengths)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One padded forward pass: B documents, S positions, T real tokens."""
+
+    input_ids: NDArray[np.int64]
+    """[B, S] token ids."""
+    attention_mask: NDArray[np.int64]
+    """[B, S] 1 for real tokens, 0 for padding."""
+    slots: NDArray[np.int64]
+    """[T] slot of each real token, in the row-major order of the mask."""
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenTable:
+    """Tokenizes documents as the tokenizer wants them, special tokens included.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        texts: D texts.
+        max_length: longest document in tokens, special tokens included; what is longer is cut by
+            the tokenizer itself, which keeps a closing special token.
+    """
+    encoded = _encode(tokenizer, texts)
+    truncated = np.array([len(ids) > max_length for ids, _ in encoded], dtype=bool)
+    for index in np.flatnonzero(truncated):
+        encoded[index] = _encode(tokenizer, [texts[index]], truncation=True, max_length=max_length)[0]
+    lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
+    flat = [np.concatenate([np.zeros(0, np.int64), *(np.asarray(part, np.int64) for part in column)])
+            for column in (tuple(zip(*encoded, strict=True)) or ((), ()))]  # fmt: skip
+    starts = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
+    return TokenTable(ids=flat[0], is_special=flat[1].astype(bool), starts=starts, truncated=truncated)
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[tuple[list[int], list[int]]]:
+    if not texts:
+        return []
+    # verbose=False: a document beyond the model's length is cut and counted here, not warned about.
+    encoded = tokenizer(
+        list(texts), return_attention_mask=False, return_special_tokens_mask=True, verbose=False, **options
+    )
+    return list(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True))
+
+
+def pack(lengths: Sequence[int] | NDArray[np.int64], tokens_per_batch: int) -> list[NDArray[np.int64]]:
+    """Cuts documents into batches of similar length.
+
+    Minimises the sum over batches of rows x longest row, plus `BATCH_CHARGE` x budget per batch,
+    over all ways to cut the documents sorted by length. No batch exceeds the budget, except one
+    that holds a single document longer than it.
+
+    Returns:
+        Document indices per batch, longest documents first: what does not fit into memory fails
+        at once, not after hours.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    widths = np.maximum(lengths[order], 1)
+    n = len(order)
+    cost = np.full(n + 1, np.inf)
+    cost[0] = 0.0
+    begin = np.zeros(n + 1, dtype=np.int64)
+    charge = BATCH_CHARGE * tokens_per_batch
+    for first in range(n):
+        rows = min(n - first, max(1, tokens_per_batch // int(widths[first])))
+        ends = slice(first + 1, first + rows + 1)
+        candidate = cost[first] + charge + np.arange(1, rows + 1) * widths[first]
+        better = candidate < cost[ends]
+        cost[ends][better] = candidate[better]
+        begin[ends][better] = first
+    batches = []
+    end = n
+    while end > 0:
+        batches.append(order[begin[end] : end])
+        end = int(begin[end])
+    return batches[::-1]
+
+
+def pad(
+    table: TokenTable, documents: NDArray[np.int64], pad_id: int, side: Literal["left", "right"] = "right"
+) -> Batch:
+    """Lays documents of a token table out as one padded batch."""
+    lengths = table.lengths[documents]
+    width = int(lengths.max(initial=0))
+    column = np.arange(width)
+    mask = column < lengths[:, None] if side == "right" else column >= width - lengths[:, None]
+    slots = np.concatenate([np.arange(table.starts[d], table.starts[d + 1]) for d in documents])
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = table.ids[slots]
+    return Batch(input_ids=input_ids, attention_mask=mask.astype(np.int64), slots=slots)
