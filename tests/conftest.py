@@ -1,0 +1,50 @@
+"""Models that the tests run: the trained demo model, and a tiny OLMoE with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, OlmoeConfig, OlmoeModel
+
+from collector import models
+from collector.config import ModelConfig
+from collector.demo.corpus import MODEL_DIR, read_sentences
+
+TINY = {"vocab_size": 8192, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2,
+        "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> models.LoadedModel:
+    """The demo model in float32, so that batching differs from no batching by rounding only."""
+    return models.load(ModelConfig(dtype="float32"), "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 3-layer OLMoE (6 experts, top-2) and the demo tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-olmoe")
+    torch.manual_seed(7)
+    OlmoeModel(OlmoeConfig(**TINY)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path) -> models.LoadedModel:
+    return models.load(ModelConfig(model=str(tiny_folder)), "cpu")
+
+
+@pytest.fixture(scope="session")
+def mixed_texts() -> list[str]:
+    """Real sentences of very different lengths and scripts."""
+    wanted = {"en": 4, "ko": 3, "th": 3, "lo": 3, "bg": 2, "zh": 2}
+    texts = []
+    for sentence in read_sentences("heldout"):
+        if wanted.get(sentence.iso, 0):
+            wanted[sentence.iso] -= 1
+            texts.append(sentence.text)
+    return texts
