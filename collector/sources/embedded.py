@@ -1,0 +1,48 @@
+"""The embedded corpus as a source: `demo`, `demo:train`, `demo:all`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from collector.config import DEMO
+from collector.demo.corpus import SOURCE, SPLITS, Sentence, Split, read_sentences
+from collector.formats import Format, Span, even_spans
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def split_of(spec: str) -> Split:
+    """The split that a specification names; `demo` alone is what the demo model never saw.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    split = spec.removeprefix(DEMO).removeprefix(":") or SPLITS[0]
+    if split not in SPLITS:
+        raise ValueError(f"--data {spec}: the embedded corpus has the splits {', '.join(SPLITS)}")
+    return cast("Split", split)
+
+
+class Embedded(Format):
+    """Sentences of one split, in the order of the corpus. Its columns are its own."""
+
+    def _sentences(self) -> Iterator[Sentence]:
+        return read_sentences(split_of(self.where))
+
+    def locate(self, every: int) -> Iterator[Span]:
+        """See `Format.locate`."""
+        return even_spans(sum(1 for _ in self._sentences()), every)
+
+    def records(self, span: Span) -> Iterator[Sentence]:
+        """See `Format.records`."""
+        for row, sentence in enumerate(self._sentences()):
+            if row >= span.first_row + span.rows:
+                return
+            if row >= span.first_row:
+                yield sentence
+
+    def fields(self, record: Sentence) -> dict[str, Any]:
+        """See `Format.fields`."""
+        doc_id = f"{SOURCE}/{record.iso}#{record.index}"
+        return {"text": record.text, "label": record.label, "id": doc_id, "source": SOURCE}
