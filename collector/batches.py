@@ -76,7 +76,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenTabl
     """
     encoded = _encode(tokenizer, texts)
     truncated = np.array([len(ids) > max_length for ids, _ in encoded], dtype=bool)
-    for index in np.flatnonzero(truncated):
+    for index in np.flatnonzero(truncated).tolist():
         encoded[index] = _encode(tokenizer, [texts[index]], truncation=True, max_length=max_length)[0]
     lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
     flat = [np.concatenate([np.zeros(0, np.int64), *(np.asarray(part, np.int64) for part in column)])

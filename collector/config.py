@@ -34,7 +34,7 @@ class DataConfig:
     a folder written by `Dataset.save_to_disk`."""
     text_column: str = "text"
     """Column with the text.
-    A number addresses a CSV/TSV column by position: the file has no header."""
+    A number addresses a CSV/TSV column by position, from 0: the file has no header."""
     label_column: str = "label"
     """Column with the label that queries group by, as a rule the language.
     `@file` takes the file's name, up to its first dot, as the label of all its documents."""

@@ -86,7 +86,7 @@ def _telling_remedy(config: ModelConfig) -> Iterator[None]:
     """Transformers answers a missing, gated or unreachable repository with an OSError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot load --model {config.model!r}: {error}\nCheck the id or path, and for a gated repository "
             "accept its terms and set HF_TOKEN."
@@ -94,7 +94,8 @@ def _telling_remedy(config: ModelConfig) -> Iterator[None]:
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries but the model embeds only {rows}: "

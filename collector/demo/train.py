@@ -216,7 +216,7 @@ def main(config: TrainConfig) -> None:
     started = time.monotonic()
     log = train(model, documents, config)
     seconds = time.monotonic() - started
-    model.to(torch.bfloat16)
+    model.bfloat16()
     config.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)

@@ -1,0 +1,371 @@
+"""How fast the collector is, beside the loops it replaces and the forward pass it cannot beat.
+
+    python -m benchmarks.collect                 # both models, then memory
+    python -m benchmarks.collect --parts wide    # an OLMoE cut to 4 layers at full width, random weights
+    python -m benchmarks.collect --parts demo    # the demo model
+    python -m benchmarks.collect --parts memory  # peak memory and bytes per token at 1x and 10x the data
+
+All variants see the same texts with the same model in one process (e in an actor of its own), in
+turns; medians over the rounds are compared. Tokens are real tokens, padding not counted.
+
+(a) notebook: one sentence at a time, `AutoModelForCausalLM`, a hook that keeps the logits, argmax
+(b) transformers: arrival order, same padded-token budget, `output_router_logits=True`, then top-k
+(c) bare: the base model on the collector's own batches, no hooks, all of it
+(f) floor: the same forward cut exactly where the collector stops, no hooks, no output
+(d) collector, in process, files written and committed
+(e) collector through Ray, one replica; counted from the replica's being ready
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from collector import batches, models, plan
+from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
+from collector.demo.corpus import MODEL_DIR
+from collector.replica import Replica
+from collector.sources import Document
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Part = Literal["wide", "demo", "memory"]
+WIDE: dict[str, Any] = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "max_position_embeddings": 4096, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure the collector against the loops it replaces and against its floor."""
+
+    parts: tuple[Part, ...] = ("wide", "demo", "memory")
+    """What to measure."""
+    wide_documents: int = 240
+    """Documents for the wide model, spread over all languages."""
+    demo_documents: int = 1800
+    """Documents for the demo model."""
+    rounds: int = 3
+    """Rounds; every variant runs once in each."""
+    memory_documents: int = 3000
+    """Documents at 1x; ten times as many at 10x."""
+
+
+# -- the variants ------------------------------------------------------------------------------------
+
+
+def notebook_loop(lm: Any, tokenizer: Any, texts: list[str]) -> None:
+    """(a): what researchers run today."""
+    kept: dict[str, torch.Tensor] = {}
+    counts: list[tuple[int, int, int]] = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_module: Any, _inputs: Any, outputs: Any) -> None:
+            kept[name] = outputs[0].detach().float().cpu()
+
+        return hook
+
+    gates = [(name, module) for name, module in lm.named_modules() if name.endswith("mlp.gate")]
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in gates]
+    with torch.no_grad():
+        for index, text in enumerate(texts):
+            kept.clear()
+            lm(**tokenizer(text, return_tensors="pt"))
+            experts = kept[gates[-1][0]].argmax(-1).tolist()
+            counts.extend((index, position, expert) for position, expert in enumerate(experts))
+    for handle in handles:
+        handle.remove()
+
+
+def transformers_batches(lm: Any, tokenizer: Any, texts: list[str], k: int, budget: int) -> None:
+    """(b): padded batches in arrival order, router logits as the model's output, top-k kept."""
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    first = 0
+    while first < len(texts):
+        end = first + 1
+        while end < len(texts) and max(lengths[first : end + 1]) * (end + 1 - first) <= budget:
+            end += 1
+        inputs = tokenizer(texts[first:end], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            outputs = lm(**inputs, output_router_logits=True)
+        real = inputs["attention_mask"].flatten().bool()
+        for logits in outputs.router_logits:
+            torch.topk(logits[real].float().softmax(-1), k)
+        first = end
+
+
+class GateOnly(torch.nn.Module):
+    """A sparse block that stops after its router."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.gate = block.gate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Routes and returns its input."""
+        self.gate(hidden_states.view(-1, hidden_states.shape[-1]))
+        return hidden_states
+
+
+@torch.inference_mode()
+def forward_all(model: Any, prepared: list[batches.Batch]) -> None:
+    """(c) and (f): forward passes, results dropped."""
+    for batch in prepared:
+        model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask),
+              use_cache=False)  # fmt: skip
+
+
+class CutAfterLastRouter:
+    """Context in which a model's forward ends at its last router."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.block, self.norm = self.model.layers[-1].mlp, self.model.norm
+        self.model.layers[-1].mlp, self.model.norm = GateOnly(self.block), torch.nn.Identity()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.layers[-1].mlp, self.model.norm = self.block, self.norm
+
+
+def collect_in_process(loaded: models.LoadedModel, config: RunConfig, made: plan.Plan) -> None:
+    """(d): read, tokenize, forward, capture, write, commit."""
+    with tempfile.TemporaryDirectory() as root:
+        replica = Replica(root, config, made.hash, loaded=loaded)
+        for shard in made.shards:
+            replica.collect(shard)
+        replica.close()
+
+
+def collect_through_ray(config: RunConfig, made: plan.Plan) -> float:
+    """(e): seconds from the replica's being ready to the last commit."""
+    from collector import driver
+    from collector.progress import ProgressView, Tally
+    from collector.storage import RunDirectory
+
+    with tempfile.TemporaryDirectory() as root, driver.cluster(LaunchConfig()):
+        tally = Tally(shards=len(made.shards), documents=made.documents)
+        with ProgressView(tally) as view:
+            dispatcher = driver.Dispatcher(
+                run=RunDirectory(root), plan=made, config=config, view=view, max_attempts=1,
+                placement=driver.Placement(replicas=1, cpus=torch.get_num_threads(), gpus=0.0),
+            )  # fmt: skip
+            dispatcher.dispatch()
+            seconds = time.monotonic() - tally.started
+            dispatcher.stop()
+        if tally.shards_done != len(made.shards):
+            raise RuntimeError("the benchmark's run is incomplete")
+        return seconds
+
+
+# -- one model ---------------------------------------------------------------------------------------
+
+
+def prepare(loaded: models.LoadedModel, config: RunConfig, made: plan.Plan) -> list[batches.Batch]:
+    """The batches that a replica makes of the same shards."""
+    prepared = []
+    for shard in made.shards:
+        texts = [row.text for row in plan.read_shard(shard, config.data) if isinstance(row, Document)]
+        table = batches.tokenize(loaded.tokenizer, texts, config.capture.max_length)
+        packed = batches.pack(table.lengths, config.capture.tokens_per_batch or 0)
+        prepared += [batches.pad(table, documents, loaded.pad_id) for documents in packed]
+    return prepared
+
+
+def compare(title: str, lm: Any, model_config: ModelConfig, documents: int, rounds: int) -> None:
+    """Times all variants in turns and prints the table."""
+    tokenizer = models.load_tokenizer(model_config)
+    data = DataConfig(per_label=max(1, documents // 60))
+    config = resolve(data=data, model=model_config, capture=CaptureConfig(max_length=512), device="cpu")
+    made = plan.make_plan(config)
+    loaded = models.LoadedModel(model=lm.model, tokenizer=tokenizer, device=torch.device("cpu"))
+    texts = [row.text for s in made.shards for row in plan.read_shard(s, data) if isinstance(row, Document)]
+    shuffled = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+    prepared = prepare(loaded, config, made)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
+    budget, k = config.capture.tokens_per_batch or 0, lm.config.num_experts_per_tok
+
+    def floor() -> None:
+        with CutAfterLastRouter(lm.model):
+            forward_all(lm.model, prepared)
+
+    variants: dict[str, Callable[[], float | None]] = {
+        "a": lambda: notebook_loop(lm, tokenizer, shuffled),
+        "b": lambda: transformers_batches(lm, tokenizer, shuffled, k, budget),
+        "c": lambda: forward_all(lm.model, prepared),
+        "f": floor,
+        "d": lambda: collect_in_process(loaded, config, made),
+        "e": lambda: collect_through_ray(config, made),
+    }
+    forward_all(lm.model, prepared[:1])
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, variant in variants.items():
+            started = time.perf_counter()
+            own = variant()
+            seconds[name].append(own if own is not None else time.perf_counter() - started)
+    padded = sum(batch.input_ids.size for batch in prepared)
+    print_table(title, f"{len(texts)} documents, {tokens:,} tokens, {len(made.shards)} shards, "
+                f"padding efficiency {tokens / padded:.2f}", tokens, seconds)  # fmt: skip
+
+
+def print_table(title: str, subtitle: str, tokens: int, seconds: dict[str, list[float]]) -> None:
+    """Tokens per second of each variant, and the ratios that matter, paired by round."""
+    names = {"a": "one sentence at a time, hook, argmax", "b": "transformers, batched, arrival order",
+             "c": "bare base model, our batches", "f": "floor: cut after the last router",
+             "d": "collector, in process", "e": "collector through Ray, 1 replica"}  # fmt: skip
+    print(f"\n### {title}\n\n{subtitle}\n\n| | variant | tokens/s (median) | min – max |\n|---|---|---|---|")
+    for name, times in seconds.items():
+        rates = sorted(tokens / t for t in times)
+        print(f"| {name} | {names[name]} | {statistics.median(rates):,.0f} | {rates[0]:,.0f} – {rates[-1]:,.0f} |")
+    ratios = []
+    for over, under in (("d", "f"), ("d", "c"), ("e", "d"), ("d", "a"), ("d", "b")):
+        paired = [u / o for o, u in zip(seconds[over], seconds[under], strict=True)]
+        ratios.append(f"{over}/{under} {statistics.median(paired):.2f}")
+    print("\nratios of tokens/s (median over rounds): " + ", ".join(ratios), flush=True)
+
+
+def wide_model() -> tuple[Any, ModelConfig, tempfile.TemporaryDirectory[str]]:
+    """OLMoE-1B-7B's width with 4 of its layers, random weights, bf16; saved as config and tokenizer only."""
+    from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
+
+    folder = tempfile.TemporaryDirectory()
+    config = OlmoeConfig(**WIDE, dtype="bfloat16", architectures=["OlmoeForCausalLM"])
+    config.save_pretrained(folder.name)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder.name)
+    torch.manual_seed(0)
+    lm = OlmoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    return lm, ModelConfig(model=folder.name, weights="random", dtype="bfloat16"), folder
+
+
+# -- memory and size ---------------------------------------------------------------------------------
+
+
+def measure_memory(documents: int) -> None:
+    """Child process: collects in process, prints peak memory, and where the bytes are."""
+    import pyarrow.parquet as pq
+
+    data = DataConfig(data=("demo:all",), per_label=max(1, documents // 60))
+    config = resolve(data=data, model=ModelConfig(), capture=CaptureConfig(), device="cpu")
+    made = plan.make_plan(config)
+    with tempfile.TemporaryDirectory() as root:
+        replica = Replica(root, config, made.hash)
+        loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        commits = [replica.collect(shard) for shard in made.shards]
+        tokens = sum(commit.tokens for commit in commits)
+        sizes: dict[str, int] = {}
+        for commit in commits:
+            for table, part in commit.files.items():
+                metadata = pq.read_metadata(Path(root) / part.path)
+                for group in range(metadata.num_row_groups):
+                    for index in range(metadata.num_columns):
+                        column = metadata.row_group(group).column(index)
+                        name = column_group(table, column.path_in_schema)
+                        sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+        sizes["all files"] = sum(part.bytes for commit in commits for part in commit.files.values())
+        entropy = order0_entropy(Path(root), [commit.files["routing"].path for commit in commits])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"documents": len(made.shards) and made.documents, "tokens": tokens, "loaded_mb": loaded / 1024,
+                      "peak_mb": peak / 1024, "bytes_per_token": {k: v / tokens for k, v in sizes.items()},
+                      "entropy_bytes_per_token": entropy}))  # fmt: skip
+
+
+def column_group(table: str, column: str) -> str:
+    """Groups the columns of the routing table by what they hold."""
+    if table != "routing":
+        return table
+    if column[0] in "ew" and column[1:].isdigit():
+        return {"e": "expert ids", "w": "weights"}[column[0]]
+    return "statistics" if column in ("entropy", "topk_mass", "margin") else "keys"
+
+
+def order0_entropy(root: Path, parts: list[str]) -> float:
+    """Bytes per token that the expert ids need at least if each is coded by its column's frequencies."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(root / parts[0])
+    layers = metadata.num_row_groups
+    counts: dict[tuple[int, str], np.ndarray] = {}
+    for part in parts:
+        file = pq.ParquetFile(root / part)
+        columns = [name for name in file.schema_arrow.names if name[0] == "e" and name[1:].isdigit()]
+        for group in range(layers):
+            table = file.read_row_group(group, columns=columns)
+            for name in columns:
+                found = np.bincount(table[name].to_numpy(), minlength=256)
+                counts[group, name] = counts.get((group, name), np.zeros(256, np.int64)) + found
+    bits = 0.0
+    for count in counts.values():
+        p = count[count > 0] / count.sum()
+        bits += float(-(p * np.log2(p)).sum())
+    return bits / 8
+
+
+def memory(documents: int) -> None:
+    """Peak memory and bytes per token at 1x and 10x the data, each in a process of its own."""
+    print("\n### Memory and size (demo model, in process)\n")
+    print(
+        "| documents | tokens | after loading | peak | bytes/token | of these: ids (entropy) / weights / statistics |"
+    )
+    print("|---|---|---|---|---|---|")
+    for count in (documents, documents * 10):
+        output = subprocess.run([sys.executable, "-m", "benchmarks.collect", "--child-documents", str(count)],
+                                check=True, capture_output=True, text=True).stdout  # fmt: skip
+        got = json.loads(output.splitlines()[-1])
+        size = got["bytes_per_token"]
+        print(f"| {got['documents']:,} | {got['tokens']:,} | {got['loaded_mb']:,.0f} MB | {got['peak_mb']:,.0f} MB | "
+              f"{size['all files']:.0f} | {size['expert ids']:.1f} ({got['entropy_bytes_per_token']:.1f}) / "
+              f"{size['weights']:.1f} / {size['statistics']:.1f} |", flush=True)  # fmt: skip
+
+
+def machine() -> str:
+    """Names the hardware and the software that count."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = next(
+            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name
+        )
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def main(bench: Bench) -> None:
+    """Runs the parts asked for."""
+    from transformers import AutoModelForCausalLM
+
+    print(f"python -m benchmarks.collect {' '.join(sys.argv[1:])}\n{machine()}", flush=True)
+    if "wide" in bench.parts:
+        lm, model_config, folder = wide_model()
+        with folder:
+            compare("OLMoE at full width, 4 layers, bf16, random weights", lm, model_config, bench.wide_documents,
+                    bench.rounds)  # fmt: skip
+        del lm
+    if "demo" in bench.parts:
+        lm = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto").eval()
+        compare("Demo model", lm, ModelConfig(), bench.demo_documents, bench.rounds)
+    if "memory" in bench.parts:
+        memory(bench.memory_documents)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    if sys.argv[1:2] == ["--child-documents"]:
+        measure_memory(int(sys.argv[2]))
+    else:
+        main(tyro.cli(Bench))

@@ -1,0 +1,193 @@
+"""Collect the routing of Mixture-of-Experts models over whole datasets, and query it in SQL.
+
+The command line: one frozen dataclass per subcommand, parsed by tyro.
+Exit status: 0 done, 1 the run is incomplete, 2 unusable input, 130 interrupted. Heavy modules are
+imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_QUERY_FLAGS = ("list", "format", "help")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collect:
+    """Run a model over documents and record what its routers decide.
+
+    Without arguments: the embedded demo model over held-out sentences of 60 languages, into
+    runs/demo. The same command resumes an interrupted run.
+    """
+
+    out: str = "runs/demo"
+    """The run directory: a local path or an object store's URL."""
+    data: tyro.conf.OmitArgPrefixes[DataConfig] = dataclasses.field(default_factory=DataConfig)
+    model: tyro.conf.OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
+    capture: tyro.conf.OmitArgPrefixes[CaptureConfig] = dataclasses.field(default_factory=CaptureConfig)
+    launch: tyro.conf.OmitArgPrefixes[LaunchConfig] = dataclasses.field(default_factory=LaunchConfig)
+
+    def run(self) -> int:
+        """Collects, then says what there is."""
+        from collector import driver, show
+
+        run = driver.collect(self.out, data=self.data, model=self.model, capture=self.capture, launch=self.launch)
+        return 0 if show.status(run) else 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Query:
+    """Answer a question about a run: `collector query RUN NAME [--param value …]`.
+
+    `collector query --list` tells every query's question, parameters and rows.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")] = ""
+    """The run directory."""
+    name: tyro.conf.Positional[str] = ""
+    """The query."""
+    list: bool = False
+    """Tell which queries there are."""
+    format: Literal["table", "csv", "json", "parquet"] = "table"
+    """How the rows are written to standard output."""
+    params: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
+
+    def run(self) -> int:
+        """Runs the query, or lists them."""
+        from collector import show, warehouse
+
+        if self.list:
+            show.queries(warehouse.list_queries())
+            return 0
+        if not (self.run_ and self.name):
+            raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
+        show.relation(warehouse.open_run(self.run_).query(self.name, **dict(self.params)), self.format)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sql:
+    """Run one read-only SQL statement over a run's views."""
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+    statement: tyro.conf.Positional[str]
+    """For example: select label, count(*) from documents group by all."""
+    format: Literal["table", "csv", "json", "parquet"] = "table"
+    """How the rows are written to standard output."""
+
+    def run(self) -> int:
+        """Runs the statement."""
+        from collector import show, warehouse
+
+        show.relation(warehouse.open_run(self.run_).sql(self.statement), self.format)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
+    """Tell how far a run is, what it skipped and what failed."""
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+
+    def run(self) -> int:
+        """Prints the status; 1 if the run is incomplete."""
+        from collector import show
+        from collector.storage import RunDirectory
+
+        return 0 if show.status(RunDirectory(self.run_)) else 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Show:
+    """Print the top expert of every label and layer, of one run or of two side by side."""
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+    beside: str | None = None
+    """Another run, for example the same model with random weights."""
+    labels: tuple[str, ...] | None = None
+    """Which labels (default: all)."""
+
+    def run(self) -> int:
+        """Prints the table."""
+        from collector import show, warehouse
+
+        beside = warehouse.open_run(self.beside) if self.beside else None
+        show.top_experts_by_layer(warehouse.open_run(self.run_), self.labels, beside)
+        return 0
+
+
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "collect": Collect,
+    "query": Query,
+    "sql": Sql,
+    "status": Status,
+    "show": Show,
+}
+
+
+def split_query_params(arguments: list[str]) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    """Takes the parameters of a query (`--layer 5`, `--labels=a,b`) out of a command line.
+
+    Raises:
+        ValueError: a parameter has no value.
+    """
+    rest: list[str] = []
+    params: list[tuple[str, str]] = []
+    tokens = iter(arguments)
+    for token in tokens:
+        name, given, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name in _QUERY_FLAGS or name == "":
+            rest.append(token)
+            continue
+        if not given:
+            value = next(tokens, "")
+            if not value or value.startswith("--"):
+                raise ValueError(f"--{name} needs a value")
+        params.append((name.replace("-", "_"), value))
+    return rest, tuple(params)
+
+
+def parse(arguments: list[str]) -> Any:
+    """Command-line arguments -> the command, ready to run.
+
+    Raises:
+        ValueError: a query's parameter has no value.
+        SystemExit: help was asked for, or the arguments are not usable.
+    """
+    params: tuple[tuple[str, str], ...] = ()
+    if arguments[:1] == ["query"]:
+        arguments, params = split_query_params(arguments)
+    description = (__doc__ or "").splitlines()[0]
+    command = tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="collector", args=arguments, description=description)
+    return dataclasses.replace(command, params=params) if isinstance(command, Query) else command
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        status = parse(sys.argv[1:]).run()
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        sys.stderr.write(f"collector: {error}\n")
+        status = 2
+    except KeyboardInterrupt:
+        sys.stderr.write("collector: interrupted; the same command resumes the run\n")
+        status = 130
+    except BrokenPipeError:
+        status = 0
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The command line: what it says, what it refuses, and that every command of the README exists."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from collector import __main__ as cli
+from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
+from collector.warehouse import list_queries
+from tests.runs import collect_here, run_config, write_jsonl
+
+ROOT = Path(__file__).parent.parent
+
+
+def collector(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "collector", *arguments]
+    return subprocess.run(command, capture_output=True, check=False, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_folder, tiny_model) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    data = DataConfig(data=(str(write_jsonl(folder / "texts.jsonl", 20)),), docs_per_shard=8)
+    collect_here(folder / "run", run_config(data, ModelConfig(model=str(tiny_folder))), loaded=tiny_model)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["collect", "--help"], ["query", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    program = (
+        "import sys; sys.argv = ['collector', *sys.argv[1:]]\n"
+        "from collector.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'ray', 'pyarrow', 'duckdb', 'datasets', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: collector" in done.stdout
+
+
+def test_no_arguments_mean_the_demo():
+    command = cli.parse(["collect"])
+    assert command == cli.Collect(out="runs/demo", data=DataConfig(data=("demo",)), model=ModelConfig(model="demo"),
+                                  capture=CaptureConfig(), launch=LaunchConfig())  # fmt: skip
+
+
+def test_every_setting_has_its_flag():
+    command = cli.parse(
+        shlex.split(
+            "collect --out s3://b/run --model a/b --revision r --dtype bfloat16 --weights random --seed 3 --layers 0 5 "
+            "--max-length 7 --tokens-per-batch 8 --docs-per-shard 9 --per-label 10 --limit 11 --replicas 2 "
+            "--gpus-per-replica 0.25 --cpus-per-replica 3 --device cuda --text-column t --label-column l "
+            "--id-column i --store text probabilities --ray-address auto --data x.jsonl hf:a/b:c:test"
+        )
+    )
+    assert command.data == DataConfig(data=("x.jsonl", "hf:a/b:c:test"), text_column="t", label_column="l",
+                                      id_column="i", per_label=10, limit=11, docs_per_shard=9)  # fmt: skip
+    assert command.model == ModelConfig(model="a/b", revision="r", dtype="bfloat16", weights="random", seed=3)
+    assert command.capture == CaptureConfig(layers=(0, 5), max_length=7, tokens_per_batch=8,
+                                            store=("text", "probabilities"))  # fmt: skip
+    assert command.launch == LaunchConfig(replicas=2, gpus_per_replica=0.25, cpus_per_replica=3, device="cuda",
+                                          ray_address="auto")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["collect", "--per-label", "0"], "--per-label must be positive, got 0"),
+        (["collect", "--data", "/no/such/*.jsonl"], "/no/such/*.jsonl"),
+        (["query"], "takes RUN and NAME"),
+        (["query", "nowhere", "top_experts"], "nowhere"),
+        (["query", "nowhere", "top_experts", "--layer"], "--layer needs a value"),
+        (["status", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_value(arguments, message, tmp_path):
+    done = collector(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_query_parameters_may_stand_anywhere():
+    rest, params = cli.split_query_params(["query", "run", "--layer", "5", "name", "--labels=a,b", "--format", "csv"])
+    assert rest == ["query", "run", "name", "--format", "csv"]
+    assert params == (("layer", "5"), ("labels", "a,b"))
+
+
+def test_all_formats_say_the_same(run):
+    arguments = ["query", str(run), "domain_specialization", "--layer", "1", "--labels", "ko"]
+    out = {style: collector(*arguments, "--format", style).stdout for style in ("table", "csv", "json", "parquet")}
+    rows = json.loads(out["json"])
+    assert [row["expert"] for row in rows] == list(range(6))
+    assert sum(row["value"] for row in rows) == pytest.approx(2)
+    assert pq.read_table(io.BytesIO(out["parquet"])).to_pylist() == rows
+    table = list(csv.DictReader(io.StringIO(out["csv"].decode())))
+    assert [float(row["value"]) for row in table] == [row["value"] for row in rows]
+    assert len(out["table"].decode().strip().splitlines()) == 1 + len(rows)
+
+
+def test_sql_reads_and_never_writes(run):
+    done = collector("sql", str(run), "select count(*) as n from documents", "--format", "json")
+    assert json.loads(done.stdout) == [{"n": 20}]
+    refused = collector("sql", str(run), "create table x as select 1")
+    assert refused.returncode == 2
+
+
+def test_status_shows_the_card(run):
+    done = collector("status", str(run))
+    assert done.returncode == 0
+    text = done.stdout.decode()
+    for fact in ("complete", "top-2 of 6", "20 of 20", "padding efficiency"):
+        assert fact in text
+
+
+def test_the_list_tells_every_query():
+    text = collector("query", "--list").stdout.decode()
+    for query in list_queries():
+        assert query.name in text
+        assert query.question in text.replace("\n", " ")
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```(?:sh|console|text)?\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.removeprefix("$ ").startswith("collector ")]
+
+
+def test_every_command_of_the_readme_can_be_parsed_and_every_query_exists():
+    commands = readme_commands()
+    assert len(commands) >= 5
+    names = {query.name: {param.name for param in query.params} for query in list_queries()}
+    for line in commands:
+        command = cli.parse(shlex.split(line.split(" #")[0].split(" > ")[0])[1:])
+        if isinstance(command, cli.Query) and not command.list:
+            assert {name for name, _ in command.params} <= names[command.name], line
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_finds_its_queries_and_its_model(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = (
+        "import collector.warehouse, collector.models\n"
+        "from collector.config import ModelConfig\n"
+        f"assert collector.__file__.startswith({str(tmp_path)!r})\n"
+        "assert len(collector.warehouse.list_queries()) >= 6\n"
+        "assert collector.models.load(ModelConfig(), 'cpu').model.config.num_experts == 64\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "site", check=True)
+
+
+def test_the_command_answers_at_once():
+    """Not a benchmark: an import of torch or ray would take several times as long."""
+    best = min(_seconds("collect", "--help") for _ in range(3))
+    assert best < 2.0
+
+
+def _seconds(*arguments: str) -> float:
+    started = time.perf_counter()
+    collector(*arguments)
+    return time.perf_counter() - started

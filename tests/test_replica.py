@@ -1,0 +1,189 @@
+"""One replica, without Ray: what a shard's parts and commit record hold, and what they never hold."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from collector import models, plan, records
+from collector.config import DataConfig, ModelConfig
+from collector.replica import Replica
+from collector.storage import VOCAB, RunDirectory
+from tests.runs import assert_same_content, collect_here, content, run_config, write_jsonl
+
+
+@pytest.fixture
+def data(tmp_path) -> DataConfig:
+    return DataConfig(data=(str(write_jsonl(tmp_path / "texts.jsonl", 30)),), docs_per_shard=8)
+
+
+@pytest.fixture
+def config(data, tiny_folder):
+    return run_config(data, ModelConfig(model=str(tiny_folder)), tokens_per_batch=256)
+
+
+@contextlib.contextmanager
+def replica_and_plan(root, config, loaded):
+    made = plan.make_plan(config)
+    with contextlib.closing(Replica(str(root), config, made.hash, loaded=loaded)) as replica:
+        yield replica, made
+
+
+def test_the_recorded_routing_is_that_of_each_document_alone(tmp_path, config, tiny_model):
+    """Text in, Parquet out, against the model run on one document at a time."""
+    run = collect_here(tmp_path / "run", config, loaded=tiny_model)
+    tables = content(run)
+    assert tables["documents"].num_rows == 30
+    documents = {(d["shard"], d["doc"]): d for d in tables["documents"].to_pylist()}
+    texts = [json.loads(line)["text"] for line in Path(config.data.data[0]).read_text().splitlines()]
+    tokens, routing = tables["tokens"].to_pandas(), tables["routing"].to_pandas()
+    for (shard, doc), document in documents.items():
+        own = tokens[(tokens.shard == shard) & (tokens.doc == doc)]
+        text = texts[shard * 8 + doc]
+        assert own.token_id.tolist() == tiny_model.tokenizer(text)["input_ids"]
+        assert own.position.tolist() == list(range(document["tokens"]))
+        assert document["characters"] == len(text)
+        with torch.no_grad():
+            logits = tiny_model.model(torch.tensor([own.token_id.tolist()]), output_router_logits=True).router_logits
+        for layer, layer_logits in enumerate(logits):
+            rows = routing[(routing.shard == shard) & (routing.layer == layer) & routing.tok.isin(own.tok)]
+            weights, experts = torch.topk(layer_logits.float().softmax(-1), 2)
+            clear = rows.margin.to_numpy() > 1e-5
+            np.testing.assert_array_equal(rows[["e0", "e1"]].to_numpy()[clear], experts.numpy()[clear])
+            np.testing.assert_allclose(rows[["w0", "w1"]].to_numpy(), weights.numpy(), atol=1e-5)
+            assert set(rows.label) == {document["label"]}
+            assert rows.is_special.tolist() == [True] + [False] * (len(rows) - 1)
+
+
+def test_the_commit_record_says_what_is_in_the_files(tmp_path, config, tiny_model):
+    run = collect_here(tmp_path / "run", config, loaded=tiny_model)
+    commits = list(run.commits())
+    assert [commit.documents for commit in commits] == [8, 8, 8, 6]
+    for commit in commits:
+        for part in commit.files.values():
+            path = tmp_path / "run" / part.path
+            assert pq.read_metadata(path).num_rows == part.rows
+            assert path.stat().st_size == part.bytes
+        assert commit.rows == commit.tokens * 3
+        assert commit.padded_tokens >= commit.tokens
+        assert set(commit.seconds) == {"read", "tokenize", "forward", "encode", "publish"}
+
+
+def test_inside_a_file_the_rows_are_layer_major_and_in_document_order(tmp_path, config, tiny_model):
+    run = collect_here(tmp_path / "run", config, loaded=tiny_model)
+    for commit in run.commits():
+        table = pq.read_table(tmp_path / "run" / commit.files["routing"].path)
+        assert table["layer"].to_pylist() == sorted(table["layer"].to_pylist())
+        assert table["tok"].to_pylist() == list(range(commit.tokens)) * 3
+
+
+def test_repeating_a_shard_repeats_its_content(tmp_path, config, tiny_model):
+    first = collect_here(tmp_path / "first", config, loaded=tiny_model)
+    second = collect_here(tmp_path / "second", config, loaded=tiny_model)
+    assert_same_content(first, second)
+
+
+def test_bad_rows_are_counted_by_reason_with_examples_and_cost_nothing_else(tmp_path, tiny_folder, tiny_model):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(
+        '{"text": "fine", "label": "en"}\n{"text": "", "label": "en"}\nnot json\n{"text": "ok", "label": "en"}\n'
+    )
+    config = run_config(DataConfig(data=(str(path),)), ModelConfig(model=str(tiny_folder)))
+    (commit,) = collect_here(tmp_path / "run", config, loaded=tiny_model).commits()
+    assert commit.documents == 2
+    assert {reason: (s.count, s.examples) for reason, s in commit.skipped.items()} == {
+        "empty text": (1, ("bad.jsonl#1",)),
+        "invalid JSON": (1, ("bad.jsonl#2",)),
+    }
+
+
+def test_a_shard_of_bad_rows_only_is_committed_empty(tmp_path, tiny_folder, tiny_model):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("nothing\nhere\n")
+    config = run_config(DataConfig(data=(str(path),)), ModelConfig(model=str(tiny_folder)))
+    run = collect_here(tmp_path / "run", config, loaded=tiny_model)
+    (commit,) = run.commits()
+    assert (commit.documents, commit.tokens, commit.rows) == (0, 0, 0)
+    assert all(table.num_rows == 0 for table in content(run).values())
+
+
+def test_long_documents_are_cut_and_counted(tmp_path, data, tiny_folder, tiny_model):
+    config = run_config(data, ModelConfig(model=str(tiny_folder)), max_length=10)
+    run = collect_here(tmp_path / "run", config, loaded=tiny_model)
+    documents = content(run)["documents"].to_pylist()
+    assert max(d["tokens"] for d in documents) == 10
+    assert sum(d["truncated"] for d in documents) == sum(commit.truncated for commit in run.commits()) > 0
+
+
+def test_text_is_stored_only_when_asked_for(tmp_path, data, tiny_folder, tiny_model):
+    model = ModelConfig(model=str(tiny_folder))
+    plain = collect_here(tmp_path / "plain", run_config(data, model), loaded=tiny_model)
+    asked = collect_here(tmp_path / "asked", run_config(data, model, store=("text",)), loaded=tiny_model)
+    assert "text" not in content(plain)["documents"].column_names
+    first = json.loads(Path(data.data[0]).read_text().splitlines()[0])["text"]
+    assert content(asked)["documents"]["text"][0].as_py() == first
+
+
+def test_probabilities_are_stored_when_asked_for_and_agree_with_the_weights(tmp_path, data, tiny_folder, tiny_model):
+    config = run_config(data, ModelConfig(model=str(tiny_folder)), store=("probabilities",))
+    routing = content(collect_here(tmp_path / "run", config, loaded=tiny_model))["routing"].to_pandas()
+    p = np.stack(routing.probabilities)
+    assert p.shape[1] == 6
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    chosen = np.take_along_axis(p, routing[["e0", "e1"]].to_numpy().astype(int), 1)
+    np.testing.assert_allclose(chosen, routing[["w0", "w1"]].to_numpy(), atol=1e-6)
+
+
+def test_a_router_that_returns_nan_fails_the_shard_and_leaves_no_file(tmp_path, config, tiny_folder):
+    broken = models.load(ModelConfig(model=str(tiny_folder)), "cpu")
+    with torch.no_grad():
+        broken.model.layers[1].mlp.gate.weight[0, 0] = torch.nan
+    with replica_and_plan(tmp_path / "run", config, broken) as (replica, made):
+        with pytest.raises(ValueError, match="layer 1: .*not finite"):
+            replica.collect(made.shards[0])
+    assert list(RunDirectory(tmp_path / "run").commits()) == []
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_an_exception_while_writing_publishes_nothing(tmp_path, config, tiny_model, monkeypatch):
+    """A Parquet writer closed by an exception leaves a valid file that lacks rows."""
+    real = records.routing_table
+
+    def fail_at_layer_1(shard, layer, *args, **kwargs):
+        if layer.geometry.layer == 1:
+            raise OSError("no space left on device")
+        return real(shard, layer, *args, **kwargs)
+
+    monkeypatch.setattr(records, "routing_table", fail_at_layer_1)
+    with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
+        with pytest.raises(OSError, match="no space"):
+            replica.collect(made.shards[0])
+        assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
+        monkeypatch.undo()
+        replica.collect(made.shards[0])
+    assert RunDirectory(tmp_path / "run").committed_shards() == {0}
+
+
+def test_a_maximum_length_beyond_the_models_positions_is_refused(tmp_path, data, tiny_folder):
+    config = run_config(data, ModelConfig(model=str(tiny_folder)), max_length=1000)
+    with pytest.raises(ValueError, match="--max-length 1000 exceeds the model's 512 positions"):
+        Replica(str(tmp_path / "run"), config, "hash")
+
+
+def test_the_card_names_model_routers_and_versions(tmp_path, config, tiny_model):
+    run = collect_here(tmp_path / "run", config, loaded=tiny_model)
+    card = run.read_json("run.json")
+    assert card["model"]["model_type"] == "olmoe"
+    assert card["model"]["parameters"] == sum(p.numel() for p in tiny_model.model.parameters())
+    assert [(layer["layer"], layer["n_experts"], layer["top_k"]) for layer in card["layers"]] == [
+        (0, 6, 2), (1, 6, 2), (2, 6, 2),
+    ]  # fmt: skip
+    assert card["layers"][2]["router"] == "layers.2.mlp.gate"
+    assert pq.read_table(tmp_path / "run" / VOCAB).num_rows == 8192
+    assert (tmp_path / "run" / "_SUCCESS").exists()
