@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_LABELS := eng_Latn deu_Latn fra_Latn spa_Latn pol_Latn tur_Latn vie_Latn rus_Cyrl bul_Cyrl \
 	ukr_Cyrl ell_Grek arb_Arab heb_Hebr hin_Deva tha_Thai kor_Hang jpn_Jpan zho_Hani
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench figure clean
 
 demo: $(INSTALLED)
 	$(BIN)/collector collect --out runs/demo
@@ -33,6 +33,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.collect
+
+figure: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plots]'
+	$(BIN)/python docs/figure.py docs/demo.png
 
 clean:
 	rm -rf $(VENV) runs dist

@@ -290,8 +290,9 @@ class Dispatcher:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         self.run.record_failure(shard.shard, failure)
-        outcome = "left out" if final else "goes to another replica"
-        self.view.say(f"shard {shard.shard} failed (attempt {attempt} of {self.max_attempts}), {outcome}: {reason.splitlines()[0]}")
+        outcome = "left out" if final else "to be tried again"
+        what = f"shard {shard.shard} failed (attempt {attempt} of {self.max_attempts}), {outcome}"
+        self.view.say(f"{what}: {reason.splitlines()[0]}")
         if final:
             self.view.tally.shards_failed += 1
         else:

@@ -53,8 +53,9 @@ def wait_for_commits(root: Path, count: int, timeout: float = 120) -> None:
 
 def command(job, root: Path) -> list[str]:
     data, model, _ = job
-    return [sys.executable, "-m", "collector", "collect", "--out", str(root), "--data", *data.data, "--model", model.model,
-            "--docs-per-shard", str(PER_SHARD), "--replicas", "1", "--cpus-per-replica", "1"]  # fmt: skip
+    return [sys.executable, "-m", "collector", "collect", "--out", str(root), "--data", *data.data,
+            "--model", model.model, "--docs-per-shard", str(PER_SHARD), "--replicas", "1",
+            "--cpus-per-replica", "1"]  # fmt: skip
 
 
 def test_killed_replicas_lose_and_repeat_nothing(tmp_path, job):
@@ -139,7 +140,6 @@ def test_a_shard_that_cannot_be_read_is_left_out_named_and_the_status_says_so(tm
 
 
 def test_another_plan_is_refused_and_the_fields_named(tmp_path, job):
-    data, model, _ = job
     root = tmp_path / "run"
     process = subprocess.run([*command(job, root), "--limit", "20"], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr

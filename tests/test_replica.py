@@ -144,9 +144,11 @@ def test_a_router_that_returns_nan_fails_the_shard_and_leaves_no_file(tmp_path, 
     broken = models.load(ModelConfig(model=str(tiny_folder)), "cpu")
     with torch.no_grad():
         broken.model.layers[1].mlp.gate.weight[0, 0] = torch.nan
-    with replica_and_plan(tmp_path / "run", config, broken) as (replica, made):
-        with pytest.raises(ValueError, match="layer 1: .*not finite"):
-            replica.collect(made.shards[0])
+    with (
+        replica_and_plan(tmp_path / "run", config, broken) as (replica, made),
+        pytest.raises(ValueError, match=r"layer 1: .*not finite"),
+    ):
+        replica.collect(made.shards[0])
     assert list(RunDirectory(tmp_path / "run").commits()) == []
     assert not (tmp_path / "run" / "data").exists()
 

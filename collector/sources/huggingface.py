@@ -141,5 +141,5 @@ class Saved(Format):
                     if keep is not None and row not in keep:
                         continue
                     if name_of_class and isinstance(fields.get("label"), int) and fields["label"] >= 0:
-                        fields = {**fields, "label": name_of_class(fields["label"])}  # noqa: PLW2901
+                        fields = {**fields, "label": name_of_class(fields["label"])}
                     yield row, fields

@@ -1,0 +1,202 @@
+"""Opens a run in DuckDB: its tables as views, and the questions of `queries/` over them.
+
+The base relations `routing`, `tokens`, `documents` and `vocab` read exactly the files that commit
+records name when the run is opened, never a glob; `layers` comes from run.json. A run without a
+commit has the same columns and no rows. The views of `queries/views/` build on them. `views_sql`
+writes the same views as a script for any DuckDB.
+
+Guarantees: a query runs with all its parameters bound; a label or layer that the run does not have
+is an error, never an empty table; `Run.sql` runs reading statements only. Local runs only. Nothing
+here writes: results are DuckDB relations, and what becomes of them is the caller's business.
+"""
+
+from __future__ import annotations
+
+import graphlib
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from collector.catalog import Query, Value, find_query, list_queries, query_folder, read_header, split_names
+from collector.storage import RUN, SUCCESS, TABLES, VOCAB, RunDirectory
+
+if TYPE_CHECKING:
+    import os
+
+    import pyarrow as pa
+
+__all__ = ["Query", "Run", "list_queries", "open_run", "views_sql"]
+
+_READS_ONLY = "only a single statement that reads (SELECT …) can run here"
+_SQL_TYPES = {
+    "uint8": "utinyint", "uint16": "usmallint", "uint32": "uinteger", "bool": "boolean", "string": "varchar",
+    "float": "float", "list<item: float>": "float[]", "list<element: float>": "float[]",
+}  # fmt: skip
+
+
+class Run:
+    """An opened run: views over its committed files, in a DuckDB of its own."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, info: dict[str, Any], *, complete: bool) -> None:
+        self.connection = connection
+        """In-memory DuckDB that holds the views."""
+        self.info = info
+        """What run.json says."""
+        self.complete = complete
+        """Whether every shard was committed when the run was opened."""
+
+    def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
+        """Asks a question of `queries/`.
+
+        Args:
+            name: of the query, see `list_queries`.
+            **params: values, or their text as a command line gives it.
+
+        Returns:
+            The rows, ordered; computed when they are fetched (`.df()`, `.fetchall()`,
+            `.to_arrow_table()`).
+
+        Raises:
+            ValueError: unknown query or parameter, a bad value, or a layer or label that the run
+                does not have.
+        """
+        query = find_query(name)
+        values = query.bind(params)
+        self._check_layer(values.get("layer"))
+        self._check_labels(values.get("labels"))
+        return self.connection.cursor().sql(query.sql, params=values)
+
+    def sql(self, statement: str) -> duckdb.DuckDBPyRelation:
+        """Runs one reading statement over the views.
+
+        Raises:
+            ValueError: it is not one SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE …), it
+                writes, or it has a mistake.
+        """
+        cursor = self.connection.cursor()
+        try:
+            kinds = [parsed.type.name for parsed in duckdb.extract_statements(statement)]
+            if kinds != ["SELECT"]:
+                raise ValueError(f"{_READS_ONLY}; got {', '.join(kinds) or 'nothing'}")
+            # A SELECT may still write through a CTE, but only at the top level; query() is below it.
+            cursor.execute(f"explain select * from query({_literal(statement)})").fetchall()
+        except duckdb.Error as error:
+            reason = str(error).split("\n\nLINE ")[0]
+            hint = f"{_READS_ONLY}, without a CTE that writes: " if "must be at the top level" in reason else ""
+            raise ValueError(hint + reason) from error
+        return cursor.sql(statement)
+
+    def _check_layer(self, layer: Value) -> None:
+        layers = [router["layer"] for router in self.info["layers"]]
+        if layer is not None and layer not in layers:
+            raise ValueError(f"layer {layer} is not recorded in this run; it has {', '.join(map(str, layers))}")
+
+    def _check_labels(self, labels: Value) -> None:
+        if not isinstance(labels, list):
+            return
+        known = [row[0] for row in self.connection.cursor().sql("select label from labels order by label").fetchall()]
+        if unknown := [label for label in labels if label not in known]:
+            raise ValueError(
+                f"no document of this run has the label {unknown[0]!r}; it has {', '.join(known) or 'none'}"
+            )
+
+
+def open_run(root: str | os.PathLike[str]) -> Run:
+    """Opens a local run, complete or not.
+
+    Args:
+        root: the run directory.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: the run is on an object store.
+    """
+    run = RunDirectory(root)
+    if "://" in run.root:
+        raise ValueError(f"remote runs cannot be queried yet: copy {run.root} to a local folder and open that")
+    info = _read_info(run)
+    connection = duckdb.connect(":memory:", config={"python_enable_replacements": False})
+    connection.execute(_script(run, info, prefix=_escape_glob(run.store.location("")).rstrip("/") + "/"))
+    return Run(connection, info, complete=run.read_or_none(SUCCESS) is not None)
+
+
+def views_sql(run_directory: RunDirectory) -> str:
+    """Script that creates the views of a run, for a DuckDB that is started inside its folder."""
+    head = "-- The views of this run, over its committed files. Inside its folder: duckdb -init views.sql\n\n"
+    return head + _script(run_directory, _read_info(run_directory), prefix="")
+
+
+def _read_info(run: RunDirectory) -> dict[str, Any]:
+    try:
+        return run.read_json(RUN)
+    except FileNotFoundError as error:
+        message = f"no run at {run.root}: there is no {RUN}; name the folder that `collector collect` wrote"
+        raise FileNotFoundError(message) from error
+
+
+# ---- the script that creates the views ----
+
+
+def _script(run: RunDirectory, info: dict[str, Any], prefix: str) -> str:
+    """Statements for all views; `prefix` goes before the paths that commit records name."""
+    commits = list(run.commits())
+    files = {table: [commit.files[table].path for commit in commits if table in commit.files] for table in TABLES}
+    files["vocab"] = [] if run.read_or_none(VOCAB) is None else [VOCAB]
+    statements = {"layers": _layers_select(info["layers"])}
+    for name, paths in files.items():
+        statements[name] = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
+    statements |= _derived_views()
+    return "\n".join(f"create or replace view {name} as\n{select};\n" for name, select in statements.items())
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _escape_glob(path: str) -> str:
+    """The path as DuckDB must read it to mean only itself."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in path)
+
+
+def _files_select(paths: list[str]) -> str:
+    # A folder called `layer=3` on the way would otherwise become a column.
+    names = ",\n    ".join(map(_literal, paths))
+    return f"select * from read_parquet([\n    {names}\n], hive_partitioning = false)"
+
+
+def _layers_select(layers: list[dict[str, Any]]) -> str:
+    rows = ",\n    ".join(
+        f"({one['layer']}::utinyint, {one['n_experts']}::integer, {one['top_k']}::integer, {_literal(one['router'])})"
+        for one in layers
+    )
+    return f"select * from (values\n    {rows}\n) as layers (layer, n_experts, top_k, router)"
+
+
+def _empty_select(name: str, info: dict[str, Any]) -> str:
+    """A relation with the columns of `name` and no rows."""
+    columns = (f"null::{_SQL_TYPES[_arrow_type(field)]} as {field.name}" for field in _schema(name, info))
+    return f"select {', '.join(columns)} where false"
+
+
+def _arrow_type(field: pa.Field) -> str:
+    return str(getattr(field.type, "value_type", field.type) if str(field.type).startswith("dict") else field.type)
+
+
+def _schema(name: str, info: dict[str, Any]) -> pa.Schema:
+    from collector import records
+
+    stored = info["config"].get("store") or ()
+    if name == "routing":
+        keys = ("layer", "n_experts", "top_k")
+        layers = [records.Layer(**{key: one[key] for key in keys}) for one in info["layers"]]
+        return records.routing_schema(layers, probabilities="probabilities" in stored)
+    if name == "documents":
+        return records.documents_schema(text="text" in stored)
+    return {"tokens": records.TOKENS_SCHEMA, "vocab": records.VOCAB_SCHEMA}[name]
+
+
+def _derived_views() -> dict[str, str]:
+    """Name -> select of `queries/views/`, each after those that it reads."""
+    selects = {path.stem: path.read_text(encoding="utf-8").strip() for path in (query_folder() / "views").glob("*.sql")}
+    reads = {name: split_names(read_header(select)["reads"]) for name, select in sorted(selects.items())}
+    return {name: selects[name] for name in graphlib.TopologicalSorter(reads).static_order() if name in selects}

@@ -1,0 +1,94 @@
+-- Question: How decided is the router about each label's tokens?
+-- Formula: p = the router's distribution over its E experts, w = the k weights that the model applied.
+--   router_entropy  H(p), nats, 0 … ln E.        Baseline ln E.
+--   weight_entropy  H(w / sum w), nats, 0 … ln k. Baseline ln k.
+--   topk_mass       sum of p over the k chosen.   Baseline k/E.
+--   margin          p of the k-th minus p of the (k+1)-th expert. Baseline 0.
+--   The baseline is what a router with p = 1/E everywhere gives. value = mean over N_D tokens.
+-- Source: Shannon entropy; router_entropy, topk_mass and margin are recorded while the model runs.
+-- Grain: metric, layer, label. n = N_D, the tokens of the label.
+-- Reads: decisions, layers
+-- Params:
+--   layer integer = null: only this layer, by the model's own number (default: all)
+--   labels varchar[] = null: only these labels (default: all)
+--   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
+--     language codes); they say nothing about the text
+with chosen as (
+    select *
+    from decisions
+    where
+        ($layer is null or layer = $layer)
+        and ($labels is null or list_contains($labels, label))
+        and ($include_special or not is_special)
+),
+
+measured as (
+    select
+        layer,
+        label,
+        count(*) as n,
+        avg(router_entropy::double) as mean_router_entropy,
+        median(router_entropy::double) as median_router_entropy,
+        avg(weight_entropy) as mean_weight_entropy,
+        median(weight_entropy) as median_weight_entropy,
+        avg(topk_mass::double) as mean_topk_mass,
+        median(topk_mass::double) as median_topk_mass,
+        avg(margin::double) as mean_margin,
+        median(margin::double) as median_margin
+    from chosen
+    group by layer, label
+),
+
+located as (
+    select
+        measured.*,
+        layers.n_experts,
+        layers.top_k
+    from measured
+    inner join layers using (layer)
+),
+
+metrics as (
+    select
+        'router_entropy' as metric,
+        *,
+        mean_router_entropy as value,
+        ln(n_experts) as baseline,
+        median_router_entropy as median
+    from located
+    union all
+    select
+        'weight_entropy' as metric,
+        *,
+        mean_weight_entropy as value,
+        ln(top_k) as baseline,
+        median_weight_entropy as median
+    from located
+    union all
+    select
+        'topk_mass' as metric,
+        *,
+        mean_topk_mass as value,
+        top_k / n_experts as baseline,
+        median_topk_mass as median
+    from located
+    union all
+    select
+        'margin' as metric,
+        *,
+        mean_margin as value,
+        0 as baseline,
+        median_margin as median
+    from located
+)
+
+select
+    metric,
+    layer,
+    label,
+    value,
+    baseline,
+    n,
+    median
+from metrics
+order by metric, layer, label

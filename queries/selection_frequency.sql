@@ -1,0 +1,81 @@
+-- Question: How often is each expert chosen for each label's tokens?
+-- Formula: N_D = tokens of label D, N_eD = times that expert e was among the k chosen for one of them,
+--   w_e = the weight that the model applied.
+--   selection_share      N_eD / (k N_D), of all picks of D; sums to 1 per layer and label. Baseline 1/E.
+--   selection_frequency  N_eD / N_D, of all tokens of D (ESF); sums to k. Baseline k/E.
+--   top1_frequency       tokens whose highest-weight expert is e / N_D; sums to 1. Baseline 1/E.
+--   weighted_share       sum of w_e / sum of all weights of D; sums to 1. Baseline 1/E.
+-- Source: selection frequency as in router analyses of Mixture-of-Experts models; weighted share is the
+--   gate score of ESFT, arXiv 2407.01906.
+-- Grain: metric, layer, label, expert; every expert of the layer, 0 when never chosen. n = N_D.
+-- Reads: assignments
+-- Params:
+--   layer integer = null: only this layer, by the model's own number (default: all)
+--   labels varchar[] = null: only these labels (default: all)
+--   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
+--     language codes); they say nothing about the text
+with chosen as (
+    select *
+    from assignments
+    where
+        ($layer is null or layer = $layer)
+        and ($labels is null or list_contains($labels, label))
+        and ($include_special or not is_special)
+),
+
+load as (
+    select
+        layer,
+        label,
+        expert,
+        n_experts,
+        top_k,
+        sum(tokens)::bigint as tokens,
+        sum(picks)::bigint as picks,
+        sum(top1)::bigint as top1,
+        sum(weight_sum) as weight_sum,
+        sum(sum(weight_sum)) over (partition by layer, label) as weight_total
+    from chosen
+    group by layer, label, expert, n_experts, top_k
+),
+
+metrics as (
+    select
+        'selection_share' as metric,
+        *,
+        picks / (top_k * tokens) as value,
+        1 / n_experts as baseline
+    from load
+    union all
+    select
+        'selection_frequency' as metric,
+        *,
+        picks / tokens as value,
+        top_k / n_experts as baseline
+    from load
+    union all
+    select
+        'top1_frequency' as metric,
+        *,
+        top1 / tokens as value,
+        1 / n_experts as baseline
+    from load
+    union all
+    select
+        'weighted_share' as metric,
+        *,
+        weight_sum / weight_total as value,
+        1 / n_experts as baseline
+    from load
+)
+
+select
+    metric,
+    layer,
+    label,
+    expert,
+    value,
+    baseline,
+    tokens as n
+from metrics
+order by metric, layer, label, expert

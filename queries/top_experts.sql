@@ -1,0 +1,73 @@
+-- Question: Which experts does each label use most?
+-- Formula: top1  count = tokens of D whose highest-weight expert is e, value = count / N_D.
+--   topk  count = N_eD, tokens of D for which e was among the k chosen, value = count / (k N_D).
+--   Baseline 1/E for both. Ties go to the lower expert id.
+-- Source: a count.
+-- Grain: metric, layer, label, rank from 1 to $n; experts that were never chosen are left out. n = N_D.
+-- Reads: assignments
+-- Params:
+--   layer integer = null: only this layer, by the model's own number (default: all)
+--   labels varchar[] = null: only these labels (default: all)
+--   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
+--     language codes); they say nothing about the text
+--   n integer >= 1 = 10: experts per layer and label
+with chosen as (
+    select *
+    from assignments
+    where
+        ($layer is null or layer = $layer)
+        and ($labels is null or list_contains($labels, label))
+        and ($include_special or not is_special)
+),
+
+load as (
+    select
+        layer,
+        label,
+        expert,
+        n_experts,
+        top_k,
+        sum(tokens)::bigint as tokens,
+        sum(picks)::bigint as picks,
+        sum(top1)::bigint as top1
+    from chosen
+    group by layer, label, expert, n_experts, top_k
+),
+
+counts as (
+    select
+        'top1' as metric,
+        *,
+        top1 as count,
+        tokens as total
+    from load
+    union all
+    select
+        'topk' as metric,
+        *,
+        picks as count,
+        top_k * tokens as total
+    from load
+),
+
+ranked as (
+    select
+        *,
+        row_number() over (partition by metric, layer, label order by count desc, expert asc) as rank
+    from counts
+    where count > 0
+)
+
+select
+    metric,
+    layer,
+    label,
+    rank,
+    expert,
+    count / total as value,
+    1 / n_experts as baseline,
+    tokens as n,
+    count
+from ranked
+where rank <= $n
+order by metric, layer, label, rank

@@ -1,0 +1,9 @@
+-- Question: Which experts are there?
+-- Grain: one row per (layer, expert), chosen or not.
+-- Reads: layers
+select
+    layer,
+    n_experts,
+    top_k,
+    unnest(range(n_experts))::integer as expert
+from layers

@@ -1,0 +1,186 @@
+"""The queries once more, in numpy and from their definitions, to compare with the SQL.
+
+Every function takes the shards of a run and gives {keys of a row: (value, baseline, n, …)}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+from synthetic import Shard
+
+from collector.records import STATISTICS, Layer, round_statistic
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """The counted tokens of one label in one layer, all shards together."""
+
+    geometry: Layer
+    label: str
+    experts_tk: np.ndarray
+    weights_tk: np.ndarray
+    statistics: dict[str, np.ndarray]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.experts_tk)
+
+    @property
+    def picks(self) -> np.ndarray:
+        """[E] times each expert was chosen."""
+        return np.bincount(self.experts_tk.ravel(), minlength=self.geometry.n_experts)
+
+    @property
+    def top1(self) -> np.ndarray:
+        """[E] times each expert had the highest weight."""
+        best = np.take_along_axis(self.experts_tk, self.weights_tk.argmax(1)[:, None], axis=1)
+        return np.bincount(best.ravel(), minlength=self.geometry.n_experts)
+
+    @property
+    def weight_sums(self) -> np.ndarray:
+        """[E] sum of each expert's weights."""
+        weights = self.weights_tk.astype(np.float64).ravel()
+        return np.bincount(self.experts_tk.ravel(), weights, minlength=self.geometry.n_experts)
+
+
+def groups(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool) -> Iterator[Group]:
+    """Every label with tokens to count, in every layer."""
+    for one in layers:
+        for label in sorted({str(label) for shard in shards for label in shard.labels}):
+            kept = [(shard.labels == label) & (include_special | ~shard.is_special) for shard in shards]
+            if not np.concatenate(kept).any():
+                continue
+
+            def gather(arrays, kept=kept):
+                return np.concatenate([array[keep] for array, keep in zip(arrays, kept, strict=True)])
+
+            yield Group(
+                geometry=one,
+                label=label,
+                experts_tk=gather([shard.experts[one.layer] for shard in shards]),
+                weights_tk=gather([shard.weights[one.layer] for shard in shards]),
+                statistics={
+                    name: gather([round_statistic(shard.statistics[one.layer][name]) for shard in shards])
+                    for name in STATISTICS
+                },
+            )
+
+
+def selection_frequency(found: Sequence[Group]) -> dict:
+    rows = {}
+    for g in found:
+        e, k = g.geometry.n_experts, g.geometry.top_k
+        metrics = {
+            "selection_share": (g.picks / g.picks.sum(), 1 / e),
+            "selection_frequency": (g.picks / g.tokens, k / e),
+            "top1_frequency": (g.top1 / g.tokens, 1 / e),
+            "weighted_share": (g.weight_sums / g.weight_sums.sum(), 1 / e),
+        }
+        for metric, (values, baseline) in metrics.items():
+            for expert, value in enumerate(values):
+                rows[metric, g.geometry.layer, g.label, expert] = (value, baseline, g.tokens)
+    return rows
+
+
+def domain_specialization(found: Sequence[Group]) -> dict:
+    rows = {}
+    for g in found:
+        together = [other for other in found if other.geometry == g.geometry]
+        shares = np.array([other.picks / other.picks.sum() for other in together])
+        ds = np.array([other.picks / other.tokens for other in together])
+        for expert in range(g.geometry.n_experts):
+            value = g.picks[expert] / g.tokens
+            share = g.picks[expert] / g.picks.sum()
+            chosen = ds[:, expert].sum() > 0
+            exclusivity = value / ds[:, expert].sum() if chosen else None
+            lift = share / shares[:, expert].mean() if chosen else None
+            baseline = g.geometry.top_k / g.geometry.n_experts
+            key = ("domain_specialization", g.geometry.layer, g.label, expert)
+            rows[key] = (value, baseline, g.tokens, g.picks[expert], exclusivity, 1 / len(together), lift)
+    return rows
+
+
+def language_overlap(found: Sequence[Group], m: int | None) -> dict:
+    rows = {}
+    for a in found:
+        for b in (other for other in found if other.geometry == a.geometry):
+            e, size = a.geometry.n_experts, m or a.geometry.top_k
+            f_a, f_b = a.picks / a.tokens, b.picks / b.tokens
+            set_a, set_b = _most_used(a, size), _most_used(b, size)
+            s_a, s_b = f_a / f_a.sum(), f_b / f_b.sum()
+            jsd = _entropy((s_a + s_b) / 2) - (_entropy(s_a) + _entropy(s_b)) / 2
+            metrics = {
+                "jaccard": (len(set_a & set_b) / len(set_a | set_b), expected_jaccard(e, len(set_a), len(set_b))),
+                "weighted_jaccard": (np.minimum(f_a, f_b).sum() / np.maximum(f_a, f_b).sum(), None),
+                "cosine": (f_a @ f_b / np.linalg.norm(f_a) / np.linalg.norm(f_b), None),
+                "jsd": (jsd / math.log(2), 0),
+            }
+            n = min(a.tokens, b.tokens)
+            for metric, (value, baseline) in metrics.items():
+                rows[metric, a.geometry.layer, a.label, b.label] = (value, baseline, n, a.tokens, b.tokens, size)
+    return rows
+
+
+def expected_jaccard(e: int, a: int, b: int) -> float:
+    """Mean Jaccard of two independent uniform subsets of sizes a and b, exactly."""
+    total = Fraction(0)
+    for shared in range(max(0, a + b - e), min(a, b) + 1):
+        ways = math.comb(a, shared) * math.comb(e - a, b - shared)
+        total += Fraction(shared, a + b - shared) * Fraction(ways, math.comb(e, b))
+    return float(total)
+
+
+def _most_used(group: Group, m: int) -> set[int]:
+    order = sorted(range(group.geometry.n_experts), key=lambda expert: (-group.picks[expert], expert))
+    return {expert for expert in order[:m] if group.picks[expert]}
+
+
+def _entropy(p: np.ndarray) -> float:
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def router_entropy(found: Sequence[Group]) -> dict:
+    rows = {}
+    for g in found:
+        e, k = g.geometry.n_experts, g.geometry.top_k
+        weights = g.weights_tk.astype(np.float64)
+        weight_entropy = np.array([_entropy(w / w.sum()) for w in weights])
+        metrics = {
+            "router_entropy": (g.statistics["entropy"], math.log(e)),
+            "weight_entropy": (weight_entropy, math.log(k)),
+            "topk_mass": (g.statistics["topk_mass"], k / e),
+            "margin": (g.statistics["margin"], 0),
+        }
+        for metric, (values, baseline) in metrics.items():
+            values = values.astype(np.float64)
+            rows[metric, g.geometry.layer, g.label] = (values.mean(), baseline, g.tokens, np.median(values))
+    return rows
+
+
+def top_experts(found: Sequence[Group], n: int) -> dict:
+    rows = {}
+    for g in found:
+        for metric, counts in (("top1", g.top1), ("topk", g.picks)):
+            order = np.lexsort((np.arange(len(counts)), -counts))
+            for rank, expert in enumerate((x for x in order[:n] if counts[x]), start=1):
+                value = counts[expert] / counts.sum()
+                key = (metric, g.geometry.layer, g.label, rank)
+                rows[key] = (expert, value, 1 / g.geometry.n_experts, g.tokens, counts[expert])
+    return rows
+
+
+def effective_experts(found: Sequence[Group]) -> dict:
+    rows = {}
+    for g in found:
+        e = g.geometry.n_experts
+        entropy = _entropy(g.picks / g.picks.sum())
+        running = np.cumsum(np.sort(g.picks)[::-1])
+        half = int(np.argmax(2 * running >= g.picks.sum())) + 1
+        key = ("effective_experts", g.geometry.layer, g.label)
+        rows[key] = (math.exp(entropy), e, g.tokens, entropy, np.count_nonzero(g.picks), half, half / e)
+    return rows

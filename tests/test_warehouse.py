@@ -1,0 +1,286 @@
+"""What opening and asking a run promises: committed files only, no silent mistakes, nothing written."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+from synthetic import Shard, commit_shard, publish_shard, random_shard, write_run
+
+from collector.catalog import Param, read_header
+from collector.records import Layer
+from collector.storage import RunDirectory
+from collector.warehouse import Run, list_queries, open_run, views_sql
+
+LAYERS = [Layer(layer=1, n_experts=4, top_k=2), Layer(layer=4, n_experts=6, top_k=3)]
+BASE = {"routing", "tokens", "documents", "vocab", "layers"}
+VIEWS = {path.stem: path.read_text() for path in Path(__file__).parent.parent.glob("queries/views/*.sql")}
+
+
+def shards(count: int = 2) -> list[Shard]:
+    rng = np.random.default_rng(3)
+    return [random_shard(rng, LAYERS, [("en", 12), ("ko", 9)]) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("warehouse") / "run", LAYERS, shards())
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    return open_run(folder)
+
+
+# ---- what a run shows ----
+
+
+def test_relations_hold_what_was_committed(run: Run) -> None:
+    counts = {name: run.sql(f"select count(*) from {name}").fetchall()[0][0] for name in (*BASE, *VIEWS)}
+    assert counts == {
+        "routing": 84, "tokens": 42, "documents": 4, "vocab": 50, "layers": 2, "labels": 2, "experts": 10,
+        "decisions": 84, "selections": 42 * (2 + 3), "assignments": counts["assignments"],
+    }  # fmt: skip
+    assert run.sql("select * from labels order by label").fetchall() == [("en", 2, 24, 96), ("ko", 2, 18, 72)]
+
+
+def test_selections_keep_the_models_order_and_leave_out_missing_ranks(run: Run) -> None:
+    rows = run.sql("select tok, rank, expert, weight from selections where layer = 1 and shard = 0").fetchall()
+    first = shards()[0]
+    expected = [
+        (tok, rank, int(expert), pytest.approx(float(first.weights[1][tok, rank])))
+        for (tok, rank), expert in np.ndenumerate(first.experts[1])
+    ]
+    assert sorted(rows) == expected
+
+
+def test_decisions_take_the_highest_weight_wherever_it_stands(run: Run) -> None:
+    first = shards()[0]
+    for layer in (1, 4):
+        query = f"select expert from decisions where layer = {layer} and shard = 0 order by tok"
+        best = np.take_along_axis(first.experts[layer], first.weights[layer].argmax(1)[:, None], axis=1)
+        assert [row[0] for row in run.sql(query).fetchall()] == best.ravel().tolist()
+
+
+def test_a_part_without_a_commit_record_does_not_exist(tmp_path: Path) -> None:
+    one, other = shards()
+    directory = RunDirectory(write_run(tmp_path / "run", LAYERS, [one], complete=False))
+    parts = publish_shard(directory, LAYERS, 1, other)
+    before = open_run(tmp_path / "run")
+    assert before.sql("select distinct shard from routing").fetchall() == [(0,)]
+    assert not before.complete
+    commit_shard(directory, 1, parts, other)
+    assert open_run(tmp_path / "run").sql("select count(distinct shard) from routing").fetchall() == [(2,)]
+    assert before.sql("select count(distinct shard) from routing").fetchall() == [(1,)]
+
+
+def test_a_run_without_a_commit_has_the_same_columns(tmp_path: Path) -> None:
+    for probabilities in (False, True):
+        name = "with" if probabilities else "without"
+        empty = open_run(write_run(tmp_path / f"{name}-0", LAYERS, [], probabilities=probabilities, complete=False))
+        full = open_run(write_run(tmp_path / f"{name}-1", LAYERS, shards(1), probabilities=probabilities))
+        for relation in (*BASE, *VIEWS):
+            described = f"select column_name, column_type from (describe {relation})"
+            assert empty.sql(described).fetchall() == full.sql(described).fetchall(), relation
+        assert empty.sql("select count(*) from assignments").fetchall() == [(0,)]
+
+
+@pytest.mark.parametrize("name", ["o'brien", "a b", "[x]", "what?", "st*r", "layer=3", 'say "hi"', "한국어", "$a"])
+def test_any_folder_name_can_be_opened(name: str, tmp_path: Path) -> None:
+    opened = open_run(write_run(tmp_path / name / "run", LAYERS, shards(1)))
+    assert opened.sql("select distinct layer from routing order by layer").fetchall() == [(1,), (4,)]
+
+
+def test_a_pattern_in_a_folder_name_does_not_reach_other_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "run1", LAYERS, shards(1))
+    starred = open_run(write_run(tmp_path / "run*", LAYERS, shards(1)))
+    assert starred.sql("select count(*) from tokens").fetchall() == [(21,)]
+
+
+def test_runs_are_open_side_by_side(run: Run, tmp_path: Path) -> None:
+    other = open_run(write_run(tmp_path / "run", LAYERS[:1], shards(1)))
+    assert run.sql("select count(*) from layers").fetchall() == [(2,)]
+    assert other.sql("select count(*) from layers").fetchall() == [(1,)]
+    assert run.complete
+    assert run.info["layers"][1]["n_experts"] == 6
+
+
+def test_results_come_as_frames_tables_and_rows(run: Run) -> None:
+    relation = run.query("effective_experts", layer=4)
+    assert relation.df()["label"].tolist() == ["en", "ko"]
+    assert relation.to_arrow_table().num_rows == len(relation.fetchall()) == 2
+
+
+def test_views_sql_gives_the_same_in_any_duckdb(run: Run, folder: Path) -> None:
+    (folder / "views.sql").write_text(views_sql(RunDirectory(folder)))
+    program = (
+        "import duckdb, pathlib; c = duckdb.connect(); c.execute(pathlib.Path('views.sql').read_text());"
+        "print(c.sql('from assignments order by all').fetchall())"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, text=True)
+    assert printed.stdout.strip() == str(run.sql("from assignments order by all").fetchall())
+    assert str(folder) not in (folder / "views.sql").read_text()
+
+
+# ---- what is refused ----
+
+
+def test_a_missing_run_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="collector collect"):
+        open_run(tmp_path / "nothing")
+
+
+def test_a_remote_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="copy s3://bucket/run"):
+        open_run("s3://bucket/run")
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("router_entropi", {}, "did you mean router_entropy"),
+        ("zzz", {}, "there are domain_specialization, "),
+        (
+            "router_entropy",
+            {"layr": 1},
+            "router_entropy has no parameter 'layr'; it takes layer, labels, include_special",
+        ),
+        ("router_entropy", {"layer": 2}, "layer 2 is not recorded in this run; it has 1, 4"),
+        ("router_entropy", {"layer": "one"}, "layer takes integer, got 'one'"),
+        ("router_entropy", {"layer": 1.5}, "layer takes integer, got 1.5"),
+        ("router_entropy", {"labels": "en,kr"}, "no document of this run has the label 'kr'; it has en, ko"),
+        ("router_entropy", {"labels": [1]}, r"labels takes varchar\[\], got \[1\]"),
+        ("router_entropy", {"include_special": "maybe"}, "include_special takes boolean, got 'maybe'"),
+        ("router_entropy", {"include_special": "all"}, "include_special takes one boolean value"),
+        ("language_overlap", {"m": 0}, "m must be at least 1, got 0"),
+        ("top_experts", {"n": "all"}, "n takes one integer value, got 'all'"),
+    ],
+)
+def test_a_mistake_is_named(run: Run, name: str, params: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run.query(name, **params)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "copy (select 1) to 'written.csv'",
+        "with x as (copy (select 1) to 'written.csv') select 1",
+        "select * from query('with x as (copy (select 1) to ''written.csv'') select 1')",
+        "explain analyze copy (select 1) to 'written.csv'",
+        "attach 'written.db'",
+        "create table t as select 1",
+        "create or replace view routing as select 1",
+        "set threads = 1",
+        "pragma database_list",
+        "select 1; drop view routing",
+        "",
+        "selec 1",
+        "select nothing from routing",
+    ],
+)
+def test_sql_runs_reading_statements_only(
+    run: Run, statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"only a single statement that reads|Error"):
+        run.sql(statement).fetchall()
+    assert list(tmp_path.iterdir()) == []
+    assert run.sql("select count(*) from routing").fetchall() == [(84,)]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from layers",
+        "with a as (from layers) from a",
+        "values (1);",
+        "describe routing",
+        "summarize layers",
+        "select 1; -- one",
+    ],
+)
+def test_sql_takes_every_way_to_read(run: Run, statement: str) -> None:
+    assert run.sql(statement).fetchall()
+
+
+def test_sql_does_not_read_python_variables(run: Run) -> None:
+    frame = run.query("effective_experts").df()
+    with pytest.raises(ValueError, match="frame does not exist"):
+        run.sql("select * from frame")
+    assert len(frame) == 4
+
+
+# ---- the catalogue ----
+
+
+def test_headers_tell_everything() -> None:
+    for query in list_queries():
+        assert query.question.endswith("?"), query.name
+        assert all((query.formula, query.source, query.grain)), query.name
+        assert {param.name for param in query.params} >= {"layer", "labels", "include_special"}
+        assert all(param.help for param in query.params)
+
+
+def test_a_minimum_and_a_help_of_two_lines_are_read() -> None:
+    params = {(query.name, param.name): param for query in list_queries() for param in query.params}
+    assert params["top_experts", "n"] == Param(
+        name="n", type="integer", default=10, minimum=1, help="experts per layer and label"
+    )
+    special = params["top_experts", "include_special"]
+    assert special.default is False
+    assert special.help.endswith("they say nothing about the text")
+
+
+def tables_of(sql: str) -> set[str]:
+    """Relations after FROM and JOIN that no CTE of the statement defines."""
+    code = "\n".join(line for line in sql.splitlines() if not line.strip().startswith("--"))
+    return set(re.findall(r"\b(?:from|join) (\w+)", code)) - set(re.findall(r"(\w+) as \(\n", code))
+
+
+def test_queries_read_only_views_and_say_which() -> None:
+    for query in list_queries():
+        assert set(query.reads) == tables_of(query.sql), query.name
+        assert set(query.reads) <= {*VIEWS, "layers"}
+
+
+def test_views_say_what_they_read() -> None:
+    for name, sql in VIEWS.items():
+        reads = {each.strip() for each in read_header(sql)["reads"].split(",")}
+        assert reads == tables_of(sql), name
+
+
+@pytest.mark.parametrize(
+    ("declared", "text", "value"),
+    [
+        ("integer", "3", 3), ("integer", "all", None), ("integer", "", None), ("double", "0.5", 0.5),
+        ("boolean", "True", True), ("varchar", "en", "en"), ("varchar[]", "en, ko", ["en", "ko"]),
+        ("varchar[]", ("en",), ["en"]), ("varchar[]", [], None), ("varchar[]", "all", None),
+    ],
+)  # fmt: skip
+def test_values_are_read_by_their_declared_type(declared: str, text: object, value: object) -> None:
+    assert Param(name="p", type=declared, default=None, help="").parse(text) == value
+
+
+def test_a_session_variable_never_stands_in_for_a_parameter(run: Run) -> None:
+    run.connection.execute("set variable layer = 1")
+    assert {row[1] for row in run.query("effective_experts").fetchall()} == {1, 4}
+
+
+def test_an_undeclared_parameter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = "".join(f"-- {key}: x\n" for key in ("Question", "Formula", "Source", "Grain", "Reads"))
+    (tmp_path / "sly.sql").write_text(f"{header}select $layer\n")
+    monkeypatch.setattr("collector.catalog.query_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match="other parameters than the statement uses: layer"):
+        list_queries()
+
+
+def test_reading_needs_no_duckdb_extension(run: Run) -> None:
+    loaded = "select extension_name from duckdb_extensions() where loaded and install_mode != 'STATICALLY_LINKED'"
+    assert run.connection.execute(loaded).fetchall() == []
+    assert duckdb.__version__ >= "2"
