@@ -86,7 +86,7 @@ class Layer:
 
 def expert_dtype(layers: Sequence[Layer]) -> np.dtype:
     """The narrowest unsigned type that holds every expert id and, as its maximum, 'never written'."""
-    return np.dtype(np.uint8 if max(layer.n_experts for layer in layers) < 255 else np.uint16)
+    return np.dtype(np.uint8 if max(layer.n_experts for layer in layers) <= 255 else np.uint16)
 
 
 def routing_schema(layers: Sequence[Layer], *, probabilities: bool) -> pa.Schema:

@@ -154,10 +154,11 @@ def queries(available: Sequence[Query]) -> None:
     """Prints question, parameters and grain of every query."""
     out = console()
     for query in available:
-        out.print(f"[bold]{query.name}[/]  {query.question}")
-        out.print(f"  one row per {query.grain}", markup=False)
+        out.print(f"[bold]{query.name}[/]  {query.question}", soft_wrap=True)
+        out.print(f"  one row per {query.grain}", markup=False, soft_wrap=True)
         for param in query.params:
-            out.print(f"  --{param.name} {param.type} = {param.default}: {param.help}", markup=False)
+            default = "" if param.default is None else f" = {str(param.default).lower()}"
+            out.print(f"  --{param.name} {param.type}{default}: {param.help}", markup=False, soft_wrap=True)
 
 
 def relation(result: duckdb.DuckDBPyRelation, style: str) -> None:

@@ -1,0 +1,62 @@
+"""What a person sees while a run goes on."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from collector import progress
+from collector.storage import Commit, Skipped
+
+
+def commit(documents: int, tokens: int, bad: int = 0) -> Commit:
+    return Commit(shard=0, attempt="a", plan_hash="p", files={}, documents=documents, tokens=tokens, rows=tokens,
+                  characters=0, truncated=0, skipped={"empty text": Skipped(count=bad, examples=())}, batches=1,
+                  padded_tokens=2 * tokens, seconds={}, node="n")  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_rates_and_eta_count_this_launch_only(clock):
+    tally = progress.Tally(shards=4, documents=400, started=1000.0)
+    tally.add(commit(100, 5000), before=True)
+    assert "ETA" not in tally.line(), "nothing to extrapolate from yet"
+    clock[0] += 10
+    tally.add(commit(90, 2000, bad=10))
+    assert tally.line() == (
+        "shards 2/4 · documents 200/400 · tokens 7,000 · 200 tokens/s · padding efficiency 0.50 · ETA 0:20"
+    )
+    tally.shards_failed = 1
+    assert "failed 1" in tally.line()
+
+
+def test_elsewhere_than_on_a_terminal_there_is_a_plain_line_every_few_seconds(clock):
+    out = io.StringIO()
+    tally = progress.Tally(shards=1, documents=10)
+    with progress.ProgressView(tally, Console(file=out, width=200)) as view:
+        for _ in range(11):
+            clock[0] += 1
+            view.tick()
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3, "after 5 and 10 seconds, and at the end"
+    assert all(line.startswith("shards 0/1") for line in lines)
+    assert "\x1b" not in out.getvalue()
+
+
+def test_on_a_terminal_there_is_a_live_bar():
+    out = io.StringIO()
+    with progress.ProgressView(progress.Tally(shards=3, documents=10), Console(file=out, force_terminal=True)) as view:
+        view.tick()
+    assert "shards 0/3" in out.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61, "1:01"), (3725, "1:02:05"), (-3, "0:00")])
+def test_clock(seconds, text):
+    assert progress._clock(seconds) == text
