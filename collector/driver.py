@@ -22,7 +22,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from collector import plan as planning
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
@@ -191,7 +191,8 @@ class Dispatcher:
         done = run.committed_shards()
         self.waiting = deque(shard for shard in plan.shards if shard.shard not in done)
         self.attempts: Counter[int] = Counter()
-        self.deaths_while_loading = 0
+        self.loaded_one = False
+        self.load_failures = 0
         self.loading: dict[Any, Any] = {}
         self.working: dict[Any, tuple[Any, Shard]] = {}
 
@@ -199,8 +200,8 @@ class Dispatcher:
         """Returns when every shard is committed or has failed its last attempt.
 
         Raises:
-            ValueError: the model cannot be loaded.
-            RuntimeError: replicas die again and again while loading.
+            ValueError: the model cannot be loaded, or a replica loaded another than the run began with.
+            RuntimeError: no replica is left, and none can be loaded any more.
         """
         for _ in range(min(self.placement.replicas, len(self.waiting))):
             self._start_replica()
@@ -229,23 +230,28 @@ class Dispatcher:
         actor = self.loading.pop(reference)
         try:
             card = ray.get(reference)
-        except RayTaskError as error:
-            raise ValueError(str(error.cause)) from error
-        except RayActorError as error:
-            self.deaths_while_loading += 1
-            if self.deaths_while_loading >= self.max_attempts:
-                raise RuntimeError(
-                    f"{self.deaths_while_loading} replicas died while loading the model, as a rule for lack of memory: "
-                    f"{error}"
-                ) from error
-            self._start_replica()
+        except RayError as error:
+            self._failed_to_load(error)
             return
         record_card(self.run, self.plan, card)
-        self.deaths_while_loading = 0
-        if self.view.note:  # the first one: rates and ETA count from here
+        self.load_failures = 0
+        if not self.loaded_one:  # rates and ETA count from here
+            self.loaded_one = True
             self.view.note = ""
             self.view.tally.started = time.monotonic()
         self._assign(actor)
+
+    def _failed_to_load(self, error: RayError) -> None:
+        """Tries again, as long as there is hope: one bad node must not end the run of the others."""
+        if isinstance(error, RayTaskError) and not self.loaded_one:
+            raise ValueError(str(error.cause)) from error
+        self.load_failures += 1
+        reason = f"{self.load_failures} replicas in a row could not load the model, for lack of memory if they died"
+        if self.load_failures < self.max_attempts:
+            self._start_replica()
+        elif not self.working and not self.loading:
+            raise RuntimeError(f"{reason}: {error}") from error
+        self.view.say(f"{reason}: {str(error).splitlines()[0]}")
 
     def _assign(self, actor: Any) -> None:
         """Gives a free replica the next shard that nobody committed meanwhile, or lets it go."""
@@ -264,7 +270,7 @@ class Dispatcher:
             commit = ray.get(reference)
         except RayTaskError as error:
             self._failed(shard, error.cause, str(error))
-        except RayActorError as error:
+        except RayError as error:  # the replica is gone, or its answer is
             self._failed(shard, error, str(error))
             if self.waiting:
                 self._start_replica()

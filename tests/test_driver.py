@@ -63,19 +63,20 @@ def test_killed_replicas_lose_and_repeat_nothing(tmp_path, job):
     root = tmp_path / "run"
     killed = []
 
-    def kill_two_replicas():
-        for commits in (3, 20):
+    def kill_while_loading_and_twice_at_work():
+        for commits in (0, 3, 20):
             wait_for_commits(root, commits)
-            (replica, *_) = replicas_of(psutil.Process())
-            replica.send_signal(signal.SIGKILL)
-            killed.append(replica.pid)
+            while not (replicas := replicas_of(psutil.Process())):
+                time.sleep(0.02)
+            replicas[0].send_signal(signal.SIGKILL)
+            killed.append(replicas[0].pid)
 
-    killer = threading.Thread(target=kill_two_replicas)
+    killer = threading.Thread(target=kill_while_loading_and_twice_at_work)
     killer.start()
     run = driver.collect(str(root), data=data, model=model, capture=CaptureConfig(),
                          launch=LaunchConfig(replicas=1, cpus_per_replica=1))  # fmt: skip
     killer.join()
-    assert len(set(killed)) == 2
+    assert len(set(killed)) == 3
     assert (root / SUCCESS).exists()
     assert_same_content(run, quiet)
     assert run.failures() == {}
