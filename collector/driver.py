@@ -45,13 +45,15 @@ OBJECT_STORE_BYTES = 100 * 2**20
 class ReplicaActor:
     """What runs in an actor. Loading is a call of its own, so that its errors arrive as they are."""
 
-    def load(self, root: str, config: RunConfig, plan_hash: str, threads: int | None) -> dict[str, Any]:
-        """Loads the replica; returns its card for run.json."""
+    def load(
+        self, root: str, config: RunConfig, plan_hash: str, threads: int | None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Loads the replica; returns its card for run.json, and advice."""
         from collector.replica import Replica
 
         self.replica = Replica(root, config, plan_hash, threads=threads)
         self.replica.write_vocabulary()
-        return self.replica.card()
+        return self.replica.card(), self.replica.hints()
 
     def collect(self, shard: Shard) -> Commit:
         """Collects one shard."""
@@ -229,7 +231,7 @@ class Dispatcher:
     def _loaded(self, reference: Any) -> None:
         actor = self.loading.pop(reference)
         try:
-            card = ray.get(reference)
+            card, hints = ray.get(reference)
         except RayError as error:
             self._failed_to_load(error)
             return
@@ -237,6 +239,8 @@ class Dispatcher:
         self.load_failures = 0
         if not self.loaded_one:  # rates and ETA count from here
             self.loaded_one = True
+            for hint in hints:
+                self.view.say(hint)
             self.view.note = ""
             self.view.tally.started = time.monotonic()
         self._assign(actor)

@@ -103,6 +103,17 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
         )
 
 
+def hints(loaded: LoadedModel) -> list[str]:
+    """Advice on settings that work but are needlessly slow here."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = (
+        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("architecture") != "x86_64"
+    )
+    if loaded.device.type == "cpu" and loaded.model.dtype == torch.bfloat16 and not fast:
+        return ["this CPU has no bfloat16 arithmetic: --dtype float32 is several times faster, at twice the memory"]
+    return []
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over names, shapes, dtypes and 256 evenly spaced values of every parameter and buffer.
 

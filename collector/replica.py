@@ -141,6 +141,10 @@ class Replica:
             "versions": _versions(),
         }
 
+    def hints(self) -> list[str]:
+        """Advice for whoever started the run."""
+        return models.hints(self.loaded)
+
     def write_vocabulary(self) -> None:
         """Writes vocab.parquet unless it is there."""
         columns = zip(*models.readable_vocabulary(self.loaded.tokenizer), strict=True)
