@@ -56,9 +56,7 @@ class Bench:
     parts: tuple[Part, ...] = ("wide", "demo", "memory")
     """What to measure."""
     wide_documents: int = 60
-    """Documents for the wide model, spread over all languages."""
-    wide_max_length: int = 32
-    """Tokens per document for the wide model: a CPU without bf16 arithmetic does some 40 of them a second."""
+    """Documents for the wide model, spread over all languages; some CPUs do but 50 of its tokens a second."""
     demo_documents: int = 1800
     """Documents for the demo model."""
     rounds: int = 3
@@ -192,20 +190,19 @@ def prepare(loaded: models.LoadedModel, config: RunConfig, made: plan.Plan) -> l
 
 
 def compare(
-    title: str, lm: Any, model_config: ModelConfig, *, documents: int, rounds: int, max_length: int = 512,
-    once: tuple[str, ...] = (),
-) -> None:  # fmt: skip
+    title: str, lm: Any, model_config: ModelConfig, *, documents: int, rounds: int, once: tuple[str, ...] = ()
+) -> None:
     """Times all variants in turns and prints the table; those in `once` run in the first round only."""
     tokenizer = models.load_tokenizer(model_config)
     data = DataConfig(per_label=max(1, documents // 60))
-    config = resolve(data=data, model=model_config, capture=CaptureConfig(max_length=max_length), device="cpu")
+    config = resolve(data=data, model=model_config, capture=CaptureConfig(), device="cpu")
     made = plan.make_plan(config)
     loaded = models.LoadedModel(model=lm.model, tokenizer=tokenizer, device=torch.device("cpu"))
     texts = [row.text for s in made.shards for row in plan.read_shard(s, data) if isinstance(row, Document)]
     shuffled = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     prepared = prepare(loaded, config, made)
     tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
-    budget = config.capture.tokens_per_batch or 0
+    budget, max_length = config.capture.tokens_per_batch or 0, config.capture.max_length
 
     def floor() -> None:
         with CutAfterLastRouter(lm.model):
@@ -362,7 +359,7 @@ def main(bench: Bench) -> None:
         lm, model_config, folder = wide_model()
         with folder:
             compare("OLMoE at full width, 4 layers, bf16, random weights", lm, model_config, rounds=bench.rounds,
-                    documents=bench.wide_documents, max_length=bench.wide_max_length, once=("a", "b"))  # fmt: skip
+                    documents=bench.wide_documents, once=("a", "b"))  # fmt: skip
         del lm
     if "demo" in bench.parts:
         lm = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto").eval()
