@@ -57,6 +57,8 @@ class Bench:
     """What to measure."""
     wide_documents: int = 60
     """Documents for the wide model, spread over all languages; some CPUs do but 50 of its tokens a second."""
+    wide_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the wide model; on a CPU without bfloat16 arithmetic, float32 shows what others see."""
     demo_documents: int = 1800
     """Documents for the demo model."""
     rounds: int = 3
@@ -246,17 +248,17 @@ def print_table(title: str, subtitle: str, tokens: int, seconds: dict[str, list[
     print("\nratios of tokens/s (median over rounds): " + ", ".join(ratios), flush=True)
 
 
-def wide_model() -> tuple[Any, ModelConfig, tempfile.TemporaryDirectory[str]]:
-    """OLMoE-1B-7B's width with 4 of its layers, random weights, bf16; saved as config and tokenizer only."""
+def wide_model(dtype: Literal["bfloat16", "float32"]) -> tuple[Any, ModelConfig, tempfile.TemporaryDirectory[str]]:
+    """OLMoE-1B-7B's width with 4 of its layers, random weights; saved as config and tokenizer only."""
     from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
     folder = tempfile.TemporaryDirectory()
-    config = OlmoeConfig(**WIDE, dtype="bfloat16", architectures=["OlmoeForCausalLM"])
+    config = OlmoeConfig(**WIDE, dtype=dtype, architectures=["OlmoeForCausalLM"])
     config.save_pretrained(folder.name)
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder.name)
     torch.manual_seed(0)
-    lm = OlmoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    return lm, ModelConfig(model=folder.name, weights="random", dtype="bfloat16"), folder
+    lm = OlmoeForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
+    return lm, ModelConfig(model=folder.name, weights="random", dtype=dtype), folder
 
 
 # -- memory and size ---------------------------------------------------------------------------------
@@ -356,10 +358,10 @@ def main(bench: Bench) -> None:
 
     print(f"python -m benchmarks.collect {' '.join(sys.argv[1:])}\n{machine()}", flush=True)
     if "wide" in bench.parts:
-        lm, model_config, folder = wide_model()
+        lm, model_config, folder = wide_model(bench.wide_dtype)
         with folder:
-            compare("OLMoE at full width, 4 layers, bf16, random weights", lm, model_config, rounds=bench.rounds,
-                    documents=bench.wide_documents, once=("a", "b"))  # fmt: skip
+            title = f"OLMoE at full width, 4 layers, {bench.wide_dtype}, random weights"
+            compare(title, lm, model_config, documents=bench.wide_documents, rounds=bench.rounds, once=("a", "b"))
         del lm
     if "demo" in bench.parts:
         lm = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto").eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -149,6 +150,33 @@ def test_another_plan_is_refused_and_the_fields_named(tmp_path, job):
     assert other.returncode == 2
     assert "--limit was 20, is now 30" in other.stderr
     assert "--max-length was 512, is now 64" in other.stderr
+
+
+@pytest.fixture
+def cluster_address():
+    """A Ray head that somebody else started, with two CPUs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = ["start", "--head", "--block", "--port", str(port), "--num-cpus", "2", "--include-dashboard", "false"]
+    head = subprocess.Popen([Path(sys.executable).parent / "ray", *start], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    assert any("Ray runtime started" in line for line in head.stdout), "the head did not come up"
+    yield f"127.0.0.1:{port}"
+    assert head.poll() is None, "the cluster outlives the runs that joined it"
+    family = psutil.Process(head.pid).children(recursive=True)
+    head.terminate()
+    head.communicate(timeout=60)
+    for left in psutil.wait_procs(family, timeout=10)[1]:
+        left.kill()
+
+
+def test_two_replicas_on_a_cluster_that_was_there_before(tmp_path, job, cluster_address):
+    root = tmp_path / "run"
+    arguments = [*command(job, root), "--replicas", "2", "--ray-address", cluster_address]
+    process = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert_same_content(RunDirectory(root), job[2])
 
 
 def test_a_cluster_without_gpus_says_so(tmp_path, job):
