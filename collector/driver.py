@@ -265,8 +265,12 @@ class Dispatcher:
             if commit is None:
                 self.working[actor.collect.remote(shard)] = actor, shard
                 return
-            self.view.tally.add(commit, before=True)
+            self._done(shard, commit)
         ray.kill(actor)
+
+    def _done(self, shard: Shard, commit: Commit) -> None:
+        self.run.clear_failure(shard.shard)
+        self.view.tally.add(commit)
 
     def _worked(self, reference: Any) -> None:
         actor, shard = self.working.pop(reference)
@@ -280,11 +284,14 @@ class Dispatcher:
                 self._start_replica()
             return
         else:
-            self.run.clear_failure(shard.shard)
-            self.view.tally.add(commit)
+            self._done(shard, commit)
         self._assign(actor)
 
     def _failed(self, shard: Shard, error: BaseException, trace: str) -> None:
+        commit = self.run.read_commit(shard.shard)
+        if commit is not None:  # it died between its commit and its answer
+            self._done(shard, commit)
+            return
         self.attempts[shard.shard] += 1
         attempt = self.attempts[shard.shard]
         final = attempt >= self.max_attempts
