@@ -265,12 +265,13 @@ class Dispatcher:
             if commit is None:
                 self.working[actor.collect.remote(shard)] = actor, shard
                 return
-            self._done(shard, commit)
+            self._done(shard, commit, by_another=True)
         ray.kill(actor)
 
-    def _done(self, shard: Shard, commit: Commit) -> None:
+    def _done(self, shard: Shard, commit: Commit, *, by_another: bool = False) -> None:
+        """Counts a committed shard; one of another driver has no part in this launch's rate."""
         self.run.clear_failure(shard.shard)
-        self.view.tally.add(commit)
+        self.view.tally.add(commit, before=by_another)
 
     def _worked(self, reference: Any) -> None:
         actor, shard = self.working.pop(reference)

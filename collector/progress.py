@@ -105,9 +105,8 @@ class ProgressView:
 
     def tick(self) -> None:
         """Brings the view up to date."""
-        line = self.tally.line() + (f" · {self.note}" if self.note else "")
         if self._live:
-            self._bar.update(self._task, completed=self.tally.rows_done, line=line)
+            self._bar.update(self._task, completed=self.tally.rows_done, line=self._line())
         elif time.monotonic() >= self._next_line:
             self._print()
 
@@ -115,7 +114,9 @@ class ProgressView:
         """Prints a message that stays."""
         self.console.print(message, markup=False)
 
+    def _line(self) -> str:
+        return self.tally.line() + (f" · {self.note}" if self.note else "")
+
     def _print(self) -> None:
         self._next_line = time.monotonic() + PLAIN_EVERY
-        note = f" · {self.note}" if self.note else ""
-        self.console.print(self.tally.line() + note, markup=False, soft_wrap=True)
+        self.console.print(self._line(), markup=False, soft_wrap=True)
