@@ -1,8 +1,10 @@
-"""Tokenizer and model: pretrained or random weights, in one dtype, on one device, without a head.
+"""Tokenizer and model: pretrained or random weights, quantized or not, on one device, without a head.
 
-The model is the base model (`AutoModel`): routing needs no language-model head. Random weights are
-drawn under a seed straight in the target dtype, so every replica of a run holds the same ones.
-`fingerprint` tells whether two replicas do. Finding the routers is the business of `routers`.
+The model is the base model (`AutoModel`): routing needs no language-model head. What cannot work is
+refused before anything is downloaded or allocated, by an empty model of the same architecture: a
+dense model, a tokenizer that does not fit, too little memory. Random weights are drawn under a seed
+on the host straight in the target dtype, so every replica of a run holds the same ones, whatever
+its device. `fingerprint` tells whether two replicas do.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from collector import arithmetic, checkpoints, quantization
 from collector.config import DEMO, ModelConfig
 from collector.demo.corpus import MODEL_DIR
+from collector.routers import find_routers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +28,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FINGERPRINT_SAMPLES = 256
+_BITS_OF_SCALES = {True: 8 / 64 + 32 / (64 * 256), False: 32 / 64}
+"""Per 4-bit parameter, by whether the scales are quantized too."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Where the parts of a model go that one device does not hold (by accelerate)."""
+
+    offload: str | None = None
+    """`cpu` or `disk`: what may also hold weights, which then travel to the device in every pass."""
+    host_memory: str | None = None
+    """Host memory that weights may take, for example 20GB (default: what is free)."""
+    folder: str | None = None
+    """Where weights offloaded to the disk lie."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +51,9 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: Any
     device: torch.device
+    """Where inputs go."""
+    compute_dtype: torch.dtype
+    """In which matrices are multiplied."""
 
     @property
     def pad_id(self) -> int:
@@ -42,31 +64,55 @@ class LoadedModel:
         return 0
 
 
-def load(config: ModelConfig, device: str) -> LoadedModel:
+def load(config: ModelConfig, device: str, spread: Spread | None = None) -> LoadedModel:
     """Loads tokenizer and model, ready to run.
 
+    Args:
+        config: which model, in which precision.
+        device: `cpu` or `cuda`.
+        spread: over which devices the weights go if one does not hold them (default: one device).
+
     Raises:
-        ValueError: the repository is missing or gated, or tokenizer and model do not fit together.
+        ValueError: the repository is missing or gated, the checkpoint does not fit the architecture,
+            tokenizer and model do not fit together, the model has no router, there is not enough
+            memory for it, or the quantization would leave its experts as they are.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # what counts of its reports is checked here
+        logging.set_verbosity_error()
     location = _location(config)
     with _telling_remedy(config):
         architecture = AutoConfig.from_pretrained(location, revision=config.revision)
     tokenizer = load_tokenizer(config)
-    dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    # An index makes `cuda` the one GPU that Ray gave this process.
+    target = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    stored = _own_quantization(architecture)
+    if stored is not None and config.weights == "random":
+        del architecture.quantization_config
+        stored = None
+    dtype = architecture.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    empty = _empty(architecture, dtype or torch.float32)
+    _check_vocabulary(empty, tokenizer)
+    find_routers(empty)
+    if dtype is None:
+        read = config.weights == "pretrained"
+        dtype = checkpoints.stored_dtype(checkpoints.lazy_tensors(_files(config))) if read else torch.float32
+    if stored is None:  # what a quantized checkpoint takes is for its own quantizer to say
+        _check_memory(config, empty, dtype, target, spread)
+    method = _method(config, stored, empty)
     if config.weights == "random":
-        if dtype == "auto":
-            dtype = architecture.dtype or torch.float32
-        torch.manual_seed(config.seed)
-        model = AutoModel.from_config(architecture, dtype=dtype).to(device)
+        model = _random(config, architecture, dtype, method, target)
     else:
-        placement = {"device_map": {"": device}} if device != "cpu" else {}
-        model = AutoModel.from_pretrained(location, revision=config.revision, dtype=dtype, **placement)
-    _check_vocabulary(model, tokenizer)
-    return LoadedModel(model=model.eval(), tokenizer=tokenizer, device=torch.device(device))
+        model = _pretrained(config, type(empty), architecture, dtype, method, target, spread)
+    if config.quantization in ("nf4", "fp4"):  # what a checkpoint quantized in part left
+        quantization.quantize_model(model, config.quantization, double=config.double_quantization)
+    _check_experts(config, model)
+    compute = arithmetic.resolve(config.compute_dtype, dtype, target)
+    arithmetic.apply(model, dtype, compute, target)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, device=target, compute_dtype=compute)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -75,6 +121,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     with _telling_remedy(config):
         return AutoTokenizer.from_pretrained(_location(config), revision=config.revision)
+
+
+# -- weights -----------------------------------------------------------------------------------------
 
 
 def _location(config: ModelConfig) -> str:
@@ -93,6 +142,233 @@ def _telling_remedy(config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
+def _files(config: ModelConfig) -> list[str]:
+    with _telling_remedy(config):
+        return checkpoints.weight_files(_location(config), config.revision)
+
+
+def _empty(architecture: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights: every shape, no memory."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(architecture, dtype=dtype)
+
+
+def _random(
+    config: ModelConfig, architecture: Any, dtype: torch.dtype, method: Any, device: torch.device
+) -> PreTrainedModel:
+    """The model's own initialisation, drawn on the host: the same numbers for every device."""
+    from transformers import AutoModel
+
+    torch.manual_seed(config.seed)
+    model = AutoModel.from_config(architecture, dtype=dtype)
+    if method is None:
+        return model.to(device)
+    weights = model.state_dict()
+    return _fill(type(model), architecture, dtype, method, device, weights)[0]
+
+
+def _pretrained(
+    config: ModelConfig, kind: type[PreTrainedModel], architecture: Any, dtype: torch.dtype, method: Any,
+    device: torch.device, spread: Spread | None,
+) -> PreTrainedModel:  # fmt: skip
+    if spread is not None:
+        model, info = _spread_out(config, kind, dtype, method, device, spread)
+    else:
+        tensors = checkpoints.lazy_tensors(_files(config))
+        model, info = _fill(kind, architecture, dtype, method, device, tensors)
+    checkpoints.require_complete(config.model, info)
+    return model
+
+
+def _fill(
+    kind: type[PreTrainedModel], architecture: Any, dtype: torch.dtype, method: Any, device: torch.device,
+    tensors: dict[str, Any],
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
+    """Loads tensors one by one to the device, each quantized before the next is read."""
+    build: Any = kind.from_pretrained
+    with checkpoints.sparing_memory():
+        return build(
+            None, config=architecture, state_dict=tensors, dtype=dtype, quantization_config=method,
+            device_map={"": str(device)}, output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+
+
+def _spread_out(
+    config: ModelConfig, kind: type[PreTrainedModel], dtype: torch.dtype, method: Any, device: torch.device,
+    spread: Spread,
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
+    """Loads over several GPUs, host memory and disk, as accelerate finds room.
+
+    Raises:
+        ValueError: accelerate needs the disk, which was not asked for.
+    """
+    room = _room(device, spread)
+    build: Any = kind.from_pretrained
+    with checkpoints.sparing_memory(), _telling_remedy(config):
+        model, info = build(
+            _location(config), revision=config.revision, dtype=dtype, quantization_config=method, device_map="auto",
+            max_memory=room, offload_folder=spread.folder, output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    if "disk" in getattr(model, "hf_device_map", {}).values() and spread.offload != "disk":
+        raise ValueError(f"--model {config.model} does not fit into {_told(room)}: use --offload disk, or more devices")
+    return model, info
+
+
+def _room(device: torch.device, spread: Spread | None) -> dict[Any, int]:
+    """Bytes that weights may take, by device."""
+    if device.type == "cuda":
+        several = range(torch.cuda.device_count()) if spread is not None else [0]
+        room: dict[Any, int] = {index: checkpoints.free_bytes(torch.device("cuda", index)) for index in several}
+        if spread is None or spread.offload is None:
+            return room
+    else:
+        room = {}
+    host = checkpoints.free_bytes(torch.device("cpu"))
+    if spread is not None and spread.host_memory is not None:
+        from accelerate.utils import convert_file_size_to_int
+
+        host = min(host, convert_file_size_to_int(spread.host_memory))
+    return room | {"cpu": host}
+
+
+def _told(room: dict[Any, int]) -> str:
+    return ", ".join(f"{_size(size)} on {place if place == 'cpu' else f'GPU {place}'}"
+                     for place, size in room.items())  # fmt: skip
+
+
+def _required(empty: PreTrainedModel, dtype: torch.dtype, how: str, *, double: bool) -> int:
+    """Bytes of a model's parameters under a quantization."""
+    converted = quantization.targets(empty) if how != "none" else set()
+    if how == "int8-linear":
+        converted = {
+            name for name in converted if isinstance(empty.get_submodule(name.rpartition(".")[0]), torch.nn.Linear)
+        }
+    bits = 8.0 if how == "int8-linear" else 4 + _BITS_OF_SCALES[double]
+    total = 0.0
+    for name, parameter in empty.named_parameters():
+        total += parameter.numel() * (bits / 8 if name in converted else dtype.itemsize)
+    return int(total)
+
+
+def _check_memory(
+    config: ModelConfig, empty: PreTrainedModel, dtype: torch.dtype, device: torch.device, spread: Spread | None
+) -> None:
+    """Refuses what would fail after minutes of loading, and says what would fit.
+
+    Raises:
+        ValueError: the weights are larger than the free memory.
+    """
+    if spread is not None and spread.offload == "disk":
+        return
+    room = _room(device, spread)
+    free = sum(room.values())
+    needed = _required(empty, dtype, config.quantization, double=config.double_quantization)
+    if needed <= free:
+        return
+    others = {
+        "--dtype bfloat16": _required(empty, torch.bfloat16, "none", double=False),
+        "--quantization nf4": _required(empty, dtype, "nf4", double=True),
+    }
+    fits = [f"{flag} ({_size(size)})" for flag, size in others.items() if size < min(needed, free)]
+    remedy = f"{' or '.join(fits)} would fit" if fits else (
+        "no precision fits: use --gpus-per-replica, --offload, or a larger machine"
+    )  # fmt: skip
+    how = "" if config.quantization == "none" else f" with --quantization {config.quantization}"
+    raise ValueError(
+        f"--model {config.model} takes {_size(needed)} in {str(dtype).removeprefix('torch.')}{how}, "
+        f"but free are {_told(room)}; {remedy}"
+    )
+
+
+# -- quantization ------------------------------------------------------------------------------------
+
+
+def _own_quantization(architecture: Any) -> Any:
+    """What a checkpoint says of its own quantization, bitsandbytes' 4 bits in our terms.
+
+    The usual recipe leaves fused experts out; ours reads what it wrote and can quantize the rest.
+    """
+    found = getattr(architecture, "quantization_config", None)
+    if found is None:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    if values.get("load_in_4bit") or values.get("_load_in_4bit"):
+        kind, double = values.get("bnb_4bit_quant_type", "fp4"), values.get("bnb_4bit_use_double_quant", False)
+        architecture.quantization_config = quantization.FourBitConfig(kind, double=double).to_dict()
+    return architecture.quantization_config
+
+
+def _method(config: ModelConfig, stored: Any, empty: PreTrainedModel) -> Any:
+    """The quantization_config that transformers gets; None if the checkpoint brings its own, or none is wanted."""
+    if stored is not None or config.quantization == "none":
+        return None
+    if config.quantization == "int8-linear":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[r.name for r in find_routers(empty)])
+    return quantization.FourBitConfig(config.quantization, double=config.double_quantization)
+
+
+def _check_experts(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Refuses a quantized model whose experts, its largest part, are not quantized."""
+    quantized = config.quantization != "none" or getattr(model, "is_quantized", False)
+    if not quantized or config.quantization == "int8-linear" or config.unquantized_experts:
+        return
+    left = quantization.unquantized_experts(model)
+    held = quantization.treatments(model)
+    plain = sum(part.parameters for how, part in held.items() if "float" in how)
+    body = sum(part.parameters for part in held.values()) - _embedded(model)
+    if left or plain - _embedded(model) > body / 2:
+        raise ValueError(
+            f"{len(left)} experts' tensors of --model {config.model}, and {_count(plain)} parameters in all, are not "
+            f"quantized ({', '.join(left[:2]) or 'their layers are of a kind that has no 4-bit form'} …): use "
+            "--quantization nf4 where the checkpoint left them out, or accept it with --unquantized-experts"
+        )
+
+
+def _embedded(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.numel()
+
+
+def describe(loaded: LoadedModel) -> dict[str, Any]:
+    """What became of every parameter, for run.json.
+
+    Returns:
+        `treatments` (parameters and bytes by how they are held), `bytes` in all, `bytes_bfloat16` of
+        the same parameters in bfloat16, `compute_dtype`.
+    """
+    held = quantization.treatments(loaded.model)
+    return {
+        "treatments": {how: dataclasses.asdict(part) for how, part in held.items()},
+        "bytes": sum(part.bytes for part in held.values()),
+        "bytes_bfloat16": 2 * sum(part.parameters for part in held.values()),
+        "compute_dtype": str(loaded.compute_dtype).removeprefix("torch."),
+    }
+
+
+def tell(description: dict[str, Any]) -> str:
+    """`describe` in one line."""
+    parts = [f"{_count(part['parameters'])} in {how}" for how, part in description["treatments"].items()]
+    size, plain = description["bytes"], description["bytes_bfloat16"]
+    saved = f", {_size(plain - size)} less than in bfloat16" if size < plain else ""
+    computed = description["compute_dtype"]
+    return f"parameters: {', '.join(parts)}; {_size(size)}{saved}; matrices multiplied in {computed}"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
@@ -104,12 +380,8 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
 
 
 def hints(loaded: LoadedModel) -> list[str]:
-    """Advice on settings that work but are needlessly slow here."""
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    slow = has.get("architecture") == "x86_64" and not (has.get("avx512_bf16") or has.get("amx_bf16"))
-    if slow and loaded.device.type == "cpu" and loaded.model.dtype == torch.bfloat16:
-        return ["this CPU has no bfloat16 arithmetic: --dtype float32 is several times faster, at twice the memory"]
-    return []
+    """What the user should read before the first batch."""
+    return [tell(describe(loaded))]
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -118,14 +390,21 @@ def fingerprint(model: PreTrainedModel) -> str:
     Tells replicas and runs with different weights apart without reading every byte; two models that
     differ only between the sampled values are taken for the same.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
-        sample = flat[::step][:_FINGERPRINT_SAMPLES].contiguous().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    from accelerate.utils import align_module_device
+
+    prints = {name: _print(tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    for path, module in model.named_modules() if hasattr(model, "hf_device_map") else ():
+        with align_module_device(module, "cpu"):  # fetches what lies on the disk
+            own = module.state_dict(prefix=f"{path}." if path else "")
+            prints |= {name: _print(tensor) for name, tensor in own.items() if name not in prints and not tensor.is_meta}
+    return hashlib.sha256("".join(f"{name} {prints[name]}\n" for name in sorted(prints)).encode()).hexdigest()
+
+
+def _print(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
+    sample = flat[::step][:_FINGERPRINT_SAMPLES].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(sample).hexdigest()}"
 
 
 def readable_vocabulary(tokenizer: Any) -> list[tuple[int, str, bool]]:

@@ -1,0 +1,195 @@
+"""Checkpoints on disk: finding their files, reading them tensor by tensor, writing quantized ones.
+
+Files are read with pread instead of a memory map: of a mapped checkpoint every page that was read
+counts as resident until the mapping is gone, so that a 14 GB file costs 14 GB beside the quantized
+model. A tensor that the model has and the checkpoint lacks is an error, never a random value.
+
+Only safetensors: unpickling a stranger's weights runs their code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from transformers import PreTrainedModel
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
+_NAMED = 5
+_SHARD_BYTES = 4 * 2**30
+
+
+def weight_files(location: str, revision: str | None) -> list[str]:
+    """Local paths of a checkpoint's safetensors files; downloads them from the hub where needed.
+
+    Raises:
+        ValueError: there is none.
+        OSError: the repository is missing, gated or unreachable.
+    """
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    single = cached_file(location, SINGLE, **options)
+    if single is not None:
+        return [single]
+    index = cached_file(location, INDEX, **options)
+    if index is None:
+        raise ValueError(
+            f"{location} has neither {SINGLE} nor {INDEX}. Only safetensors are read; pickled weights "
+            "(pytorch_model.bin) are converted by loading them once and calling save_pretrained"
+        )
+    files, _ = get_checkpoint_shard_files(location, index, revision=revision)
+    return list(files)
+
+
+def lazy_tensors(files: list[str]) -> dict[str, Any]:
+    """Slices by tensor name; `slice[...]` reads one into memory of its own."""
+    tensors = {}
+    for file in files:
+        opened: Any = safe_open(file, framework="pt", device="cpu", backend="pread")
+        tensors.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118 - no iterator
+    return tensors
+
+
+def stored_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
+    """The precision of most values of a checkpoint."""
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    counts: dict[str, int] = {}
+    for tensor in tensors.values():
+        kind = tensor.get_dtype()
+        counts[kind] = counts.get(kind, 0) + math.prod(tensor.get_shape())
+    floats = {kind: count for kind, count in counts.items() if kind in names}
+    return names[max(floats, key=floats.__getitem__)] if floats else torch.float32
+
+
+def require_complete(location: str, info: Mapping[str, Any]) -> None:
+    """Checks that every tensor of the model came from the checkpoint.
+
+    Args:
+        location: for the message.
+        info: `loading_info` of `from_pretrained`.
+
+    Raises:
+        ValueError: tensors are missing, have another shape, or could not be converted.
+    """
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    errors = info.get("conversion_errors") or {}
+    if not (missing or mismatched or errors):
+        return
+    unknown = sorted(info["unexpected_keys"])
+    parts = [
+        f"the model's tensors {_some(missing)} are not in it" if missing else "",
+        f"tensors of another shape: {_some([f'{n} {tuple(a)} instead of {tuple(b)}' for n, a, b in mismatched])}"
+        if mismatched else "",
+        f"tensors that could not be converted: {_some(sorted(errors))} ({next(iter(errors.values())).splitlines()[-1]})"
+        if errors else "",
+        f"it has {_some(unknown)} instead" if unknown and missing else "",
+    ]  # fmt: skip
+    raise ValueError(
+        f"the checkpoint {location} does not fit its model: {'; '.join(part for part in parts if part)}. "
+        "Its layout may be older or newer than this version of transformers knows"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def require_empty(folder: Path) -> None:
+    """ValueError if a folder holds something already."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; choose another folder")
+
+
+def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> int:
+    """Writes a model as it is held, quantized tensors included, to a folder that `collector` loads.
+
+    Returns:
+        Bytes of its weights.
+
+    Raises:
+        ValueError: the folder holds something already.
+    """
+    require_empty(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in _unshared(model.state_dict()).items():
+        count = tensor.numel() * tensor.itemsize
+        if size and size + count > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size, total = size + count, total + count
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [SINGLE]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return total
+
+
+def _unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One name per storage: tied embeddings are written once and tied again on loading."""
+    seen: set[tuple[int, int]] = set()
+    kept = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.numel())
+        if tensor.numel() == 0 or key not in seen:
+            seen.add(key)
+            kept[name] = tensor
+    return kept
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; on the host within the limit of its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    try:
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no control group, or one without a limit ("max")
+        return free
+    return free
+
+
+@contextlib.contextmanager
+def sparing_memory() -> Iterator[None]:
+    """Loads one tensor at a time, and gives back what loading needed.
+
+    transformers would read ahead in threads, faster than tensors can be quantized.
+    """
+    before = os.environ.get(_ONE_BY_ONE)
+    os.environ[_ONE_BY_ONE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ONE_BY_ONE]
+        else:
+            os.environ[_ONE_BY_ONE] = before
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory to itself
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,197 @@
+"""4-bit replicas: what is converted, what stays, and that nothing else changes.
+
+The reference everywhere is a model of plain floats whose weights were replaced by what bitsandbytes
+itself makes of them, or bitsandbytes' own functions on the whole tensor.
+"""
+
+from __future__ import annotations
+
+import json
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
+
+from collector import arithmetic, checkpoints, families, fourbit, models, quantization
+from collector.config import ModelConfig
+from collector.demo.corpus import MODEL_DIR
+from collector.routers import find_routers
+
+SHAPES = [(8, 96, 80), (6, 32, 48), (5, 20, 18), (3, 64)]
+"""Whole blocks per expert; two dimensions below a block; blocks that reach over experts; a plain matrix."""
+FAMILIES = families.names()
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pieces_give_what_bitsandbytes_makes_of_the_whole(shape, kind, double, monkeypatch):
+    monkeypatch.setattr(fourbit, "_PIECE", 256)
+    values = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()
+    packed, state = fourbit.quantize(values, kind, double=double)
+    expected, expected_state = bnb.quantize_4bit(values, quant_type=kind, compress_statistics=double)
+    assert torch.equal(packed, expected)
+    module = nn.Module()
+    module.w = nn.Parameter(values)
+    fourbit.replace(module, "w", packed, state.as_dict(packed=True))
+    whole = bnb.dequantize_4bit(expected, expected_state)
+    assert torch.equal(module.w, whole)
+    assert torch.equal(fourbit.dequantized(module, "w", torch.bfloat16), whole)
+    if len(shape) == 3:
+        one = fourbit.slices(module, "w", torch.float32)
+        assert all(torch.equal(one(index).bfloat16(), whole[index]) for index in range(shape[0]))
+
+
+def test_a_state_dict_is_the_one_bitsandbytes_writes():
+    values = torch.randn(4, 64, 64)
+    ours, theirs = nn.Module(), nn.Module()
+    ours.w, theirs.w = nn.Parameter(values), nn.Parameter(values)
+    fourbit.quantize_parameter(ours, "w", values, "nf4", double=True)
+    replace_parameter_4bit(theirs, "w", compress_statistics=True)
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def dequantized_copy(model, original):
+    """`original` with the values that the 4-bit model has, all in plain floats."""
+    for target in quantization.targets(original):
+        path, _, name = target.rpartition(".")
+        values = getattr(model.get_submodule(path), name).detach().clone()
+        original.get_submodule(path)._parameters[name] = nn.Parameter(values, requires_grad=False)
+    return original
+
+
+def outputs(model, rows=2, positions=7):
+    ids = torch.randint(3, 60, (rows, positions), generator=torch.Generator().manual_seed(3))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.inference_mode():
+        target = model.get_encoder() if model.config.is_encoder_decoder else model
+        return target(**inputs, use_cache=False)[0] if target is model else target(**inputs)[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_computes_with_4_bits_as_with_the_same_values_in_floats(name):
+    """Routers, norms, embeddings and biases stay; experts do not; the experts implementation changes nothing."""
+    family = families.family(name)
+    plain, model = families.tiny(family), families.tiny(family)
+    routers = tuple(f"{router.name}." for router in find_routers(plain))
+    quantization.quantize_model(model, "nf4", double=True)
+    arithmetic.apply(model, torch.float32, torch.float32, torch.device("cpu"))
+    for path, module in plain.named_modules():
+        kept = isinstance(module, nn.Embedding) or f"{path}.".startswith(routers)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if kept or parameter.ndim == 1 or "bias" in leaf:
+                assert not fourbit.is_quantized(model.get_submodule(path), leaf), f"{path}.{leaf}"
+    if name != "doge":  # its experts are rows of embeddings
+        assert quantization.unquantized_experts(model) == []
+    reference = dequantized_copy(model, plain)
+    torch.testing.assert_close(outputs(model), outputs(reference), atol=2e-5, rtol=1e-4)
+
+
+# -- loading -----------------------------------------------------------------------------------------
+
+
+def same_state(one, other):
+    a, b = one.model.state_dict(), other.model.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def nf4() -> models.LoadedModel:
+    return models.load(ModelConfig(dtype="bfloat16", quantization="nf4"), "cpu")
+
+
+def test_loading_tensor_by_tensor_equals_quantizing_the_loaded_model(nf4):
+    plain = models.load(ModelConfig(dtype="bfloat16"), "cpu")
+    quantization.quantize_model(plain.model, "nf4", double=True)
+    assert same_state(nf4, plain)
+
+
+def test_the_demo_is_quantized_but_for_routers_norms_and_embeddings(nf4):
+    layers, hidden, inner, experts, words = 8, 64, 32, 64, 8192
+    quantized = layers * (4 * hidden * hidden + experts * 3 * hidden * inner)
+    rest = words * hidden + layers * (experts * hidden + 4 * hidden) + hidden
+    held = quantization.treatments(nf4.model)
+    assert {how: part.parameters for how, part in held.items()} == {"nf4": quantized, "bfloat16": rest}
+    blocks = quantized // 64
+    assert held["nf4"].bytes == pytest.approx(quantized / 2 + blocks * (1 + 4 / 256), rel=0.01)
+    assert held["bfloat16"].bytes == 2 * rest
+
+
+def test_what_is_told_before_the_first_batch(nf4):
+    told = models.tell(models.describe(nf4))
+    assert "3.28 M in nf4, 559 k in bfloat16" in told
+    assert "less than in bfloat16" in told
+
+
+def test_random_weights_are_quantized_alike_in_every_replica():
+    config = ModelConfig(weights="random", seed=5, dtype="bfloat16", quantization="nf4")
+    one, other = models.load(config, "cpu"), models.load(config, "cpu")
+    assert same_state(one, other)
+    plain = models.load(ModelConfig(weights="random", seed=5, dtype="bfloat16"), "cpu")
+    quantization.quantize_model(plain.model, "nf4", double=True)
+    assert same_state(one, plain), "of the weights that the unquantized baseline has"
+
+
+def test_a_quantized_copy_loads_as_what_it_was_made_of(nf4, tmp_path):
+    checkpoints.save(nf4.model, nf4.tokenizer, tmp_path / "copy")
+    again = models.load(ModelConfig(model=str(tmp_path / "copy")), "cpu")
+    assert same_state(nf4, again)
+    assert models.fingerprint(nf4.model) == models.fingerprint(again.model)
+    assert torch.equal(outputs(nf4.model), outputs(again.model))
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["quantization_config"]["kind"] == "nf4"
+
+
+def test_a_quantized_copy_in_several_files(nf4, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_SHARD_BYTES", 2**19)
+    checkpoints.save(nf4.model, nf4.tokenizer, tmp_path / "copy")
+    assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 3
+    assert same_state(nf4, models.load(ModelConfig(model=str(tmp_path / "copy")), "cpu"))
+    with pytest.raises(ValueError, match="not empty"):
+        checkpoints.save(nf4.model, nf4.tokenizer, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def usual_recipe(tmp_path_factory):
+    """What transformers' own 4-bit loading saves: Linear layers in 4 bits, fused experts in 16."""
+    folder = tmp_path_factory.mktemp("usual")
+    recipe = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                llm_int8_skip_modules=["gate"])  # fmt: skip
+    model = AutoModel.from_pretrained(MODEL_DIR, dtype=torch.bfloat16, quantization_config=recipe, device_map="cpu")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_checkpoint_that_left_its_experts_out_is_refused(usual_recipe):
+    with pytest.raises(ValueError, match=r"experts\.(down|gate_up)_proj.*--quantization nf4.*--unquantized-experts"):
+        models.load(ModelConfig(model=usual_recipe), "cpu")
+
+
+def test_a_checkpoint_that_left_its_experts_out_is_accepted_or_completed(usual_recipe, nf4):
+    accepted = models.load(ModelConfig(model=usual_recipe, unquantized_experts=True), "cpu")
+    assert quantization.treatments(accepted.model)["nf4"].parameters == 8 * 4 * 64 * 64
+    completed = models.load(ModelConfig(model=usual_recipe, quantization="nf4"), "cpu")
+    assert same_state(completed, nf4)
+
+
+def test_int8_converts_linear_layers_only():
+    loaded = models.load(ModelConfig(dtype="bfloat16", quantization="int8-linear"), "cpu")
+    held = quantization.treatments(loaded.model)
+    assert held["int8"].parameters == 8 * 4 * 64 * 64
+    routers = find_routers(loaded.model)
+    assert {router.module.weight.dtype for router in routers} == {torch.bfloat16}
+    plain = models.load(ModelConfig(dtype="bfloat16"), "cpu")
+    close = (outputs(loaded.model) - outputs(plain.model)).float().abs().mean()
+    assert 0 < close < 0.1 * outputs(plain.model).float().abs().mean()
+
+
+def test_a_quantized_model_states_what_it_takes(monkeypatch):
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda _device: 10_000_000)
+    with pytest.raises(ValueError, match=r"15\.3 MB in float32.*free are 10\.0 MB on cpu.*--dtype bfloat16 \(7\.7 MB\) or .*nf4"):
+        models.load(ModelConfig(), "cpu")
+    models.load(ModelConfig(quantization="nf4"), "cpu")
