@@ -5,13 +5,15 @@
     python -m benchmarks.collect --parts demo    # the demo model
     python -m benchmarks.collect --parts memory  # peak memory and bytes per token at 1x and 10x the data
 
-All variants see the same texts with the same model in one process (e in an actor of its own), in
-turns; medians over the rounds are compared. Tokens are real tokens, padding not counted.
+All variants see the same texts with the same weights in one process (e in an actor of its own), in
+turns; medians over the rounds are compared. Tokens are real tokens, padding not counted. a, b and c
+run the model as transformers loads it; f, d and e as the collector loads it, which multiplies in
+float32 on a CPU that only emulates bfloat16.
 
 (a) notebook: one sentence at a time, `AutoModelForCausalLM`, a hook that keeps the logits, argmax
 (b) transformers: arrival order, same padded-token budget, `output_router_logits=True`, then top-k
 (c) bare: the base model on the collector's own batches, no hooks, all of it
-(f) floor: the same forward cut exactly where the collector stops, no hooks, no output
+(f) floor: the collector's forward cut exactly where it stops, no hooks, no output, padding everywhere
 (d) collector, in process, files written and committed
 (e) collector through Ray, one replica; counted from the replica's being ready
 """
@@ -199,7 +201,7 @@ def compare(
     data = DataConfig(per_label=max(1, documents // 60))
     config = resolve(data=data, model=model_config, capture=CaptureConfig(), device="cpu")
     made = plan.make_plan(config)
-    loaded = models.LoadedModel(model=lm.model, tokenizer=tokenizer, device=torch.device("cpu"))
+    loaded = models.load(model_config, "cpu")
     texts = [row.text for s in made.shards for row in plan.read_shard(s, data) if isinstance(row, Document)]
     shuffled = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     prepared = prepare(loaded, config, made)
@@ -207,8 +209,8 @@ def compare(
     budget, max_length = config.capture.tokens_per_batch or 0, config.capture.max_length
 
     def floor() -> None:
-        with CutAfterLastRouter(lm.model):
-            forward_all(lm.model, prepared)
+        with CutAfterLastRouter(loaded.model):
+            forward_all(loaded.model, prepared)
 
     variants: dict[str, Callable[[], float | None]] = {
         "a": lambda: notebook_loop(lm, tokenizer, shuffled, max_length),

@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -160,19 +159,6 @@ def _unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             seen.add(key)
             kept[name] = tensor
     return kept
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on the host within the limit of its container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    try:
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no control group, or one without a limit ("max")
-        return free
-    return free
 
 
 @contextlib.contextmanager

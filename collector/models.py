@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from collector import arithmetic, checkpoints, quantization
-from collector.config import DEMO, ModelConfig
+from collector import arithmetic, checkpoints, footprint, quantization
+from collector.config import DEMO, ModelConfig, Spread
 from collector.demo.corpus import MODEL_DIR
 from collector.routers import find_routers
 
@@ -28,20 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FINGERPRINT_SAMPLES = 256
-_BITS_OF_SCALES = {True: 8 / 64 + 32 / (64 * 256), False: 32 / 64}
-"""Per 4-bit parameter, by whether the scales are quantized too."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Where the parts of a model go that one device does not hold (by accelerate)."""
-
-    offload: str | None = None
-    """`cpu` or `disk`: what may also hold weights, which then travel to the device in every pass."""
-    host_memory: str | None = None
-    """Host memory that weights may take, for example 20GB (default: what is free)."""
-    folder: str | None = None
-    """Where weights offloaded to the disk lie."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,14 +83,16 @@ def load(config: ModelConfig, device: str, spread: Spread | None = None) -> Load
     empty = _empty(architecture, dtype or torch.float32)
     _check_vocabulary(empty, tokenizer)
     find_routers(empty)
+    if spread is not None and spread.offload != "none" and (stored is not None or config.quantization != "none"):
+        raise ValueError("--offload moves plain weights only: leave out --quantization, or use --gpus-per-replica")
     if dtype is None:
         read = config.weights == "pretrained"
         dtype = checkpoints.stored_dtype(checkpoints.lazy_tensors(_files(config))) if read else torch.float32
     if stored is None:  # what a quantized checkpoint takes is for its own quantizer to say
-        _check_memory(config, empty, dtype, target, spread)
+        footprint.require_room(config, empty, dtype, target, spread)
     method = _method(config, stored, empty)
     if config.weights == "random":
-        model = _random(config, architecture, dtype, method, target)
+        model = _random(config, architecture, dtype, method, target, spread)
     else:
         model = _pretrained(config, type(empty), architecture, dtype, method, target, spread)
     if config.quantization in ("nf4", "fp4"):  # what a checkpoint quantized in part left
@@ -156,17 +144,29 @@ def _empty(architecture: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _random(
-    config: ModelConfig, architecture: Any, dtype: torch.dtype, method: Any, device: torch.device
+    config: ModelConfig, architecture: Any, dtype: torch.dtype, method: Any, device: torch.device, spread: Spread | None
 ) -> PreTrainedModel:
-    """The model's own initialisation, drawn on the host: the same numbers for every device."""
+    """The model's own initialisation, drawn on the host: the same numbers for every device.
+
+    Raises:
+        ValueError: quantized weights are to be spread, which only a checkpoint's can be.
+    """
+    from accelerate import dispatch_model, infer_auto_device_map
     from transformers import AutoModel
 
+    if spread is not None and method is not None:
+        raise ValueError("--weights random with --quantization fits one device only: leave one of them out")
     torch.manual_seed(config.seed)
     model = AutoModel.from_config(architecture, dtype=dtype)
-    if method is None:
+    if method is not None:
+        return _fill(type(model), architecture, dtype, method, device, model.state_dict())[0]
+    if spread is None:
         return model.to(device)
-    weights = model.state_dict()
-    return _fill(type(model), architecture, dtype, method, device, weights)[0]
+    places = infer_auto_device_map(
+        model, max_memory=footprint.room(device, spread), no_split_module_classes=list(model._no_split_modules or ())
+    )
+    folder = footprint.offload_folder() if "disk" in places.values() else None
+    return dispatch_model(model, places, offload_dir=folder)
 
 
 def _pretrained(
@@ -204,82 +204,19 @@ def _spread_out(
     Raises:
         ValueError: accelerate needs the disk, which was not asked for.
     """
-    room = _room(device, spread)
+    room = footprint.room(device, spread)
     build: Any = kind.from_pretrained
     with checkpoints.sparing_memory(), _telling_remedy(config):
         model, info = build(
             _location(config), revision=config.revision, dtype=dtype, quantization_config=method, device_map="auto",
-            max_memory=room, offload_folder=spread.folder, output_loading_info=True, ignore_mismatched_sizes=True,
+            max_memory=room, offload_folder=spread.folder or footprint.offload_folder(), output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )  # fmt: skip
     if "disk" in getattr(model, "hf_device_map", {}).values() and spread.offload != "disk":
-        raise ValueError(f"--model {config.model} does not fit into {_told(room)}: use --offload disk, or more devices")
+        raise ValueError(
+            f"--model {config.model} does not fit into {footprint.told(room)}: use --offload disk, or more devices"
+        )
     return model, info
-
-
-def _room(device: torch.device, spread: Spread | None) -> dict[Any, int]:
-    """Bytes that weights may take, by device."""
-    if device.type == "cuda":
-        several = range(torch.cuda.device_count()) if spread is not None else [0]
-        room: dict[Any, int] = {index: checkpoints.free_bytes(torch.device("cuda", index)) for index in several}
-        if spread is None or spread.offload is None:
-            return room
-    else:
-        room = {}
-    host = checkpoints.free_bytes(torch.device("cpu"))
-    if spread is not None and spread.host_memory is not None:
-        from accelerate.utils import convert_file_size_to_int
-
-        host = min(host, convert_file_size_to_int(spread.host_memory))
-    return room | {"cpu": host}
-
-
-def _told(room: dict[Any, int]) -> str:
-    return ", ".join(f"{_size(size)} on {place if place == 'cpu' else f'GPU {place}'}"
-                     for place, size in room.items())  # fmt: skip
-
-
-def _required(empty: PreTrainedModel, dtype: torch.dtype, how: str, *, double: bool) -> int:
-    """Bytes of a model's parameters under a quantization."""
-    converted = quantization.targets(empty) if how != "none" else set()
-    if how == "int8-linear":
-        converted = {
-            name for name in converted if isinstance(empty.get_submodule(name.rpartition(".")[0]), torch.nn.Linear)
-        }
-    bits = 8.0 if how == "int8-linear" else 4 + _BITS_OF_SCALES[double]
-    total = 0.0
-    for name, parameter in empty.named_parameters():
-        total += parameter.numel() * (bits / 8 if name in converted else dtype.itemsize)
-    return int(total)
-
-
-def _check_memory(
-    config: ModelConfig, empty: PreTrainedModel, dtype: torch.dtype, device: torch.device, spread: Spread | None
-) -> None:
-    """Refuses what would fail after minutes of loading, and says what would fit.
-
-    Raises:
-        ValueError: the weights are larger than the free memory.
-    """
-    if spread is not None and spread.offload == "disk":
-        return
-    room = _room(device, spread)
-    free = sum(room.values())
-    needed = _required(empty, dtype, config.quantization, double=config.double_quantization)
-    if needed <= free:
-        return
-    others = {
-        "--dtype bfloat16": _required(empty, torch.bfloat16, "none", double=False),
-        "--quantization nf4": _required(empty, dtype, "nf4", double=True),
-    }
-    fits = [f"{flag} ({_size(size)})" for flag, size in others.items() if size < min(needed, free)]
-    remedy = f"{' or '.join(fits)} would fit" if fits else (
-        "no precision fits: use --gpus-per-replica, --offload, or a larger machine"
-    )  # fmt: skip
-    how = "" if config.quantization == "none" else f" with --quantization {config.quantization}"
-    raise ValueError(
-        f"--model {config.model} takes {_size(needed)} in {str(dtype).removeprefix('torch.')}{how}, "
-        f"but free are {_told(room)}; {remedy}"
-    )
 
 
 # -- quantization ------------------------------------------------------------------------------------
@@ -322,8 +259,8 @@ def _check_experts(config: ModelConfig, model: PreTrainedModel) -> None:
     body = sum(part.parameters for part in held.values()) - _embedded(model)
     if left or plain - _embedded(model) > body / 2:
         raise ValueError(
-            f"{len(left)} experts' tensors of --model {config.model}, and {_count(plain)} parameters in all, are not "
-            f"quantized ({', '.join(left[:2]) or 'their layers are of a kind that has no 4-bit form'} …): use "
+            f"{len(left)} experts' tensors of --model {config.model}, and {footprint.count(plain)} parameters in all, "
+            f"are not quantized ({', '.join(left[:2]) or 'their layers are of a kind that has no 4-bit form'} …): use "
             "--quantization nf4 where the checkpoint left them out, or accept it with --unquantized-experts"
         )
 
@@ -331,42 +268,6 @@ def _check_experts(config: ModelConfig, model: PreTrainedModel) -> None:
 def _embedded(model: PreTrainedModel) -> int:
     embedding: Any = model.get_input_embeddings()
     return embedding.weight.numel()
-
-
-def describe(loaded: LoadedModel) -> dict[str, Any]:
-    """What became of every parameter, for run.json.
-
-    Returns:
-        `treatments` (parameters and bytes by how they are held), `bytes` in all, `bytes_bfloat16` of
-        the same parameters in bfloat16, `compute_dtype`.
-    """
-    held = quantization.treatments(loaded.model)
-    return {
-        "treatments": {how: dataclasses.asdict(part) for how, part in held.items()},
-        "bytes": sum(part.bytes for part in held.values()),
-        "bytes_bfloat16": 2 * sum(part.parameters for part in held.values()),
-        "compute_dtype": str(loaded.compute_dtype).removeprefix("torch."),
-    }
-
-
-def tell(description: dict[str, Any]) -> str:
-    """`describe` in one line."""
-    parts = [f"{_count(part['parameters'])} in {how}" for how, part in description["treatments"].items()]
-    size, plain = description["bytes"], description["bytes_bfloat16"]
-    saved = f", {_size(plain - size)} less than in bfloat16" if size < plain else ""
-    computed = description["compute_dtype"]
-    return f"parameters: {', '.join(parts)}; {_size(size)}{saved}; matrices multiplied in {computed}"
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
-
-
-def _count(number: int) -> str:
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
@@ -381,7 +282,7 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
 
 def hints(loaded: LoadedModel) -> list[str]:
     """What the user should read before the first batch."""
-    return [tell(describe(loaded))]
+    return [footprint.tell(footprint.describe(loaded.model, loaded.compute_dtype))]
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -396,7 +297,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     for path, module in model.named_modules() if hasattr(model, "hf_device_map") else ():
         with align_module_device(module, "cpu"):  # fetches what lies on the disk
             own = module.state_dict(prefix=f"{path}." if path else "")
-            prints |= {name: _print(tensor) for name, tensor in own.items() if name not in prints and not tensor.is_meta}
+            prints |= {
+                name: _print(tensor) for name, tensor in own.items() if name not in prints and not tensor.is_meta
+            }
     return hashlib.sha256("".join(f"{name} {prints[name]}\n" for name in sorted(prints)).encode()).hexdigest()
 
 

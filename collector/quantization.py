@@ -67,7 +67,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.T
                 seen.add(id(parameter))
                 yield path, module, name, parameter
         if parametrize.is_parametrized(module):
-            for name, parametrization in module.parametrizations.items():  # type: ignore[operator]
+            for name, parametrization in module.parametrizations.items():
                 yield path, module, name, parametrization.original
 
 
@@ -160,22 +160,22 @@ class _Store(ConversionOps):
     def __init__(self, quantizer: FourBitQuantizer) -> None:
         self.hf_quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *_: Any, **context: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], *_patterns: Any, **context: Any) -> dict[str, Any]:
         """Puts tensors in the place of their parameters; returns those that are left to be set."""
         model, missing = context["model"], context.get("missing_keys")
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         if not self.hf_quantizer.pre_quantized:
             config = self.hf_quantizer.quantization_config
             for name, value in tensors.items():
-                path, _, leaf = name.rpartition(".")
-                quantize_parameter(model.get_submodule(path), leaf, value, config.kind, double=config.double)
+                owner, _, leaf = name.rpartition(".")
+                quantize_parameter(model.get_submodule(owner), leaf, value, config.kind, double=config.double)
             loaded = set(tensors)
         else:
-            path, _, leaf = context["full_layer_name"].rpartition(".")
+            owner, _, leaf = context["full_layer_name"].rpartition(".")
             if len(tensors) == 1:  # not quantized in this checkpoint
                 return {leaf: next(iter(tensors.values()))}
             state = {name.removeprefix(f"{leaf}."): value for name, value in tensors.items() if name != leaf}
-            replace(model.get_submodule(path), leaf, tensors[leaf], state)
+            replace(model.get_submodule(owner), leaf, tensors[leaf], state)
             loaded = {context["full_layer_name"]}
         if missing is not None:
             missing -= loaded

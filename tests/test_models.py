@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from collector import checkpoints, models
-from collector.config import ModelConfig
+from collector import checkpoints, footprint, models
+from collector.config import LaunchConfig, ModelConfig, Spread
 from collector.demo.corpus import MODEL_DIR
 
 
@@ -75,7 +75,7 @@ def test_a_dense_model_is_refused_before_its_weights_are_read(folder):
 def test_too_little_memory_names_what_would_fit(folder, monkeypatch, free, remedy):
     shutil.copy(MODEL_DIR / "config.json", folder)
     (folder / "model.safetensors").unlink()
-    monkeypatch.setattr(checkpoints, "free_bytes", lambda _device: int(free))
+    monkeypatch.setattr(footprint, "free_bytes", lambda _device: int(free))
     with pytest.raises(ValueError, match=f"takes 7.7 MB in bfloat16, but free are .*{remedy}"):
         load(folder, dtype="bfloat16")
 
@@ -108,13 +108,16 @@ def test_random_weights_are_drawn_in_the_precision_asked_for(tiny_folder):
     assert {parameter.dtype for parameter in full.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("dtype", "room"), [("float32", "8MB"), ("bfloat16", "4MB")])
-def test_weights_on_the_disk_compute_the_same(tmp_path, dtype, room):
+@pytest.mark.parametrize(
+    ("settings", "room"),
+    [({"dtype": "float32"}, "8MB"), ({"dtype": "bfloat16"}, "4MB"), ({"weights": "random"}, "8MB")],
+)
+def test_weights_on_the_disk_compute_the_same(tmp_path, settings, room):
     """With room for a part of the model only, the rest is read from disk in every pass."""
-    spread = models.Spread(offload="disk", host_memory=room, folder=str(tmp_path))
-    spread_out = models.load(ModelConfig(dtype=dtype), "cpu", spread)
+    spread = Spread(offload="disk", host_memory=room, folder=str(tmp_path))
+    spread_out = models.load(ModelConfig(**settings), "cpu", spread)
     assert set(map(str, spread_out.model.hf_device_map.values())) == {"cpu", "disk"}
-    plain = models.load(ModelConfig(dtype=dtype), "cpu")
+    plain = models.load(ModelConfig(**settings), "cpu")
     ids = torch.randint(3, 8000, (2, 9))
     with torch.inference_mode():
         torch.testing.assert_close(spread_out.model(ids)[0], plain.model(ids)[0], rtol=1e-5, atol=1e-5)
@@ -122,6 +125,24 @@ def test_weights_on_the_disk_compute_the_same(tmp_path, dtype, room):
 
 
 def test_the_disk_is_used_only_when_asked_for(tiny_folder, monkeypatch):
-    monkeypatch.setattr(checkpoints, "free_bytes", lambda _device: 120_000)
+    monkeypatch.setattr(footprint, "free_bytes", lambda _device: 120_000)
     with pytest.raises(ValueError, match="--offload"):
-        models.load(ModelConfig(model=str(tiny_folder)), "cpu", models.Spread())
+        models.load(ModelConfig(model=str(tiny_folder)), "cpu", Spread())
+
+
+def test_how_a_launch_spreads_its_replicas():
+    assert LaunchConfig(gpus_per_replica=0.5).spread("cuda") is None
+    assert LaunchConfig(gpus_per_replica=2).spread("cuda") == Spread()
+    assert LaunchConfig(gpus_per_replica=2).spread("cpu") is None
+    assert LaunchConfig(offload="disk", host_memory="8GB").spread("cpu") == Spread(offload="disk", host_memory="8GB")
+    with pytest.raises(ValueError, match="on CPUs use --offload disk"):
+        LaunchConfig(offload="cpu").spread("cpu")
+    with pytest.raises(ValueError, match=r"whole ones, got 1\.5"):
+        LaunchConfig(gpus_per_replica=1.5)
+    with pytest.raises(ValueError, match="--host-memory limits"):
+        LaunchConfig(host_memory="8GB")
+
+
+def test_offloaded_weights_cannot_be_quantized():
+    with pytest.raises(ValueError, match="--offload moves plain weights only"):
+        models.load(ModelConfig(quantization="nf4"), "cpu", Spread(offload="disk"))

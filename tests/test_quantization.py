@@ -15,7 +15,7 @@ from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
-from collector import arithmetic, checkpoints, families, fourbit, models, quantization
+from collector import arithmetic, checkpoints, families, footprint, fourbit, models, quantization
 from collector.config import ModelConfig
 from collector.demo.corpus import MODEL_DIR
 from collector.routers import find_routers
@@ -123,7 +123,7 @@ def test_the_demo_is_quantized_but_for_routers_norms_and_embeddings(nf4):
 
 
 def test_what_is_told_before_the_first_batch(nf4):
-    told = models.tell(models.describe(nf4))
+    told = footprint.tell(footprint.describe(nf4.model, nf4.compute_dtype))
     assert "3.28 M in nf4, 559 k in bfloat16" in told
     assert "less than in bfloat16" in told
 
@@ -191,7 +191,9 @@ def test_int8_converts_linear_layers_only():
 
 
 def test_a_quantized_model_states_what_it_takes(monkeypatch):
-    monkeypatch.setattr(checkpoints, "free_bytes", lambda _device: 10_000_000)
-    with pytest.raises(ValueError, match=r"15\.3 MB in float32.*free are 10\.0 MB on cpu.*--dtype bfloat16 \(7\.7 MB\) or .*nf4"):
+    monkeypatch.setattr(footprint, "free_bytes", lambda _device: 10_000_000)
+    with pytest.raises(
+        ValueError, match=r"15\.3 MB in float32.*free are 10\.0 MB on cpu.*--dtype bfloat16 \(7\.7 MB\) or .*nf4"
+    ):
         models.load(ModelConfig(), "cpu")
     models.load(ModelConfig(quantization="nf4"), "cpu")
