@@ -136,7 +136,6 @@ def load(folder: str) -> dict[str, Any]:
         **held,
         "peak_with_one_batch_gb": memory()["peak_gb"],
         **description,
-        "told": footprint.tell(description),
     }
 
 

@@ -2,7 +2,8 @@
 
 Batching is a function of the shard alone, so a shard that is done again repeats its numerics.
 Within a shard the packing is optimal for its cost model: documents sorted by length are cut into
-batches by dynamic programming, which minimises padded tokens plus a fixed charge per batch.
+batches by dynamic programming, which minimises padded tokens plus a fixed charge per batch. A document
+of an encoder–decoder model has two lengths, and its padded tokens are those of both stacks.
 Every real token has a slot, its index in the shard's token table (documents in source order,
 positions ascending), so results can be put in place whatever the order of batches or the side
 of the padding. Knows tokenizers, not models.
@@ -65,7 +66,7 @@ class Batch:
     """[T] slot of each real token, in the row-major order of the mask."""
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenTable:
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int, *, as_target: bool = False) -> TokenTable:
     """Tokenizes documents as the tokenizer wants them, special tokens included.
 
     Args:
@@ -73,11 +74,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenTabl
         texts: D texts.
         max_length: longest document in tokens, special tokens included; what is longer is cut by
             the tokenizer itself, which keeps a closing special token.
+        as_target: as texts of the decoder, which some tokenizers frame otherwise (the language code).
     """
-    encoded = _encode(tokenizer, texts)
+    meaning = "text_target" if as_target else "text"
+    encoded = _encode(tokenizer, texts, meaning)
     truncated = np.array([len(ids) > max_length for ids, _ in encoded], dtype=bool)
     for index in np.flatnonzero(truncated).tolist():
-        encoded[index] = _encode(tokenizer, [texts[index]], truncation=True, max_length=max_length)[0]
+        encoded[index] = _encode(tokenizer, [texts[index]], meaning, truncation=True, max_length=max_length)[0]
     lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
     flat = [np.concatenate([np.zeros(0, np.int64), *(np.asarray(part, np.int64) for part in column)])
             for column in (tuple(zip(*encoded, strict=True)) or ((), ()))]  # fmt: skip
@@ -85,12 +88,23 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenTabl
     return TokenTable(ids=flat[0], is_special=flat[1].astype(bool), starts=starts, truncated=truncated)
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[tuple[list[int], list[int]]]:
+def shift_right(table: TokenTable, start_id: int) -> TokenTable:
+    """What a decoder is given to predict these tokens: the start token, then all of them but the last.
+
+    Lengths stay what they are; the start token counts as the tokenizer's own.
+    """
+    first = table.starts[:-1][table.lengths > 0]
+    ids, is_special = np.roll(table.ids, 1), np.roll(table.is_special, 1)
+    ids[first], is_special[first] = start_id, True
+    return dataclasses.replace(table, ids=ids, is_special=is_special)
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], meaning: str, **options: Any) -> list[tuple[list[int], list[int]]]:
     if not texts:
         return []
     # verbose=False: a document beyond the model's length is cut and counted here, not warned about.
     encoded = tokenizer(
-        list(texts), return_attention_mask=False, return_special_tokens_mask=True, verbose=False, **options
+        **{meaning: list(texts)}, return_attention_mask=False, return_special_tokens_mask=True, verbose=False, **options
     )
     return list(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True))
 
@@ -102,22 +116,32 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], tokens_per_batch: int) -> l
     over all ways to cut the documents sorted by length. No batch exceeds the budget, except one
     that holds a single document longer than it.
 
+    Args:
+        lengths: [D] tokens per document, or [D, 2] where each has tokens in two stacks: then the sum of
+            both is sorted by, and a row is as long as the longest of each stack together.
+        tokens_per_batch: the budget.
+
     Returns:
         Document indices per batch, longest documents first: what does not fit into memory fails
         at once, not after hours.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    widths = np.maximum(lengths[order], 1)
+    lengths = lengths[:, None] if lengths.ndim == 1 else lengths
+    order = np.argsort(-lengths.sum(1), kind="stable")
+    widths = lengths[order]
     n = len(order)
     cost = np.full(n + 1, np.inf)
     cost[0] = 0.0
     begin = np.zeros(n + 1, dtype=np.int64)
     charge = BATCH_CHARGE * tokens_per_batch
     for first in range(n):
-        rows = min(n - first, max(1, tokens_per_batch // int(widths[first])))
+        # No batch of more rows fits: the sum of the longest is never less than the first document's sum.
+        most = min(n - first, max(1, tokens_per_batch // max(1, int(widths[first].sum()))))
+        longest = np.maximum(np.maximum.accumulate(widths[first : first + most]).sum(1), 1)
+        padded = np.arange(1, most + 1) * longest
+        rows = max(1, int((padded <= tokens_per_batch).sum()))
         ends = slice(first + 1, first + rows + 1)
-        candidate = cost[first] + charge + np.arange(1, rows + 1) * widths[first]
+        candidate = cost[first] + charge + padded[:rows]
         better = candidate < cost[ends]
         cost[ends][better] = candidate[better]
         begin[ends][better] = first

@@ -15,6 +15,7 @@ DEMO = "demo"
 """Names both the embedded model and the embedded corpus."""
 
 Store = Literal["text", "probabilities"]
+Stack = Literal["encoder", "decoder"]
 
 
 def _require_positive(name: str, value: float | None) -> None:
@@ -40,6 +41,9 @@ class DataConfig:
     `@file` takes the file's name, up to its first dot, as the label of all its documents."""
     id_column: str = "id"
     """Column with the document's own id; without one a document is named FILE#ROW."""
+    target_column: str | None = None
+    """Column with the decoder's text, for encoder–decoder models with --stacks decoder.
+    Default: the document itself, teacher-forced."""
     per_label: int | None = None
     """Take only the first N documents of each label (reads all labels once, while planning)."""
     limit: int | None = None
@@ -69,6 +73,17 @@ class ModelConfig:
     """`random` gives the untrained baseline of the same architecture."""
     seed: int = 0
     """Seed of the random weights, the same in every replica."""
+    quantization: Literal["none", "nf4", "fp4", "int8-linear"] = "none"
+    """`nf4` and `fp4` hold Linear layers and experts in 4 bits (bitsandbytes); routers, norms and embeddings stay.
+    `int8-linear` converts Linear layers only: experts that are fused parameters stay as they are.
+    A checkpoint that is quantized already stays so with `none`."""
+    double_quantization: bool = True
+    """Also quantize the scales of 4-bit blocks: 0.37 bits less per parameter."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision in which matrices are multiplied.
+    `auto` is that of the weights, but float32 on a CPU that only emulates it (several times slower)."""
+    unquantized_experts: bool = False
+    """Accept a quantized model whose experts are not."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,13 +93,18 @@ class CaptureConfig:
     layers: tuple[int, ...] | None = None
     """Router layers to record, by the model's own numbers (default: all).
     Nothing after the last of them is computed."""
+    stacks: tuple[Stack, ...] | None = None
+    """Which routers to record: `encoder`, `decoder` or both.
+    Default: the encoder of an encoder–decoder model, whose decoder is then never run; of any other model its only
+    stack."""
     max_length: int = 512
-    """Longest document in tokens. What is longer is cut there and counted."""
+    """Longest document in tokens, and longest decoder's text. What is longer is cut there and counted."""
     tokens_per_batch: int | None = None
-    """Padded tokens per forward pass (default: 4096 on a CPU, 32768 on a GPU).
-    A document longer than this is a batch of its own."""
+    """Padded tokens per forward pass, those of encoder and decoder together (default: 4096 on a CPU, 32768 on a
+    GPU). A document longer than this is a batch of its own."""
     store: tuple[Store, ...] = ()
-    """Also store `text` (each document's text) or `probabilities` (of all experts, for every token and layer).
+    """Also store `text` (each document's text and target) or `probabilities` (of all experts, for every token and
+    layer).
     Probabilities are 4 bytes each before compression."""
 
     def __post_init__(self) -> None:
@@ -93,6 +113,20 @@ class CaptureConfig:
         _require_positive("tokens_per_batch", self.tokens_per_batch)
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError(f"--layers takes layer numbers from 0, got {self.layers}")
+        if self.stacks is not None and not self.stacks:
+            raise ValueError("--stacks takes encoder, decoder or both, got nothing")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Where the parts of a model go that one device has no room for."""
+
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """What may also hold weights, which then travel to the device in every pass."""
+    host_memory: str | None = None
+    """Host memory that weights may take, for example 20GB (default: what is free)."""
+    folder: str | None = None
+    """Where weights offloaded to the disk lie (default: the system's folder for temporary files)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +136,13 @@ class LaunchConfig:
     replicas: int | None = None
     """Model replicas (default: as many as the GPUs hold; on CPUs one per node)."""
     gpus_per_replica: float = 1.0
-    """GPUs per replica; a fraction lets several share one. Ignored on CPUs."""
+    """GPUs per replica; a fraction lets several share one, 2 and more hold a model that one has no room for.
+    Ignored on CPUs."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """Where weights may lie that the replica's devices have no room for; they travel in every pass, slowly.
+    `cpu` is the host memory beside a GPU, `disk` also local disk."""
+    host_memory: str | None = None
+    """Host memory for a replica's weights with --offload, for example 24GB (default: what is free)."""
     cpus_per_replica: int | None = None
     """CPU cores per replica (default: 1 beside a GPU; on CPUs all cores of the smallest node)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -116,6 +156,24 @@ class LaunchConfig:
         """Refuses impossible placement."""
         for name in ("replicas", "gpus_per_replica", "cpus_per_replica", "max_attempts"):
             _require_positive(name, getattr(self, name))
+        if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:
+            raise ValueError(
+                f"--gpus-per-replica takes a fraction of one GPU or whole ones, got {self.gpus_per_replica}"
+            )
+        if self.host_memory is not None and self.offload == "none":
+            raise ValueError("--host-memory limits what --offload cpu or --offload disk may take: give one of them")
+
+    def spread(self, device: str) -> Spread | None:
+        """How a replica's weights are spread; None if one device holds them all.
+
+        Raises:
+            ValueError: host memory is to help a CPU, which has nothing else.
+        """
+        if self.offload == "none" and (device == "cpu" or self.gpus_per_replica <= 1):
+            return None
+        if device == "cpu" and self.offload == "cpu":
+            raise ValueError("--offload cpu is for weights that a GPU has no room for; on CPUs use --offload disk")
+        return Spread(offload=self.offload, host_memory=self.host_memory)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

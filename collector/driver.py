@@ -25,7 +25,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from collector import plan as planning
-from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
+from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, Spread, resolve
 from collector.progress import ProgressView, Tally
 from collector.storage import PLAN, RUN, SUCCESS, VIEWS, Commit, RunDirectory
 from collector.warehouse import views_sql
@@ -46,14 +46,16 @@ class ReplicaActor:
     """What runs in an actor. Loading is a call of its own, so that its errors arrive as they are."""
 
     def load(
-        self, root: str, config: RunConfig, plan_hash: str, threads: int | None
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Loads the replica; returns its card for run.json, and advice."""
+        self, root: str, config: RunConfig, plan_hash: str, threads: int | None, spread: Spread | None
+    ) -> dict[str, Any]:
+        """Loads the replica; returns its card for run.json."""
+        from collector import models
         from collector.replica import Replica
 
-        self.replica = Replica(root, config, plan_hash, threads=threads)
+        loaded = models.load(config.model, config.device, spread)
+        self.replica = Replica(root, config, plan_hash, threads=threads, loaded=loaded)
         self.replica.write_vocabulary()
-        return self.replica.card(), self.replica.hints()
+        return self.replica.card()
 
     def collect(self, shard: Shard) -> Commit:
         """Collects one shard."""
@@ -67,6 +69,8 @@ class Placement:
     replicas: int
     cpus: int
     gpus: float
+    spread: Spread | None = None
+    """Over which devices a replica's weights go, if not on one."""
 
 
 # -- Ray ---------------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def place(launch: LaunchConfig, device: str) -> Placement:
             f"no node has room for a replica with {cpus} CPUs and {gpus:g} GPUs; nodes have "
             f"{[(int(node['CPU']), node.get('GPU', 0)) for node in nodes]} (CPUs, GPUs)"
         )
-    return Placement(replicas=launch.replicas or room, cpus=cpus, gpus=gpus)
+    return Placement(replicas=launch.replicas or room, cpus=cpus, gpus=gpus, spread=launch.spread(device))
 
 
 # -- the plan ----------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any]) -> None:
     if run.store.put_new(RUN, json.dumps(described, indent=1).encode() + b"\n"):
         return
     recorded = run.read_json(RUN)
-    different = [key for key in ("model", "layers", "quantization", "tokenizer") if recorded[key] != card[key]]
+    different = [key for key in ("model", "layers", "memory", "tokenizer") if recorded[key] != card[key]]
     if different:
         details = "; ".join(f"{key}: {recorded[key]} -> {card[key]}" for key in different)
         raise ValueError(f"{run.root} was begun with another model than this replica loaded ({details})")
@@ -226,12 +230,12 @@ class Dispatcher:
         options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_restarts": 0, "max_task_retries": 0}
         actor: Any = ray.remote(ReplicaActor).options(**options).remote()
         threads = placement.cpus if self.config.device == "cpu" else None
-        self.loading[actor.load.remote(self.run.root, self.config, self.plan.hash, threads)] = actor
+        self.loading[actor.load.remote(self.run.root, self.config, self.plan.hash, threads, placement.spread)] = actor
 
     def _loaded(self, reference: Any) -> None:
         actor = self.loading.pop(reference)
         try:
-            card, hints = ray.get(reference)
+            card = ray.get(reference)
         except RayError as error:
             self._failed_to_load(error)
             return
@@ -239,8 +243,7 @@ class Dispatcher:
         self.load_failures = 0
         if not self.loaded_one:  # rates and ETA count from here
             self.loaded_one = True
-            for hint in hints:
-                self.view.say(hint)
+            self.view.say(f"replica: {card['memory']['summary']}")
             self.view.note = ""
             self.view.tally.started = time.monotonic()
         self._assign(actor)

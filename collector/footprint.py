@@ -130,24 +130,24 @@ def describe(model: PreTrainedModel, compute_dtype: torch.dtype) -> dict[str, An
 
     Returns:
         `treatments` (parameters and bytes by how they are held), `bytes` in all, `bytes_bfloat16` of
-        the same parameters in bfloat16, `compute_dtype`.
+        the same parameters in bfloat16, `compute_dtype`, and all of it in one line as `summary`.
     """
     held = quantization.treatments(model)
-    return {
+    described: dict[str, Any] = {
         "treatments": {how: dataclasses.asdict(part) for how, part in held.items()},
         "bytes": sum(part.bytes for part in held.values()),
         "bytes_bfloat16": 2 * sum(part.parameters for part in held.values()),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
     }
+    return described | {"summary": _summary(described)}
 
 
-def tell(description: dict[str, Any]) -> str:
-    """`describe` in one line."""
+def _summary(description: dict[str, Any]) -> str:
     parts = [f"{count(part['parameters'])} in {how}" for how, part in description["treatments"].items()]
     size, plain = description["bytes"], description["bytes_bfloat16"]
     saved = f", {_size(plain - size)} less than in bfloat16" if size < plain else ""
     computed = description["compute_dtype"]
-    return f"parameters: {', '.join(parts)}; {_size(size)}{saved}; matrices multiplied in {computed}"
+    return f"{', '.join(parts)}; {_size(size)}{saved}; multiplied in {computed}"
 
 
 def _size(number: int) -> str:

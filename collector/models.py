@@ -280,11 +280,6 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
         )
 
 
-def hints(loaded: LoadedModel) -> list[str]:
-    """What the user should read before the first batch."""
-    return [footprint.tell(footprint.describe(loaded.model, loaded.compute_dtype))]
-
-
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over names, shapes, dtypes and 256 evenly spaced values of every parameter and buffer.
 

@@ -102,9 +102,11 @@ class Plan:
         Raises:
             ValueError: the content does not have the hash that the file claims.
         """
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pq.read_table(io.BytesIO(data))
+        # Not read_table: its scanner's threads may outlive the interpreter and then abort the process.
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         if not {"config", "sources", "hash"} <= metadata.keys():
             raise ValueError("this Parquet file is no plan: its metadata has no config, sources and hash")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import duckdb
 
+    from collector.families import Description
     from collector.warehouse import Query, Run
 
 MAX_ROWS = 40
@@ -46,6 +47,7 @@ class Totals:
     characters: int = 0
     truncated: int = 0
     padded_tokens: int = 0
+    halved: int = 0
     bytes: int = 0
     seconds: Counter[str] = dataclasses.field(default_factory=Counter)
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -57,7 +59,7 @@ class Totals:
         totals = cls()
         for commit in run.commits():
             totals.shards += 1
-            for name in ("documents", "tokens", "rows", "characters", "truncated", "padded_tokens"):
+            for name in ("documents", "tokens", "rows", "characters", "truncated", "padded_tokens", "halved"):
                 setattr(totals, name, getattr(totals, name) + getattr(commit, name))
             totals.bytes += sum(part.bytes for part in commit.files.values())
             totals.seconds.update(commit.seconds)
@@ -104,9 +106,11 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
         model, layers = card["model"], card["layers"]
         geometry = sorted({(layer["n_experts"], layer["top_k"]) for layer in layers})
         experts = ", ".join(f"top-{k} of {e}" for e, k in geometry)
-        facts.append(("model", f"{model['id']} ({model['model_type']}, {model['weights']} weights, {model['dtype']}, "
-                               f"{model['parameters']:,} parameters)"))  # fmt: skip
-        facts.append(("routers", f"{len(layers)} layers, {experts}"))
+        by_stack = Counter(layer["stack"] for layer in layers)
+        counts = [f"{n} layers" if by_stack.keys() == {"decoder"} else f"{n} {s} layers" for s, n in by_stack.items()]
+        facts.append(("model", f"{model['id']} ({model['model_type']}, {model['weights']} weights, "
+                               f"{card['memory']['summary']})"))  # fmt: skip
+        facts.append(("routers", f"{', '.join(counts)}, {experts}"))
     efficiency = totals.tokens / max(1, totals.padded_tokens)
     facts += [
         ("shards", f"{totals.shards:,} of {len(plan.shards):,}"),
@@ -114,6 +118,9 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
         ("tokens", f"{totals.tokens:,} ({totals.rows:,} routing rows), padding efficiency {efficiency:.3f}"),
         ("size", f"{totals.bytes / 1e6:,.1f} MB, {totals.bytes / max(1, totals.tokens):.0f} bytes/token"),
     ]
+    if totals.halved:
+        facts.append(("memory", f"{totals.halved:,} batches did not fit and were halved; a lower --tokens-per-batch "
+                                "would save the attempts"))  # fmt: skip
     for reason, count in sorted(totals.skipped.items()):
         facts.append(("skipped", f"{count:,} rows: {reason} (e.g. {', '.join(totals.examples[reason][:3])})"))
     return facts
@@ -128,22 +135,26 @@ def top_experts_by_layer(run: Run, labels: Sequence[str] | None, beside: Run | N
         beside: another run, shown behind the first in each cell (as a rule the untrained baseline).
     """
     tops = [_most_specialised(each, labels) for each in (run, *([beside] if beside else []))]
-    layers = [layer["layer"] for layer in run.info["layers"]]
+    routers = [(layer["stack"], layer["layer"]) for layer in run.info["layers"]]
     baselines = {layer["top_k"] / layer["n_experts"] for layer in run.info["layers"]}
     title = "Top expert and its domain specialization (share of a language's tokens that choose it)"
     caption = f"baseline k/E = {', '.join(f'{b:.3f}' for b in sorted(baselines))}"
     if beside:
         caption += f"; behind the bar: {beside.info['model']['weights']} weights"
-    table = Table("label", *(f"layer {layer}" for layer in layers), title=title, caption=caption, box=None)
-    for label in sorted({label for _, label in tops[0]}):
-        table.add_row(label, *(" | ".join(_cell(top.get((layer, label))) for top in tops) for layer in layers))
+    several = len({stack for stack, _ in routers}) > 1
+    heads = [f"{stack} layer {layer}" if several else f"layer {layer}" for stack, layer in routers]
+    table = Table("label", *heads, title=title, caption=caption, box=None)
+    for label in sorted({label for *_, label in tops[0]}):
+        cells = [[_cell(top.get((*router, label))) for top in tops] for router in routers]
+        table.add_row(label, *map(" | ".join, cells))
     console().print(table)
 
 
-def _most_specialised(run: Run, labels: Sequence[str] | None) -> dict[tuple[int, str], tuple[int, float]]:
+def _most_specialised(run: Run, labels: Sequence[str] | None) -> dict[tuple[str, int, str], tuple[int, float]]:
+    """(stack, layer, label) -> the expert with the highest domain specialization, and that."""
     relation = run.query("domain_specialization", labels=labels)
-    best = relation.aggregate("layer, label, arg_max(expert, value), max(value)", "layer, label")
-    return {(layer, label): (expert, value) for layer, label, expert, value in best.fetchall()}
+    best = relation.aggregate("stack, layer, label, arg_max(expert, value), max(value)", "stack, layer, label")
+    return {tuple(key): (expert, value) for *key, expert, value in best.fetchall()}
 
 
 def _cell(top: tuple[int, float] | None) -> str:
@@ -159,6 +170,48 @@ def queries(available: Sequence[Query]) -> None:
         for param in query.params:
             default = "" if param.default is None else f" = {str(param.default).lower()}"
             out.print(f"  --{param.name} {param.type}{default}: {param.help}", markup=False, soft_wrap=True)
+
+
+_MODELS_INTRODUCTION = """\
+# Model families
+
+`collector models --format markdown` writes this page. It lists the model families of transformers {version} whose
+modeling module declares routers: {captured} of {all} are captured. Each family's text-only base model was built with
+tiny random weights; `tests/test_families.py` checks the capture of each against what its experts received.
+
+E and k are those of the family's default config (– where it leaves them open, and a checkpoint's may differ). *Also
+decides*: what chooses experts besides the router's logits; groups as kept of all. *Ids*: whether the router returns the
+ids of the chosen experts, or how they are recomputed. *Experts*: how a layer's experts are stored; "fused 3-D" is one
+tensor with an axis of experts.
+"""
+
+
+def models(descriptions: Sequence[Description], style: str) -> None:
+    """Writes the model families to standard output as `table` or `markdown`."""
+    header = ("family", "base model", "router", "E", "k", "also decides", "ids", "experts")
+    rows = [
+        (
+            each.family, each.model, each.router, _count(each.n_experts), _count(each.top_k), each.rules,
+            each.ids if not each.reason else f"not captured: {each.reason}", each.experts,
+        )
+        for each in descriptions
+    ]  # fmt: skip
+    if style == "table":
+        table = Table(*header, box=None)
+        for row in rows:
+            table.add_row(*row)
+        console().print(table)
+        return
+    from transformers import __version__
+
+    captured = sum(not each.reason for each in descriptions)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
+    introduction = _MODELS_INTRODUCTION.format(version=__version__, captured=captured, all=len(rows))
+    sys.stdout.write("\n".join([introduction, *lines, ""]))
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else str(number)
 
 
 def relation(result: duckdb.DuckDBPyRelation, style: str) -> None:

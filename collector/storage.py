@@ -232,16 +232,19 @@ class Commit:
     """Table name -> part."""
     documents: int
     tokens: int
+    """Tokens that went through the model, those of the encoder and of the decoder together."""
     rows: int
-    """Rows of the routing table: tokens x recorded layers."""
+    """Rows of the routing table: per recorded router the tokens of its stack."""
     characters: int
     truncated: int
-    """Documents cut at the maximum length."""
+    """Documents cut at the maximum length, text or target."""
     skipped: Mapping[str, Skipped]
     """Reason -> rows that became no document."""
     batches: int
     padded_tokens: int
     """Tokens that went through the model, padding included."""
+    halved: int = 0
+    """Batches that did not fit into memory and were halved."""
     seconds: Mapping[str, float]
     """Stage -> wall time."""
     node: str

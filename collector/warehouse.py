@@ -5,13 +5,14 @@ records name when the run is opened, never a glob; `layers` comes from run.json.
 commit has the same columns and no rows. The views of `queries/views/` build on them. `views_sql`
 writes the same views as a script for any DuckDB.
 
-Guarantees: a query runs with all its parameters bound; a label or layer that the run does not have
+Guarantees: a query runs with all its parameters bound; a label or router that the run does not have
 is an error, never an empty table; `Run.sql` runs reading statements only. Local runs only. Nothing
 here writes: results are DuckDB relations, and what becomes of them is the caller's business.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import graphlib
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +58,12 @@ class Run:
             `.to_arrow_table()`).
 
         Raises:
-            ValueError: unknown query or parameter, a bad value, or a layer or label that the run
-                does not have.
+            ValueError: unknown query or parameter, a bad value, or a stack, layer or label that the
+                run does not have.
         """
         query = find_query(name)
         values = query.bind(params)
-        self._check_layer(values.get("layer"))
+        self._check_router(values.get("stack"), values.get("layer"))
         self._check_labels(values.get("labels"))
         return self.connection.cursor().sql(query.sql, params=values)
 
@@ -86,10 +87,15 @@ class Run:
             raise ValueError(hint + reason) from error
         return cursor.sql(statement)
 
-    def _check_layer(self, layer: Value) -> None:
-        layers = [router["layer"] for router in self.info["layers"]]
+    def _check_router(self, stack: Value, layer: Value) -> None:
+        stacks = list(dict.fromkeys(router["stack"] for router in self.info["layers"]))
+        if stack is not None and stack not in stacks:
+            raise ValueError(f"stack {stack!r} is not recorded in this run; it has {', '.join(stacks)}")
+        layers = [router["layer"] for router in self.info["layers"] if stack in (None, router["stack"])]
         if layer is not None and layer not in layers:
-            raise ValueError(f"layer {layer} is not recorded in this run; it has {', '.join(map(str, layers))}")
+            where = "in this run" if stack is None else f"for the {stack} in this run"
+            known = ", ".join(map(str, sorted(set(layers))))
+            raise ValueError(f"layer {layer} is not recorded {where}; it has {known}")
 
     def _check_labels(self, labels: Value) -> None:
         if not isinstance(labels, list):
@@ -109,7 +115,7 @@ def open_run(root: str | os.PathLike[str]) -> Run:
 
     Raises:
         FileNotFoundError: there is no run.
-        ValueError: the run is on an object store.
+        ValueError: the run is on an object store, or in the layout of an earlier version.
     """
     run = RunDirectory(root)
     if "://" in run.root:
@@ -128,10 +134,13 @@ def views_sql(run_directory: RunDirectory) -> str:
 
 def _read_info(run: RunDirectory) -> dict[str, Any]:
     try:
-        return run.read_json(RUN)
+        info = run.read_json(RUN)
     except FileNotFoundError as error:
         message = f"no run at {run.root}: there is no {RUN}; name the folder that `collector collect` wrote"
         raise FileNotFoundError(message) from error
+    if any("stack" not in router for router in info["layers"]):
+        raise ValueError(f"{run.root} was written by an earlier version, without a stack per router: collect it again")
+    return info
 
 
 # ---- the script that creates the views ----
@@ -166,10 +175,11 @@ def _files_select(paths: list[str]) -> str:
 
 def _layers_select(layers: list[dict[str, Any]]) -> str:
     rows = ",\n    ".join(
-        f"({one['layer']}::utinyint, {one['n_experts']}::integer, {one['top_k']}::integer, {_literal(one['router'])})"
+        f"({_literal(one['stack'])}, {one['layer']}::utinyint, {one['n_experts']}::integer, {one['top_k']}::integer, "
+        f"{str(one['has_capacity']).lower()}, {_literal(one['router'])})"
         for one in layers
     )
-    return f"select * from (values\n    {rows}\n) as layers (layer, n_experts, top_k, router)"
+    return f"select * from (values\n    {rows}\n) as layers (stack, layer, n_experts, top_k, has_capacity, router)"
 
 
 def _empty_select(name: str, info: dict[str, Any]) -> str:
@@ -187,11 +197,11 @@ def _schema(name: str, info: dict[str, Any]) -> pa.Schema:
 
     stored = info["config"].get("store") or ()
     if name == "routing":
-        keys = ("layer", "n_experts", "top_k")
+        keys = [field.name for field in dataclasses.fields(records.Layer)]
         layers = [records.Layer(**{key: one[key] for key in keys}) for one in info["layers"]]
         return records.routing_schema(layers, probabilities="probabilities" in stored)
     if name == "documents":
-        return records.documents_schema(text="text" in stored)
+        return records.documents_schema(text="text" in stored, target=bool(info["config"].get("target_column")))
     return {"tokens": records.TOKENS_SCHEMA, "vocab": records.VOCAB_SCHEMA}[name]
 
 

@@ -6,9 +6,10 @@
 --     1 = no preference. Both are null for an expert that no label chose.
 --   With $labels given, exclusivity and lift compare those labels only.
 -- Source: OLMoE, arXiv 2409.02060, section 5 (domain specialization).
--- Grain: metric, layer, label, expert; every expert of the layer, 0 when never chosen. n = N_D.
+-- Grain: metric, stack, layer, label, expert; every expert of the layer, 0 when never chosen. n = N_D.
 -- Reads: assignments
 -- Params:
+--   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
@@ -17,13 +18,15 @@ with chosen as (
     select *
     from assignments
     where
-        ($layer is null or layer = $layer)
+        ($stack is null or stack = $stack)
+        and ($layer is null or layer = $layer)
         and ($labels is null or list_contains($labels, label))
         and ($include_special or not is_special)
 ),
 
 load as (
     select
+        stack,
         layer,
         label,
         expert,
@@ -33,20 +36,21 @@ load as (
         sum(picks)::bigint as picks,
         sum(picks) / sum(tokens) as frequency
     from chosen
-    group by layer, label, expert, n_experts, top_k
+    group by stack, layer, label, expert, n_experts, top_k
 ),
 
 compared as (
     select
         *,
-        sum(frequency) over (partition by layer, expert) as frequency_total,
-        count(*) over (partition by layer, expert) as label_count
+        sum(frequency) over (partition by stack, layer, expert) as frequency_total,
+        count(*) over (partition by stack, layer, expert) as label_count
     from load
 )
 
 -- k is the same for all labels of a layer, so a ratio of frequencies is one of shares
 select
     'domain_specialization' as metric,
+    stack,
     layer,
     label,
     expert,
@@ -58,4 +62,4 @@ select
     1 / label_count as exclusivity_baseline,
     frequency * label_count / nullif(frequency_total, 0) as lift
 from compared
-order by layer, label, expert
+order by stack, layer, label, expert

@@ -6,9 +6,10 @@
 --   half_experts  the fewest experts that together have half of the picks; half_share is it / E.
 --   All of them grow with the number of tokens: compare labels of similar n.
 -- Source: perplexity of the load; the effective number (Hill number of order 1) of ecology.
--- Grain: metric, layer, label. n = N_D, the tokens of the label.
+-- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
 -- Reads: assignments
 -- Params:
+--   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
@@ -17,13 +18,15 @@ with chosen as (
     select *
     from assignments
     where
-        ($layer is null or layer = $layer)
+        ($stack is null or stack = $stack)
+        and ($layer is null or layer = $layer)
         and ($labels is null or list_contains($labels, label))
         and ($include_special or not is_special)
 ),
 
 load as (
     select
+        stack,
         layer,
         label,
         expert,
@@ -32,7 +35,7 @@ load as (
         sum(tokens)::bigint as tokens,
         sum(picks)::bigint as picks
     from chosen
-    group by layer, label, expert, n_experts, top_k
+    group by stack, layer, label, expert, n_experts, top_k
 ),
 
 shares as (
@@ -40,7 +43,7 @@ shares as (
         *,
         picks / (top_k * tokens) as share,
         sum(picks) over (
-            partition by layer, label
+            partition by stack, layer, label
             order by picks desc, expert asc
             rows between unbounded preceding and 1 preceding
         ) as picks_before
@@ -49,6 +52,7 @@ shares as (
 
 summed as (
     select
+        stack,
         layer,
         label,
         n_experts,
@@ -58,11 +62,12 @@ summed as (
         -- an expert is needed while those before it have less than half
         count_if(2 * coalesce(picks_before, 0) < top_k * tokens)::integer as half_experts
     from shares
-    group by layer, label, n_experts, tokens
+    group by stack, layer, label, n_experts, tokens
 )
 
 select
     'effective_experts' as metric,
+    stack,
     layer,
     label,
     exp(load_entropy) as value,
@@ -73,4 +78,4 @@ select
     half_experts,
     half_experts / n_experts as half_share
 from summed
-order by layer, label
+order by stack, layer, label

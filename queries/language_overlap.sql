@@ -8,10 +8,11 @@
 --   cosine            f_a . f_b / (|f_a| |f_b|); no baseline.
 --   jsd               Jensen-Shannon divergence of s_a and s_b in bits, 0 … 1. Baseline 0 (same use).
 -- Source: standard definitions; the pairs include each label with itself.
--- Grain: metric, layer, label_a, label_b, both orders of each pair. n = the smaller of n_a and n_b, the
---   tokens of the labels; m as applied.
+-- Grain: metric, stack, layer, label_a, label_b, both orders of each pair. n = the smaller of n_a and
+--   n_b, the tokens of the labels; m as applied.
 -- Reads: assignments
 -- Params:
+--   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
@@ -21,13 +22,15 @@ with chosen as (
     select *
     from assignments
     where
-        ($layer is null or layer = $layer)
+        ($stack is null or stack = $stack)
+        and ($layer is null or layer = $layer)
         and ($labels is null or list_contains($labels, label))
         and ($include_special or not is_special)
 ),
 
 load as (
     select
+        stack,
         layer,
         label,
         expert,
@@ -36,9 +39,9 @@ load as (
         sum(tokens)::bigint as tokens,
         sum(picks) / sum(tokens) as frequency,
         sum(picks) / sum(tokens) / top_k as share,
-        row_number() over (partition by layer, label order by sum(picks) desc, expert asc) as place
+        row_number() over (partition by stack, layer, label order by sum(picks) desc, expert asc) as place
     from chosen
-    group by layer, label, expert, n_experts, top_k
+    group by stack, layer, label, expert, n_experts, top_k
 ),
 
 ranked as (
@@ -50,6 +53,7 @@ ranked as (
 
 paired as (
     select
+        a.stack,
         a.layer,
         a.label as label_a,
         b.label as label_b,
@@ -68,10 +72,11 @@ paired as (
     from ranked as a
     inner join ranked as b
         on
-            a.layer = b.layer
+            a.stack = b.stack
+            and a.layer = b.layer
             and a.expert = b.expert
             and a.label <= b.label
-    group by a.layer, a.label, b.label, a.n_experts, a.m, a.tokens, b.tokens
+    group by a.stack, a.layer, a.label, b.label, a.n_experts, a.m, a.tokens, b.tokens
 ),
 
 sizes as (
@@ -164,6 +169,7 @@ mirrored as (
 
 select
     metric,
+    stack,
     layer,
     label_a,
     label_b,
@@ -174,4 +180,4 @@ select
     n_b,
     m
 from mirrored
-order by metric, layer, label_a, label_b
+order by metric, stack, layer, label_a, label_b

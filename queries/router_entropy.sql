@@ -6,9 +6,10 @@
 --   margin          p of the k-th minus p of the (k+1)-th expert. Baseline 0.
 --   The baseline is what a router with p = 1/E everywhere gives. value = mean over N_D tokens.
 -- Source: Shannon entropy; router_entropy, topk_mass and margin are recorded while the model runs.
--- Grain: metric, layer, label. n = N_D, the tokens of the label.
+-- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
 -- Reads: decisions, layers
 -- Params:
+--   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
@@ -17,13 +18,15 @@ with chosen as (
     select *
     from decisions
     where
-        ($layer is null or layer = $layer)
+        ($stack is null or stack = $stack)
+        and ($layer is null or layer = $layer)
         and ($labels is null or list_contains($labels, label))
         and ($include_special or not is_special)
 ),
 
 measured as (
     select
+        stack,
         layer,
         label,
         count(*) as n,
@@ -36,7 +39,7 @@ measured as (
         avg(margin::double) as mean_margin,
         median(margin::double) as median_margin
     from chosen
-    group by layer, label
+    group by stack, layer, label
 ),
 
 located as (
@@ -45,7 +48,7 @@ located as (
         layers.n_experts,
         layers.top_k
     from measured
-    inner join layers using (layer)
+    inner join layers using (stack, layer)
 ),
 
 metrics as (
@@ -84,6 +87,7 @@ metrics as (
 
 select
     metric,
+    stack,
     layer,
     label,
     value,
@@ -91,4 +95,4 @@ select
     n,
     median
 from metrics
-order by metric, layer, label
+order by metric, stack, layer, label

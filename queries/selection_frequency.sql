@@ -7,9 +7,10 @@
 --   weighted_share       sum of w_e / sum of all weights of D; sums to 1. Baseline 1/E.
 -- Source: selection frequency as in router analyses of Mixture-of-Experts models; weighted share is the
 --   gate score of ESFT, arXiv 2407.01906.
--- Grain: metric, layer, label, expert; every expert of the layer, 0 when never chosen. n = N_D.
+-- Grain: metric, stack, layer, label, expert; every expert of the layer, 0 when never chosen. n = N_D.
 -- Reads: assignments
 -- Params:
+--   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
@@ -18,13 +19,15 @@ with chosen as (
     select *
     from assignments
     where
-        ($layer is null or layer = $layer)
+        ($stack is null or stack = $stack)
+        and ($layer is null or layer = $layer)
         and ($labels is null or list_contains($labels, label))
         and ($include_special or not is_special)
 ),
 
 load as (
     select
+        stack,
         layer,
         label,
         expert,
@@ -34,9 +37,9 @@ load as (
         sum(picks)::bigint as picks,
         sum(top1)::bigint as top1,
         sum(weight_sum) as weight_sum,
-        sum(sum(weight_sum)) over (partition by layer, label) as weight_total
+        sum(sum(weight_sum)) over (partition by stack, layer, label) as weight_total
     from chosen
-    group by layer, label, expert, n_experts, top_k
+    group by stack, layer, label, expert, n_experts, top_k
 ),
 
 metrics as (
@@ -64,13 +67,14 @@ metrics as (
     select
         'weighted_share' as metric,
         *,
-        weight_sum / weight_total as value,
+        weight_sum / nullif(weight_total, 0) as value,
         1 / n_experts as baseline
     from load
 )
 
 select
     metric,
+    stack,
     layer,
     label,
     expert,
@@ -78,4 +82,4 @@ select
     baseline,
     tokens as n
 from metrics
-order by metric, layer, label, expert
+order by metric, stack, layer, label, expert

@@ -3,9 +3,11 @@
 --   topk  count = N_eD, tokens of D for which e was among the k chosen, value = count / (k N_D).
 --   Baseline 1/E for both. Ties go to the lower expert id.
 -- Source: a count.
--- Grain: metric, layer, label, rank from 1 to $n; experts that were never chosen are left out. n = N_D.
+-- Grain: metric, stack, layer, label, rank from 1 to $n; experts that were never chosen are left out.
+--   n = N_D.
 -- Reads: assignments
 -- Params:
+--   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
@@ -15,13 +17,15 @@ with chosen as (
     select *
     from assignments
     where
-        ($layer is null or layer = $layer)
+        ($stack is null or stack = $stack)
+        and ($layer is null or layer = $layer)
         and ($labels is null or list_contains($labels, label))
         and ($include_special or not is_special)
 ),
 
 load as (
     select
+        stack,
         layer,
         label,
         expert,
@@ -31,7 +35,7 @@ load as (
         sum(picks)::bigint as picks,
         sum(top1)::bigint as top1
     from chosen
-    group by layer, label, expert, n_experts, top_k
+    group by stack, layer, label, expert, n_experts, top_k
 ),
 
 counts as (
@@ -53,13 +57,14 @@ counts as (
 ranked as (
     select
         *,
-        row_number() over (partition by metric, layer, label order by count desc, expert asc) as rank
+        row_number() over (partition by metric, stack, layer, label order by count desc, expert asc) as rank
     from counts
     where count > 0
 )
 
 select
     metric,
+    stack,
     layer,
     label,
     rank,
@@ -70,4 +75,4 @@ select
     count
 from ranked
 where rank <= $n
-order by metric, layer, label, rank
+order by metric, stack, layer, label, rank

@@ -11,20 +11,26 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
-from synthetic import Shard
+from synthetic import Shard, key
 
 from collector.records import STATISTICS, Layer, round_statistic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """The counted tokens of one label in one layer, all shards together."""
+    """The counted tokens of one label at one router, all shards together."""
 
     geometry: Layer
     label: str
     experts_tk: np.ndarray
     weights_tk: np.ndarray
     statistics: dict[str, np.ndarray]
+    dropped_tk: np.ndarray
+
+    @property
+    def router(self) -> tuple[str, int]:
+        """Stack and layer."""
+        return self.geometry.stack, self.geometry.layer
 
     @property
     def tokens(self) -> int:
@@ -62,10 +68,13 @@ def groups(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special:
             yield Group(
                 geometry=one,
                 label=label,
-                experts_tk=gather([shard.experts[one.layer] for shard in shards]),
-                weights_tk=gather([shard.weights[one.layer] for shard in shards]),
+                experts_tk=gather([shard.experts[key(one)] for shard in shards]),
+                weights_tk=gather([shard.weights[key(one)] for shard in shards]),
+                dropped_tk=gather(
+                    [s.dropped.get(key(one), np.zeros((len(s.labels), one.top_k), bool)) for s in shards]
+                ),
                 statistics={
-                    name: gather([round_statistic(shard.statistics[one.layer][name]) for shard in shards])
+                    name: gather([round_statistic(shard.statistics[key(one)][name]) for shard in shards])
                     for name in STATISTICS
                 },
             )
@@ -83,7 +92,7 @@ def selection_frequency(found: Sequence[Group]) -> dict:
         }
         for metric, (values, baseline) in metrics.items():
             for expert, value in enumerate(values):
-                rows[metric, g.geometry.layer, g.label, expert] = (value, baseline, g.tokens)
+                rows[metric, *g.router, g.label, expert] = (value, baseline, g.tokens)
     return rows
 
 
@@ -100,7 +109,7 @@ def domain_specialization(found: Sequence[Group]) -> dict:
             exclusivity = value / ds[:, expert].sum() if chosen else None
             lift = share / shares[:, expert].mean() if chosen else None
             baseline = g.geometry.top_k / g.geometry.n_experts
-            key = ("domain_specialization", g.geometry.layer, g.label, expert)
+            key = ("domain_specialization", *g.router, g.label, expert)
             rows[key] = (value, baseline, g.tokens, g.picks[expert], exclusivity, 1 / len(together), lift)
     return rows
 
@@ -122,7 +131,7 @@ def language_overlap(found: Sequence[Group], m: int | None) -> dict:
             }
             n = min(a.tokens, b.tokens)
             for metric, (value, baseline) in metrics.items():
-                rows[metric, a.geometry.layer, a.label, b.label] = (value, baseline, n, a.tokens, b.tokens, size)
+                rows[metric, *a.router, a.label, b.label] = (value, baseline, n, a.tokens, b.tokens, size)
     return rows
 
 
@@ -158,7 +167,7 @@ def router_entropy(found: Sequence[Group]) -> dict:
         }
         for metric, (values, baseline) in metrics.items():
             values = values.astype(np.float64)
-            rows[metric, g.geometry.layer, g.label] = (values.mean(), baseline, g.tokens, np.median(values))
+            rows[metric, *g.router, g.label] = (values.mean(), baseline, g.tokens, np.median(values))
     return rows
 
 
@@ -169,7 +178,7 @@ def top_experts(found: Sequence[Group], n: int) -> dict:
             order = np.lexsort((np.arange(len(counts)), -counts))
             for rank, expert in enumerate((x for x in order[:n] if counts[x]), start=1):
                 value = counts[expert] / counts.sum()
-                key = (metric, g.geometry.layer, g.label, rank)
+                key = (metric, *g.router, g.label, rank)
                 rows[key] = (expert, value, 1 / g.geometry.n_experts, g.tokens, counts[expert])
     return rows
 
@@ -181,6 +190,15 @@ def effective_experts(found: Sequence[Group]) -> dict:
         entropy = _entropy(g.picks / g.picks.sum())
         running = np.cumsum(np.sort(g.picks)[::-1])
         half = int(np.argmax(2 * running >= g.picks.sum())) + 1
-        key = ("effective_experts", g.geometry.layer, g.label)
+        key = ("effective_experts", *g.router, g.label)
         rows[key] = (math.exp(entropy), e, g.tokens, entropy, np.count_nonzero(g.picks), half, half / e)
+    return rows
+
+
+def dropped_tokens(found: Sequence[Group]) -> dict:
+    rows = {}
+    for g in found:
+        tokens, picks = int(g.dropped_tk.any(1).sum()), int(g.dropped_tk.sum())
+        rows["dropped_tokens", *g.router, g.label] = (tokens / g.tokens, 0, g.tokens, tokens)
+        rows["dropped_picks", *g.router, g.label] = (picks / g.experts_tk.size, 0, g.tokens, picks)
     return rows

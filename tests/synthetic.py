@@ -5,8 +5,9 @@
     shard = random_shard(rng, layers, documents=[("en", 30), ("ko", 20)])
     folder = write_run(tmp_path / "run", layers, [shard, …])
 
-Arrays are per layer number: experts and weights [T, k], probabilities [T, E]; T tokens of the
-shard, in document order. A special token is marked by `is_special` [T].
+Arrays are per router, see `key`: experts, weights and drops [T, k], probabilities [T, E]; T tokens of
+the shard, in document order. A special token is marked by `is_special` [T]. Where there are routers
+of an encoder and of a decoder, both see the same T tokens, which then are in the tokens table twice.
 """
 
 from __future__ import annotations
@@ -26,6 +27,17 @@ from collector.storage import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
 VOCABULARY = 50
+Key = int | tuple[str, int]
+
+
+def key(router: Layer) -> Key:
+    """How arrays are found: the layer's number, or (stack, layer) of any other stack than the decoder."""
+    return router.layer if router.stack == "decoder" else (router.stack, router.layer)
+
+
+def token_stacks(layers: Sequence[Layer]) -> list[str]:
+    """The stacks whose tokens there are, in the order of the tokens table."""
+    return sorted({one.token_stack for one in layers}, reverse=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,29 +46,38 @@ class Shard:
 
     documents: Documents
     is_special: np.ndarray
-    experts: Mapping[int, np.ndarray]
-    weights: Mapping[int, np.ndarray]
-    statistics: Mapping[int, Mapping[str, np.ndarray]]
-    probabilities: Mapping[int, np.ndarray] | None = None
+    experts: Mapping[Key, np.ndarray]
+    weights: Mapping[Key, np.ndarray]
+    statistics: Mapping[Key, Mapping[str, np.ndarray]]
+    dropped: Mapping[Key, np.ndarray]
+    """Of routers with a capacity only."""
+    probabilities: Mapping[Key, np.ndarray] | None = None
 
     @classmethod
     def of_picks(
-        cls, layers: Sequence[Layer], *, documents: Documents, experts, weights=None, is_special=None
+        cls, layers: Sequence[Layer], *, documents: Documents, experts, weights=None, is_special=None, dropped=None
     ) -> Shard:
-        """Explicit picks; weights default to 1/k, the statistics are 0."""
+        """Explicit picks; weights default to 1/k, the statistics are 0, and nothing is dropped."""
         tokens = sum(length for _, length in documents)
         dtype = records.expert_dtype(layers)
-        picked = {one.layer: np.array(experts[one.layer], dtype).reshape(tokens, one.top_k) for one in layers}
+        picked = {key(one): np.array(experts[key(one)], dtype).reshape(tokens, one.top_k) for one in layers}
         weighed = {
             layer: np.full(e_tk.shape, 1 / e_tk.shape[1], np.float32)
             if weights is None
             else np.array(weights[layer], np.float32).reshape(e_tk.shape)
             for layer, e_tk in picked.items()
         }
+        drops = {
+            key(one): np.zeros((tokens, one.top_k), bool)
+            if dropped is None
+            else np.array(dropped[key(one)], bool).reshape(tokens, one.top_k)
+            for one in layers
+            if one.has_capacity
+        }
         zeros = {name: np.zeros(tokens, np.float32) for name in STATISTICS}
         return cls(
             documents=documents, experts=picked, weights=weighed, statistics=dict.fromkeys(picked, zeros),
-            is_special=np.zeros(tokens, bool) if is_special is None else np.array(is_special, bool),
+            is_special=np.zeros(tokens, bool) if is_special is None else np.array(is_special, bool), dropped=drops,
         )  # fmt: skip
 
     @classmethod
@@ -64,11 +85,11 @@ class Shard:
         cls, layers: Sequence[Layer], *, documents: Documents, probabilities, is_special=None
     ) -> Shard:
         """The k most probable experts (ties: lower id), with their probabilities as weights."""
-        p_te = {one.layer: np.array(probabilities[one.layer], np.float32) for one in layers}
-        experts = {one.layer: np.argsort(-p_te[one.layer], axis=1, kind="stable")[:, : one.top_k] for one in layers}
+        p_te = {key(one): np.array(probabilities[key(one)], np.float32) for one in layers}
+        experts = {key(one): np.argsort(-p_te[key(one)], axis=1, kind="stable")[:, : one.top_k] for one in layers}
         weights = {layer: np.take_along_axis(p_te[layer], e_tk, axis=1) for layer, e_tk in experts.items()}
         picks = cls.of_picks(layers, documents=documents, experts=experts, weights=weights, is_special=is_special)
-        statistics = {one.layer: _statistics(p_te[one.layer], one.top_k) for one in layers}
+        statistics = {key(one): _statistics(p_te[key(one)], one.top_k) for one in layers}
         return dataclasses.replace(picks, statistics=statistics, probabilities=p_te)
 
     @property
@@ -99,7 +120,7 @@ def random_shard(
         taste = {label: rng.standard_gamma(0.5, one.n_experts) + 0.01 for label in sorted(set(labels))}
         concentration = np.repeat([taste[label] for label in labels], lengths, axis=0)
         p_te = rng.standard_gamma(concentration) + 1e-6
-        probabilities[one.layer] = p_te / p_te.sum(1, keepdims=True)
+        probabilities[key(one)] = p_te / p_te.sum(1, keepdims=True)
     is_special = rng.random(sum(lengths)) < special
     shard = Shard.of_probabilities(layers, documents=documents, probabilities=probabilities, is_special=is_special)
     order = {layer: rng.permuted(np.indices(e_tk.shape)[1], axis=1) for layer, e_tk in shard.experts.items()}
@@ -107,6 +128,7 @@ def random_shard(
         shard,
         experts={layer: np.take_along_axis(e_tk, order[layer], axis=1) for layer, e_tk in shard.experts.items()},
         weights={layer: np.take_along_axis(w_tk, order[layer], axis=1) for layer, w_tk in shard.weights.items()},
+        dropped={layer: rng.random(d_tk.shape) < 0.2 for layer, d_tk in shard.dropped.items()},
     )
 
 
@@ -145,6 +167,7 @@ def publish_shard(
 ) -> dict[str, Part]:
     """Publishes the parts of a shard without committing them."""
     schema = records.routing_schema(layers, probabilities=probabilities)
+    stacks = token_stacks(layers)
     label = pa.array(shard.labels).dictionary_encode()
     parts = {}
     with run.scratch() as scratch:
@@ -153,12 +176,15 @@ def publish_shard(
             for one in layers:
                 routed = _layer_routing(one, shard, probabilities=probabilities)
                 routed.check()
+                first = stacks.index(one.token_stack) * len(shard.labels)
                 writer.write_table(
-                    records.routing_table(number, routed, schema, label=label, is_special=shard.is_special)
+                    records.routing_table(
+                        number, routed, schema, label=label, is_special=shard.is_special, first_tok=first
+                    )
                 )
         rows = len(shard.labels) * len(layers)
         parts["routing"] = run.publish_part(routing, number, attempt, "routing", rows)
-        for name, table in (("tokens", _tokens(number, shard)), ("documents", _documents(number, shard))):
+        for name, table in (("tokens", _tokens(number, shard, stacks)), ("documents", _documents(number, shard))):
             records.write_table(Path(scratch, name), table)
             parts[name] = run.publish_part(Path(scratch, name), number, attempt, name, table.num_rows)
     return parts
@@ -166,7 +192,7 @@ def publish_shard(
 
 def commit_shard(run: RunDirectory, number: int, parts: dict[str, Part], shard: Shard) -> Commit:
     """Makes published parts count."""
-    tokens = len(shard.labels)
+    tokens = parts["tokens"].rows
     record = Commit(
         shard=number, attempt="a", plan_hash="0", files=parts, documents=len(shard.documents), tokens=tokens,
         rows=parts["routing"].rows, characters=4 * tokens, truncated=0, skipped={}, batches=1,
@@ -176,23 +202,24 @@ def commit_shard(run: RunDirectory, number: int, parts: dict[str, Part], shard: 
 
 
 def _layer_routing(one: Layer, shard: Shard, *, probabilities: bool) -> LayerRouting:
-    p_te = shard.probabilities[one.layer] if probabilities and shard.probabilities else None
+    p_te = shard.probabilities[key(one)] if probabilities and shard.probabilities else None
     return LayerRouting(
-        geometry=one, experts_tk=shard.experts[one.layer], weights_tk=shard.weights[one.layer],
-        statistics=dict(shard.statistics[one.layer]), probabilities_te=p_te,
+        geometry=one, experts_tk=shard.experts[key(one)], weights_tk=shard.weights[key(one)],
+        statistics=dict(shard.statistics[key(one)]), dropped_tk=shard.dropped.get(key(one)), probabilities_te=p_te,
     )  # fmt: skip
 
 
-def _tokens(number: int, shard: Shard) -> pa.Table:
+def _tokens(number: int, shard: Shard, stacks: Sequence[str]) -> pa.Table:
     lengths = [length for _, length in shard.documents]
-    tokens = np.arange(sum(lengths))
+    each = np.arange(sum(lengths))
     columns = {
-        "shard": np.full(len(tokens), number),
-        "tok": tokens,
-        "doc": np.repeat(np.arange(len(lengths)), lengths),
-        "position": np.concatenate([np.arange(length) for length in lengths]) if lengths else tokens,
-        "token_id": tokens % VOCABULARY,
-        "is_special": shard.is_special,
+        "shard": np.full(len(each) * len(stacks), number),
+        "stack": np.repeat(stacks, len(each)),
+        "tok": np.arange(len(each) * len(stacks)),
+        "doc": np.tile(np.repeat(np.arange(len(lengths)), lengths), len(stacks)),
+        "position": np.tile(np.concatenate([np.arange(n) for n in lengths]) if lengths else each, len(stacks)),
+        "token_id": np.tile(each % VOCABULARY, len(stacks)),
+        "is_special": np.tile(shard.is_special, len(stacks)),
     }
     return _table(columns, records.TOKENS_SCHEMA)
 
@@ -208,6 +235,7 @@ def _documents(number: int, shard: Shard) -> pa.Table:
         "source": ["synthetic"] * count,
         "parallel_id": [None] * count,
         "tokens": lengths,
+        "target_tokens": [None] * count,
         "characters": 4 * lengths,
         "truncated": np.zeros(count, bool),
     }

@@ -39,6 +39,27 @@ def test_packing_costs_no_more_than_any_way_to_cut_the_sorted_documents(lengths,
     assert cost(packed) == pytest.approx(min(map(cost, fitting)))
 
 
+pairs = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6)
+
+
+@given(pairs, st.integers(24, 80))
+def test_two_stacks_are_packed_by_the_padded_tokens_of_both(pairs, budget):
+    def size(part):
+        return (max(a for a, _ in part) + max(b for _, b in part)) * len(part)
+
+    def cost(cut):
+        return sum(size(part) + batches.BATCH_CHARGE * budget for part in cut)
+
+    ordered = sorted(pairs, key=sum, reverse=True)
+    cuts = itertools.chain.from_iterable(itertools.combinations(range(1, len(ordered)), n) for n in range(len(ordered)))
+    possible = [[ordered[a:b] for a, b in itertools.pairwise((0, *cut, len(ordered)))] for cut in cuts]
+    fitting = [cut for cut in possible if all(size(part) <= budget for part in cut)]
+    packed = [[pairs[d] for d in documents] for documents in batches.pack(np.array(pairs), budget)]
+    assert sorted(itertools.chain(*packed)) == sorted(pairs)
+    assert all(size(part) <= budget for part in packed)
+    assert cost(packed) == pytest.approx(min(map(cost, fitting)))
+
+
 def test_the_longest_documents_come_first():
     packed = batches.pack([3, 50, 7, 50, 1], 100)
     assert sorted(packed[0]) == [1, 3]
@@ -72,6 +93,13 @@ def test_padding_keeps_every_token_and_its_slot(side, lengths):
     np.testing.assert_array_equal(batch.slots, np.arange(len(table.ids)))
     edge = batch.attention_mask[:, 0 if side == "right" else -1]
     assert edge.all(), "padding is on the other side"
+
+
+def test_a_decoder_sees_the_start_token_and_all_tokens_but_the_last():
+    shifted = batches.shift_right(table_of([2, 0, 3, 1]), start_id=7)
+    assert shifted.ids.tolist() == [7, 100, 7, 102, 103, 7]
+    assert shifted.is_special.tolist() == [True, False, True, False, False, True]
+    assert shifted.lengths.tolist() == [2, 0, 3, 1]
 
 
 def test_doc_and_position_follow_from_the_lengths():

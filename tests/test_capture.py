@@ -13,6 +13,7 @@ import torch
 from collector import batches, models
 from collector.capture import RouterCapture
 from collector.config import ModelConfig
+from collector.padding import ExpertsWithoutPadding, Grid
 from collector.routers import find_routers
 
 ROUNDING = 5e-6
@@ -139,6 +140,111 @@ def test_nothing_runs_after_the_last_captured_router(demo_model):
     assert len(decisions) == 2
 
 
+PADDED = (torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+
+
+def rows_that_experts_see(model, ids, mask):
+    """Rows per call of an experts module in one captured forward pass."""
+    seen = []
+    with RouterCapture(model, find_routers(model)) as capture:
+        handles = [
+            module.register_forward_pre_hook(lambda _m, args: seen.append([len(each) for each in args]))
+            for name, module in model.named_modules()
+            if name.endswith(".experts")
+        ]
+        capture.run(ids, mask).wait()
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def test_padding_reaches_no_expert(tiny_model):
+    assert rows_that_experts_see(tiny_model.model, *PADDED) == [[6, 6, 6]] * 2, "the last router ends the pass"
+    left = tuple(tensor.flip(1) for tensor in PADDED)
+    assert rows_that_experts_see(tiny_model.model, *left) == [[6, 6, 6]] * 2
+    ids, mask = PADDED[0], torch.ones_like(PADDED[1])
+    assert rows_that_experts_see(tiny_model.model, ids, mask) == [[8, 8, 8]] * 2
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_records_are_the_same_as_with_padding_in_the_experts(demo_model, mixed_texts, side, monkeypatch):
+    _, without = capture_all(demo_model, mixed_texts, side, budget=2048)
+    monkeypatch.setattr("collector.padding._experts", lambda _model: ())
+    _, with_padding = capture_all(demo_model, mixed_texts, side, budget=2048)
+    for layer, (experts, weights, stats) in without.items():
+        clear = stats[:, 2] > ROUNDING
+        np.testing.assert_array_equal(experts[clear], with_padding[layer][0][clear])
+        np.testing.assert_allclose(weights, with_padding[layer][1], atol=1e-5)
+
+
+class ToyExperts(torch.nn.Module):
+    """Doubles what it is given and remembers its rows; fails when told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+        self.broken = False
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        assert hidden_states.shape[:-1] == top_k_index.shape[:-1] == top_k_weights.shape[:-1]
+        self.rows.append(hidden_states.shape[:-1])
+        if self.broken:
+            raise KeyError("broken")
+        return hidden_states * 2
+
+
+class Toy(torch.nn.Module):
+    config = None
+
+    def __init__(self):
+        super().__init__()
+        self.experts = ToyExperts()
+
+
+def toy_inputs(*shape):
+    hidden = torch.arange(1.0, 1 + 3 * torch.Size(shape).numel()).view(*shape, 3)
+    return hidden, torch.zeros(*shape, 2, dtype=torch.long), torch.ones(*shape, 2)
+
+
+def test_experts_take_their_arguments_in_any_way_and_give_zeros_for_padding():
+    toy = Toy()
+    hidden, index, weights = toy_inputs(4)
+    grids = {"decoder": Grid(positions=4, real=torch.tensor([0, 2, 3]))}
+    expected = hidden * 2
+    expected[1] = 0
+    with ExpertsWithoutPadding(toy, grids):
+        for output in (
+            toy.experts(hidden, index, weights),
+            toy.experts(hidden, top_k_weights=weights, top_k_index=index),
+            toy.experts(hidden_states=hidden, top_k_index=index, top_k_weights=weights),
+        ):
+            torch.testing.assert_close(output, expected)
+    assert toy.experts.rows == [(3,)] * 3
+    torch.testing.assert_close(toy.experts(hidden, index, weights), hidden * 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (5,), (1, 4)])
+def test_experts_that_are_given_other_shapes_are_left_alone(shape):
+    toy = Toy()
+    inputs = toy_inputs(*shape)
+    with ExpertsWithoutPadding(toy, {"decoder": Grid(positions=4, real=torch.tensor([1]))}):
+        torch.testing.assert_close(toy.experts(*inputs), inputs[0] * 2)
+    assert toy.experts.rows == [shape]
+
+
+def test_an_error_in_the_experts_leaves_nothing_for_the_next_batch():
+    toy = Toy()
+    grids = {"decoder": Grid(positions=4, real=torch.tensor([0]))}
+    with ExpertsWithoutPadding(toy, grids):
+        toy.experts.broken = True
+        with pytest.raises(KeyError):
+            toy.experts(*toy_inputs(4))
+        toy.experts.broken = False
+        grids["decoder"] = Grid(positions=2, real=None)
+        torch.testing.assert_close(toy.experts(*toy_inputs(2)), toy_inputs(2)[0] * 2)
+    assert hooks_of(toy) == 0
+
+
 def test_layers_asked_for_equal_the_same_layers_of_a_full_capture(demo_model, mixed_texts):
     _, full = capture_all(demo_model, mixed_texts)
     _, some = capture_all(demo_model, mixed_texts, layers=[2, 5])
@@ -148,7 +254,7 @@ def test_layers_asked_for_equal_the_same_layers_of_a_full_capture(demo_model, mi
 
 
 def hooks_of(model):
-    return sum(len(module._forward_hooks) for module in model.modules())
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def test_hooks_are_gone_after_an_exception(tiny_model):
@@ -156,7 +262,7 @@ def test_hooks_are_gone_after_an_exception(tiny_model):
 
     def fail_inside():
         with RouterCapture(tiny_model.model, find_routers(tiny_model.model)):
-            assert hooks_of(tiny_model.model) == before + 3
+            assert hooks_of(tiny_model.model) == before + 9, "3 routers; before and after 3 experts"
             raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
@@ -176,9 +282,9 @@ def test_a_router_that_fires_twice_fails_the_batch(tiny_model):
         again.remove()
 
 
-def test_a_router_that_does_not_fire_fails_the_batch(tiny_model):
+def test_a_router_that_does_not_fire_fails_the_batch(tiny_model, tiny_folder):
     stray = find_routers(tiny_model.model)
-    other = models.load(ModelConfig(model=tiny_model.model.name_or_path), "cpu")
+    other = models.load(ModelConfig(model=str(tiny_folder)), "cpu")
     with pytest.raises(RuntimeError, match="did not fire"), RouterCapture(other.model, stray):
         pass
 

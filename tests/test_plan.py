@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -215,3 +217,14 @@ def test_the_fingerprint_sees_both_ends_of_a_big_file(tmp_path: Path, place: int
         file.write(b"y")
     assert sources.fingerprint(source) != before
     assert before.startswith("size:3000000-sha256:")
+
+
+def test_reading_a_plan_starts_no_scanner(tmp_path):
+    """Its threads may outlive the interpreter, which then aborts: a finished collect would exit with -6."""
+    (tmp_path / "plan.parquet").write_bytes(plan.Plan(shards=(), config={}).to_parquet())
+    program = (
+        "import pathlib, sys; from collector.plan import Plan\n"
+        "Plan.from_parquet(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "assert 'pyarrow.dataset' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "plan.parquet")], check=True)

@@ -89,7 +89,7 @@ def test_every_family_computes_with_4_bits_as_with_the_same_values_in_floats(nam
     if name != "doge":  # its experts are rows of embeddings
         assert quantization.unquantized_experts(model) == []
     reference = dequantized_copy(model, plain)
-    torch.testing.assert_close(outputs(model), outputs(reference), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs(model), outputs(reference), atol=1e-4, rtol=1e-4)
 
 
 # -- loading -----------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_the_demo_is_quantized_but_for_routers_norms_and_embeddings(nf4):
 
 
 def test_what_is_told_before_the_first_batch(nf4):
-    told = footprint.tell(footprint.describe(nf4.model, nf4.compute_dtype))
+    told = footprint.describe(nf4.model, nf4.compute_dtype)["summary"]
     assert "3.28 M in nf4, 559 k in bfloat16" in told
     assert "less than in bfloat16" in told
 

@@ -15,6 +15,7 @@ import reference
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from synthetic import Shard, random_shard, write_run
+from synthetic import key as router_key
 
 from collector.records import Layer
 from collector.warehouse import Run, list_queries, open_run
@@ -39,11 +40,17 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def case_layers(case: Path) -> list[Layer]:
-    return [Layer(**{key: int(value) for key, value in row.items()}) for row in read_csv(case / "layers.csv")]
+    return [
+        Layer(
+            stack=row["stack"], layer=int(row["layer"]), n_experts=int(row["n_experts"]), top_k=int(row["top_k"]),
+            has_capacity=row["has_capacity"] == "1",
+        )
+        for row in read_csv(case / "layers.csv")
+    ]  # fmt: skip
 
 
 def case_shards(case: Path) -> list[Shard]:
-    """Documents are runs of rows with the same label; layers repeat the same tokens."""
+    """Every row is a document of one token; routers repeat the same tokens."""
     layers, rows = case_layers(case), read_csv(case / "picks.csv")
     return [
         case_shard(layers, [row for row in rows if row["shard"] == number])
@@ -52,11 +59,14 @@ def case_shards(case: Path) -> list[Shard]:
 
 
 def case_shard(layers: list[Layer], rows: list[dict[str, str]]) -> Shard:
-    of_layer = {one.layer: [row for row in rows if int(row["layer"]) == one.layer] for one in layers}
-    tokens = of_layer[layers[0].layer]
+    of_router = {
+        router_key(one): [row for row in rows if (row["stack"], row["layer"]) == (one.stack, str(one.layer))]
+        for one in layers
+    }
+    tokens = of_router[router_key(layers[0])]
     given = {
-        name: {layer: [[float(x) for x in row[name].split()] for row in rows] for layer, rows in of_layer.items()}
-        for name in ("experts", "weights", "probabilities")
+        name: {router: [[float(x) for x in row[name].split()] for row in rows] for router, rows in of_router.items()}
+        for name in ("experts", "weights", "probabilities", "dropped")
         if name in tokens[0]
     }
     build = Shard.of_probabilities if "probabilities" in given else Shard.of_picks
@@ -93,12 +103,16 @@ def test_every_query_has_a_case() -> None:
 
 @st.composite
 def geometries(draw: st.DrawFn) -> list[Layer]:
-    numbers = draw(st.lists(st.integers(0, 255), min_size=1, max_size=3, unique=True))
-    sizes = [draw(st.integers(1, 12)) for _ in numbers]
+    stacks = st.sampled_from(["decoder", "decoder.mlp", "encoder"])
+    routers = draw(st.lists(st.tuples(stacks, st.integers(0, 255)), min_size=1, max_size=3, unique=True))
+    sizes = [draw(st.integers(1, 12)) for _ in routers]
     return [
-        Layer(layer=number, n_experts=size, top_k=draw(st.integers(1, size)))
-        for number, size in zip(sorted(numbers), sizes, strict=True)
-    ]
+        Layer(
+            stack=stack, layer=number, n_experts=size, top_k=draw(st.integers(1, size)),
+            has_capacity=draw(st.booleans()),
+        )
+        for (stack, number), size in zip(routers, sizes, strict=True)
+    ]  # fmt: skip
 
 
 DOCUMENTS = st.lists(
@@ -133,12 +147,16 @@ def test_agrees_with_numpy_on_random_runs(layers, shards, seed, include_special,
         run = open_run(write_run(Path(folder, "run"), layers, written))
         found = list(reference.groups(layers, written, include_special=include_special))
         special = {"include_special": include_special}
-        assert_same(keyed(run, "selection_frequency", 4, **special), reference.selection_frequency(found))
-        assert_same(keyed(run, "domain_specialization", 4, **special), reference.domain_specialization(found))
-        assert_same(keyed(run, "language_overlap", 4, m=m, **special), reference.language_overlap(found, m))
-        assert_same(keyed(run, "router_entropy", 3, **special), reference.router_entropy(found))
-        assert_same(keyed(run, "top_experts", 4, n=n, **special), reference.top_experts(found, n))
-        assert_same(keyed(run, "effective_experts", 3, **special), reference.effective_experts(found))
+        assert_same(keyed(run, "selection_frequency", 5, **special), reference.selection_frequency(found))
+        assert_same(keyed(run, "domain_specialization", 5, **special), reference.domain_specialization(found))
+        assert_same(keyed(run, "language_overlap", 5, m=m, **special), reference.language_overlap(found, m))
+        assert_same(keyed(run, "router_entropy", 4, **special), reference.router_entropy(found))
+        assert_same(keyed(run, "top_experts", 5, n=n, **special), reference.top_experts(found, n))
+        assert_same(keyed(run, "effective_experts", 4, **special), reference.effective_experts(found))
+        assert_same(keyed(run, "dropped_tokens", 4, **special), reference.dropped_tokens(found))
+        stack = layers[0].stack
+        one_stack = [group for group in found if group.geometry.stack == stack]
+        assert_same(keyed(run, "effective_experts", 4, stack=stack, **special), reference.effective_experts(one_stack))
 
 
 @pytest.mark.parametrize(("e", "a", "b"), [(64, 8, 8), (512, 10, 10), (6, 6, 6), (5, 1, 1), (9, 7, 4)])
@@ -173,37 +191,37 @@ def test_shares_sum_to_one_and_selection_frequency_to_k(unequal: Run) -> None:
 def test_every_expert_of_a_layer_appears_for_every_label(unequal: Run) -> None:
     rows = unequal.query("domain_specialization", include_special=True).fetchall()
     assert len(rows) == 3 * sum(one.n_experts for one in UNEQUAL)
-    assert any(value == 0 for *_, value in (row[:5] for row in rows))
+    assert any(value == 0 for *_, value in (row[:6] for row in rows))
 
 
 def test_overlap_is_symmetric_and_complete_with_itself(unequal: Run) -> None:
-    values = {row[:4]: row[4] for row in unequal.query("language_overlap").fetchall()}
-    for (metric, layer, a, b), value in values.items():
-        assert values[metric, layer, b, a] == value
+    values = {row[:5]: row[5] for row in unequal.query("language_overlap").fetchall()}
+    for (metric, stack, layer, a, b), value in values.items():
+        assert values[metric, stack, layer, b, a] == value
         assert -1e-12 <= value <= 1 + 1e-12
         if a == b:
             assert value == pytest.approx(0 if metric == "jsd" else 1, abs=1e-12)
 
 
 def test_a_layer_that_takes_all_experts_shows_no_difference(unequal: Run) -> None:
-    for metric, _, _, _, value, *_ in unequal.query("language_overlap", layer=2).fetchall():
+    for metric, _, _, _, _, value, *_ in unequal.query("language_overlap", layer=2).fetchall():
         assert value == pytest.approx(0 if metric == "jsd" else 1, abs=1e-12)
     for *_, value, _, _ in unequal.query("effective_experts", layer=2).project("value, baseline, n").fetchall():
         assert value == pytest.approx(6)
 
 
 def test_entropies_and_effective_experts_stay_in_range(unequal: Run) -> None:
-    upper = {(m, layer): b for m, layer, _, _, b, *_ in unequal.query("router_entropy").fetchall() if "entropy" in m}
-    for metric, layer, _, value, *_ in unequal.query("router_entropy").fetchall():
+    upper = {(m, layer): b for m, _, layer, _, _, b, *_ in unequal.query("router_entropy").fetchall() if "entropy" in m}
+    for metric, _, layer, _, value, *_ in unequal.query("router_entropy").fetchall():
         assert 0 <= value <= upper.get((metric, layer), 1) + 1e-3, metric
-    for _, layer, _, value, baseline, n, *_ in unequal.query("effective_experts").fetchall():
+    for _, _, layer, _, value, baseline, n, *_ in unequal.query("effective_experts").fetchall():
         k = {one.layer: one.top_k for one in UNEQUAL}[layer]
         assert 1 - 1e-9 <= value <= min(baseline, n * k) + 1e-9
 
 
 def test_one_expert_per_token_has_no_weight_entropy(unequal: Run) -> None:
     rows = [row for row in unequal.query("router_entropy", layer=0).fetchall() if row[0] == "weight_entropy"]
-    assert {row[3:5] for row in rows} == {(0, 0)}
+    assert {row[4:6] for row in rows} == {(0, 0)}
 
 
 # ---- edges ----
@@ -226,8 +244,8 @@ def test_a_label_can_hold_a_quote_or_a_comma(tmp_path: Path) -> None:
     layers = [Layer(layer=0, n_experts=2, top_k=1)]
     shard = Shard.of_picks(layers, documents=[("o'brien", 1), ("a,b", 2)], experts={0: [0, 1, 1]})
     run = open_run(write_run(tmp_path / "run", layers, [shard]))
-    assert {row[2] for row in run.query("top_experts", labels="o'brien").fetchall()} == {"o'brien"}
-    assert {row[2] for row in run.query("top_experts", labels=["a,b"]).fetchall()} == {"a,b"}
+    assert {row[3] for row in run.query("top_experts", labels="o'brien").fetchall()} == {"o'brien"}
+    assert {row[3] for row in run.query("top_experts", labels=["a,b"]).fetchall()} == {"a,b"}
     assert run.sql("select tokens from labels where label = 'o''brien'").fetchall() == [(1,)]
 
 

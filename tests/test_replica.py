@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from collector import models, plan, records
+from collector import driver, models, plan, records, show
 from collector.config import DataConfig, ModelConfig
 from collector.replica import Replica
-from collector.storage import VOCAB, RunDirectory
+from collector.storage import PLAN, VOCAB, Commit, RunDirectory
 from tests.runs import assert_same_content, collect_here, content, run_config, write_jsonl
 
 
@@ -153,6 +154,67 @@ def test_a_router_that_returns_nan_fails_the_shard_and_leaves_no_file(tmp_path, 
     assert not (tmp_path / "run" / "data").exists()
 
 
+def too_small(replica, monkeypatch, positions):
+    """Makes a replica's device fail for batches of more padded tokens; returns the sizes that it was asked for."""
+    real, asked = replica.capture.run, []
+
+    def run(ids, mask):
+        asked.append(tuple(ids.shape))
+        if ids.numel() > positions:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(ids, mask)
+
+    monkeypatch.setattr(replica.capture, "run", run)
+    return asked
+
+
+def test_a_batch_beyond_the_devices_memory_is_halved_until_it_fits(tmp_path, config, tiny_model, monkeypatch, capsys):
+    plain = collect_here(tmp_path / "plain", config, loaded=tiny_model)
+    assert {commit.halved for commit in plain.commits()} == {0}
+    config = dataclasses.replace(config, capture=dataclasses.replace(config.capture, tokens_per_batch=2048))
+    with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
+        asked = too_small(replica, monkeypatch, 200)
+        commits = [replica.collect(shard) for shard in made.shards]
+        driver.record_card(replica.run, made, replica.card())
+        replica.run.store.put_new(PLAN, made.to_parquet())
+    fitting = [rows * width for rows, width in asked if rows * width <= 200]
+    assert sum(commit.halved for commit in commits) == len(asked) - len(fitting) > len(commits)
+    assert sum(commit.batches for commit in commits) == len(fitting)
+    assert sum(commit.padded_tokens for commit in commits) == sum(fitting)
+    a, b = content(plain), content(RunDirectory(tmp_path / "run"))
+    for name in ("tokens", "documents"):
+        assert a[name].to_pydict() == b[name].to_pydict()
+    a, b = a["routing"].to_pandas(), b["routing"].to_pandas()
+    clear = a.margin > 1e-5
+    exact = ["shard", "layer", "tok", "label", "e0", "e1"]
+    assert a.loc[clear, exact].equals(b.loc[clear, exact])
+    np.testing.assert_allclose(a[["w0", "w1"]], b[["w0", "w1"]], atol=1e-6)
+    show.status(RunDirectory(tmp_path / "run"))
+    show.status(plain)
+    said = capsys.readouterr().out
+    assert said.count(f"{len(asked) - len(fitting)} batches did not fit and were halved") == said.count("halved") == 1
+
+
+def test_a_single_document_beyond_the_devices_memory_names_its_length_and_the_remedy(
+    tmp_path, config, tiny_model, monkeypatch
+):
+    with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
+        asked = too_small(replica, monkeypatch, 20)
+        message = r"a single document of \d+ tokens .*--max-length \(now 512\).*--tokens-per-batch.*Tried to"
+        with pytest.raises(torch.OutOfMemoryError, match=message):
+            replica.collect(made.shards[0])
+    assert asked[-1][0] == 1
+    assert asked[-1][1] > 20
+    assert RunDirectory(tmp_path / "run").committed_shards() == set()
+
+
+def test_a_commit_record_from_before_batches_could_be_halved_is_read(tmp_path, config, tiny_model):
+    run = collect_here(tmp_path / "run", config, loaded=tiny_model)
+    record = json.loads(run.store.read("commits/000000.json"))
+    assert record.pop("halved") == 0
+    assert Commit.from_json(json.dumps(record).encode()) == run.read_commit(0)
+
+
 def test_an_exception_while_writing_publishes_nothing(tmp_path, config, tiny_model, monkeypatch):
     """A Parquet writer closed by an exception leaves a valid file that lacks rows."""
     real = records.routing_table
@@ -183,9 +245,11 @@ def test_the_card_names_model_routers_and_versions(tmp_path, config, tiny_model)
     card = run.read_json("run.json")
     assert card["model"]["model_type"] == "olmoe"
     assert card["model"]["parameters"] == sum(p.numel() for p in tiny_model.model.parameters())
-    assert [(layer["layer"], layer["n_experts"], layer["top_k"]) for layer in card["layers"]] == [
-        (0, 6, 2), (1, 6, 2), (2, 6, 2),
+    assert [(one["stack"], one["layer"], one["n_experts"], one["top_k"]) for one in card["layers"]] == [
+        ("decoder", 0, 6, 2), ("decoder", 1, 6, 2), ("decoder", 2, 6, 2),
     ]  # fmt: skip
+    assert card["stacks"] == ["decoder"]
+    assert not any(one["has_capacity"] for one in card["layers"])
     assert card["layers"][2]["router"] == "layers.2.mlp.gate"
     assert pq.read_table(tmp_path / "run" / VOCAB).num_rows == 8192
     assert (tmp_path / "run" / "_SUCCESS").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -18,13 +19,18 @@ from collector.storage import RunDirectory
 from collector.warehouse import Run, list_queries, open_run, views_sql
 
 LAYERS = [Layer(layer=1, n_experts=4, top_k=2), Layer(layer=4, n_experts=6, top_k=3)]
+TWO_STACKS = [
+    Layer(stack="encoder", layer=1, n_experts=4, top_k=1, has_capacity=True),
+    Layer(stack="decoder", layer=1, n_experts=6, top_k=3, has_capacity=True),
+    Layer(stack="decoder", layer=5, n_experts=6, top_k=2),
+]
 BASE = {"routing", "tokens", "documents", "vocab", "layers"}
 VIEWS = {path.stem: path.read_text() for path in Path(__file__).parent.parent.glob("queries/views/*.sql")}
 
 
-def shards(count: int = 2) -> list[Shard]:
+def shards(count: int = 2, layers: list[Layer] = LAYERS) -> list[Shard]:
     rng = np.random.default_rng(3)
-    return [random_shard(rng, LAYERS, [("en", 12), ("ko", 9)]) for _ in range(count)]
+    return [random_shard(rng, layers, [("en", 12), ("ko", 9)]) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Run:
     return open_run(folder)
+
+
+@pytest.fixture(scope="module")
+def two_stacks(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("warehouse") / "stacks"
+    return open_run(write_run(folder, TWO_STACKS, shards(layers=TWO_STACKS)))
 
 
 # ---- what a run shows ----
@@ -67,6 +79,62 @@ def test_decisions_take_the_highest_weight_wherever_it_stands(run: Run) -> None:
         assert [row[0] for row in run.sql(query).fetchall()] == best.ravel().tolist()
 
 
+def test_drops_stand_beside_their_picks_and_are_false_without_a_capacity(run: Run, two_stacks: Run) -> None:
+    assert two_stacks.sql("select * from routing").columns[6:15] == [
+        "e0",
+        "e1",
+        "e2",
+        "w0",
+        "w1",
+        "w2",
+        "d0",
+        "d1",
+        "d2",
+    ]
+    rows = two_stacks.sql(
+        "select stack, layer, tok, rank, dropped from selections where shard = 0 and (stack, layer) != ('decoder', 5)"
+    ).fetchall()
+    first = shards(layers=TWO_STACKS)[0]
+    expected = [("encoder", 1, tok, rank, bool(d)) for (tok, rank), d in np.ndenumerate(first.dropped["encoder", 1])]
+    expected += [("decoder", 1, 21 + tok, rank, bool(d)) for (tok, rank), d in np.ndenumerate(first.dropped[1])]
+    assert sorted(rows) == sorted(expected)
+    assert any(dropped for *_, dropped in expected)
+    unlimited = "select distinct dropped from selections where stack = 'decoder' and layer = 5"
+    assert two_stacks.sql(unlimited).fetchall() == [(False,)]
+    assert two_stacks.sql("select count(d0) from routing where layer = 5").fetchall() == [(0,)]
+    assert not any(name.startswith("d") for name in run.sql("select * from routing").columns)
+    assert run.sql("select distinct dropped from selections").fetchall() == [(False,)]
+    assert run.sql("select distinct dropped_picks from decisions").fetchall() == [(0,)]
+
+
+def test_drops_cost_nothing_where_they_are_not_read(two_stacks: Run) -> None:
+    """The files are not asked for the columns of drops, which a view that computes them could bring in."""
+    plan = two_stacks.connection.sql("explain select stack, expert, count(*) from selections group by all").fetchall()
+    assert re.search(r"\be0\b", plan[0][1])
+    assert not re.search(r"\bd[0-9]\b", plan[0][1])
+    assert re.search(r"\bd0\b", two_stacks.connection.sql("explain select dropped from selections").fetchall()[0][1])
+
+
+def test_a_router_and_its_tokens_are_those_of_its_stack(two_stacks: Run) -> None:
+    joined = "select distinct r.stack, t.stack from routing as r join tokens as t using (shard, tok)"
+    assert sorted(two_stacks.sql(joined).fetchall()) == [("decoder", "decoder"), ("encoder", "encoder")]
+    layers = two_stacks.sql("select stack, layer, has_capacity from layers").fetchall()
+    assert layers == [("encoder", 1, True), ("decoder", 1, True), ("decoder", 5, False)]
+    assert two_stacks.sql("select count(*) from experts").fetchall() == [(16,)]
+    values = two_stacks.query("effective_experts", stack="encoder").project("stack, layer, baseline").distinct()
+    assert values.fetchall() == [("encoder", 1, 4)]
+
+
+def test_a_run_of_an_earlier_layout_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", LAYERS, shards(1))
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    for one in info["layers"]:
+        del one["stack"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"run was written by an earlier version.*collect it again"):
+        open_run(tmp_path / "run")
+
+
 def test_a_part_without_a_commit_record_does_not_exist(tmp_path: Path) -> None:
     one, other = shards()
     directory = RunDirectory(write_run(tmp_path / "run", LAYERS, [one], complete=False))
@@ -80,10 +148,11 @@ def test_a_part_without_a_commit_record_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_commit_has_the_same_columns(tmp_path: Path) -> None:
-    for probabilities in (False, True):
-        name = "with" if probabilities else "without"
-        empty = open_run(write_run(tmp_path / f"{name}-0", LAYERS, [], probabilities=probabilities, complete=False))
-        full = open_run(write_run(tmp_path / f"{name}-1", LAYERS, shards(1), probabilities=probabilities))
+    for probabilities, layers in ((False, LAYERS), (True, LAYERS), (False, TWO_STACKS)):
+        name = f"{probabilities}-{len(layers)}"
+        empty = open_run(write_run(tmp_path / f"{name}-0", layers, [], probabilities=probabilities, complete=False))
+        written = shards(1, layers)
+        full = open_run(write_run(tmp_path / f"{name}-1", layers, written, probabilities=probabilities))
         for relation in (*BASE, *VIEWS):
             described = f"select column_name, column_type from (describe {relation})"
             assert empty.sql(described).fetchall() == full.sql(described).fetchall(), relation
@@ -148,9 +217,10 @@ def test_a_remote_run_is_refused() -> None:
         (
             "router_entropy",
             {"layr": 1},
-            "router_entropy has no parameter 'layr'; it takes layer, labels, include_special",
+            "router_entropy has no parameter 'layr'; it takes stack, layer, labels, include_special",
         ),
         ("router_entropy", {"layer": 2}, "layer 2 is not recorded in this run; it has 1, 4"),
+        ("router_entropy", {"stack": "encoder"}, "stack 'encoder' is not recorded in this run; it has decoder"),
         ("router_entropy", {"layer": "one"}, "layer takes integer, got 'one'"),
         ("router_entropy", {"layer": 1.5}, "layer takes integer, got 1.5"),
         ("router_entropy", {"labels": "en,kr"}, "no document of this run has the label 'kr'; it has en, ko"),
@@ -164,6 +234,11 @@ def test_a_remote_run_is_refused() -> None:
 def test_a_mistake_is_named(run: Run, name: str, params: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run.query(name, **params)
+
+
+def test_a_layer_of_another_stack_is_not_recorded(two_stacks: Run) -> None:
+    with pytest.raises(ValueError, match="layer 5 is not recorded for the encoder in this run; it has 1"):
+        two_stacks.query("router_entropy", stack="encoder", layer=5)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +298,7 @@ def test_headers_tell_everything() -> None:
     for query in list_queries():
         assert query.question.endswith("?"), query.name
         assert all((query.formula, query.source, query.grain)), query.name
-        assert {param.name for param in query.params} >= {"layer", "labels", "include_special"}
+        assert {param.name for param in query.params} >= {"stack", "layer", "labels", "include_special"}
         assert all(param.help for param in query.params)
 
 
@@ -269,7 +344,7 @@ def test_values_are_read_by_their_declared_type(declared: str, text: object, val
 
 def test_a_session_variable_never_stands_in_for_a_parameter(run: Run) -> None:
     run.connection.execute("set variable layer = 1")
-    assert {row[1] for row in run.query("effective_experts").fetchall()} == {1, 4}
+    assert {row[2] for row in run.query("effective_experts").fetchall()} == {1, 4}
 
 
 def test_an_undeclared_parameter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,9 @@ REASONS = (
     "empty text",
     "no label",
     "label is not a string or number",
+    "no target",
+    "target is not a string",
+    "empty target",
 )
 """Why a row can fail to be a document: all there are."""
 
@@ -46,6 +49,8 @@ class Columns:
     label: str | None
     """None if the label is not in the rows."""
     id: str
+    target: str | None = None
+    """None if documents have no second text."""
 
     @property
     def positional(self) -> bool:
@@ -58,6 +63,7 @@ class Columns:
             "text": self.text,
             "label": self.label,
             "id": self.id,
+            "target": self.target,
             "parallel_id": "parallel_id",
             "source": "source",
         }
@@ -70,7 +76,7 @@ class Columns:
             ValueError: a column that a document cannot do without, or that was asked for, is missing.
         """
         found = {meaning: name for meaning, name in self.wanted().items() if name in names}
-        required = ["text", "label"] if self.id == "id" else ["text", "label", "id"]
+        required = ["text", "label", "target"] if self.id == "id" else ["text", "label", "id", "target"]
         for meaning in required:
             name = self.wanted().get(meaning, "")
             if name and meaning not in found:

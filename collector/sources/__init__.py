@@ -99,9 +99,15 @@ def _file_label(source: Source, data: DataConfig) -> str | None:
 
 
 def reader(source: Source, data: DataConfig) -> Format:
-    """The format of a source, ready to locate and read its rows."""
+    """The format of a source, ready to locate and read its rows.
+
+    Raises:
+        ValueError: a target column is asked for where there are no columns.
+    """
+    if data.target_column is not None and source.kind in ("txt", "demo"):
+        raise ValueError(f"{source.location} has texts alone, so there is no column for --target-column")
     label = None if data.label_column == FROM_FILE else data.label_column
-    columns = Columns(text=data.text_column, label=label, id=data.id_column)
+    columns = Columns(text=data.text_column, label=label, id=data.id_column, target=data.target_column)
     open_file = functools.partial(files.open_file, source.location, scattered=source.kind == "parquet")
     return _FORMATS[source.kind](open_file, columns, source.location)
 
@@ -112,4 +118,5 @@ def documents(
     """The rows of a span by number, each as a document or as what is wrong with it."""
     label = _file_label(source, data)
     for row, fields in reader(source, data).read(span, keep):
-        yield row, as_document(fields, name=source.name, row=row, label=label)
+        has_target = data.target_column is not None
+        yield row, as_document(fields, name=source.name, row=row, label=label, has_target=has_target)

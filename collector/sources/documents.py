@@ -26,6 +26,8 @@ class Document:
     """What translations of the same text have in common; column `parallel_id`."""
     source: str | None
     """Column `source`, or the name of the file."""
+    target: str | None = None
+    """The decoder's text, where a column for it was named."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,9 @@ class BadRow:
     """One of `formats.REASONS`."""
 
 
-def as_document(fields: Mapping[str, Any] | str, *, name: str, row: int, label: str | None) -> Document | BadRow:
+def as_document(
+    fields: Mapping[str, Any] | str, *, name: str, row: int, label: str | None, has_target: bool = False
+) -> Document | BadRow:
     """Turns one row as a format read it into a document.
 
     Args:
@@ -46,9 +50,10 @@ def as_document(fields: Mapping[str, Any] | str, *, name: str, row: int, label: 
         name: of the source, unique in the plan.
         row: number of the row in the source.
         label: of all rows of the source; None if each has its own.
+        has_target: whether a document needs a target as well.
     """
     where = f"{name}#{row}"
-    reason = fields if isinstance(fields, str) else _reason(fields, label)
+    reason = fields if isinstance(fields, str) else _reason(fields, label, has_target=has_target)
     if reason is not None or isinstance(fields, str):
         return BadRow(where=where, reason=str(reason))
     return Document(
@@ -57,18 +62,21 @@ def as_document(fields: Mapping[str, Any] | str, *, name: str, row: int, label: 
         id=_string(fields.get("id")) or where,
         parallel_id=_string(fields.get("parallel_id")),
         source=_string(fields.get("source")) or name,
+        target=fields["target"] if has_target else None,
     )
 
 
-def _reason(fields: Mapping[str, Any], label: str | None) -> str | None:
+def _reason(fields: Mapping[str, Any], label: str | None, *, has_target: bool) -> str | None:
     """Why the columns make no document; None if they do."""
-    text, own_label = fields.get("text"), label or fields.get("label")
-    if text is None:
-        return "no text"
-    if not isinstance(text, str):
-        return "text is not a string"
-    if not text.strip():
-        return "empty text"
+    for meaning in ("text", "target") if has_target else ("text",):
+        text = fields.get(meaning)
+        if text is None:
+            return f"no {meaning}"
+        if not isinstance(text, str):
+            return f"{meaning} is not a string"
+        if not text.strip():
+            return f"empty {meaning}"
+    own_label = label or fields.get("label")
     if own_label is None or not str(own_label).strip():
         return "no label"
     if isinstance(own_label, (list, dict, bytes)):

@@ -1,10 +1,11 @@
 -- Question: How much of each label's text did each expert get?
--- Formula: picks = N_eD; top1 = tokens whose highest-weight expert is e; weight_sum = sum of w_e;
---   tokens = N_D, the same in all rows of a group.
--- Grain: one row per (layer, label, is_special, expert), with zeros for experts that were never chosen.
+-- Formula: picks = N_eD, dropped or not; top1 = tokens whose highest-weight expert is e;
+--   weight_sum = sum of w_e; tokens = N_D, the same in all rows of a group.
+-- Grain: one row per (stack, layer, label, is_special, expert), with zeros for experts never chosen.
 -- Reads: selections, decisions, routing, experts, layers
 with present as (
     select distinct
+        stack,
         layer,
         label,
         is_special
@@ -14,6 +15,7 @@ with present as (
 -- a union, because conditions on its keys reach the files through it; through joins they would not
 counted as (
     select
+        stack,
         layer,
         label,
         is_special,
@@ -22,9 +24,10 @@ counted as (
         0 as top1,
         sum(weight) as weight_sum
     from selections
-    group by layer, label, is_special, expert
+    group by stack, layer, label, is_special, expert
     union all
     select
+        stack,
         layer,
         label,
         is_special,
@@ -33,9 +36,10 @@ counted as (
         count(*) as top1,
         0 as weight_sum
     from decisions
-    group by layer, label, is_special, expert
+    group by stack, layer, label, is_special, expert
     union all
     select
+        present.stack,
         present.layer,
         present.label,
         present.is_special,
@@ -44,11 +48,12 @@ counted as (
         0 as top1,
         0 as weight_sum
     from present
-    inner join experts using (layer)
+    inner join experts using (stack, layer)
 ),
 
 summed as (
     select
+        stack,
         layer,
         label,
         is_special,
@@ -57,10 +62,11 @@ summed as (
         sum(top1)::bigint as top1,
         sum(weight_sum) as weight_sum
     from counted
-    group by layer, label, is_special, expert
+    group by stack, layer, label, is_special, expert
 )
 
 select
+    summed.stack,
     summed.layer,
     summed.label,
     summed.is_special,
@@ -68,9 +74,11 @@ select
     layers.n_experts,
     layers.top_k,
     -- a token has one highest-weight expert
-    (sum(summed.top1) over (partition by summed.layer, summed.label, summed.is_special))::bigint as tokens,
+    (sum(summed.top1) over (
+        partition by summed.stack, summed.layer, summed.label, summed.is_special
+    ))::bigint as tokens,
     summed.picks,
     summed.top1,
     summed.weight_sum
 from summed
-inner join layers using (layer)
+inner join layers using (stack, layer)

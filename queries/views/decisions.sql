@@ -1,21 +1,32 @@
 -- Question: How did each router decide about each token?
 -- Formula: expert = the one with the highest weight (not every model sorts them; ties: the first
---   in the model's own order); weight_entropy = H(w / sum w) over the k weights, in nats.
--- Grain: one row per (token, layer): (shard, layer, tok).
+--   in the model's own order); weight_entropy = H(w / sum w) over the k weights, in nats;
+--   dropped_picks = how many of the k a capacity limit kept from their expert, 0 without a limit.
+-- Grain: one row per (router, token): (shard, stack, layer, tok).
 -- Reads: routing
-with routed as (
+with limited as (
+    select
+        *,
+        -- matched below, because a run without a capacity limit has no d0 …
+        false as never_dropped
+    from routing
+),
+
+routed as (
     select
         shard,
+        stack,
         layer,
         tok,
         label,
         is_special,
         [*columns('^e[0-9]+$')] as experts,
         [*columns('^w[0-9]+$')] as weights,
+        [*columns('^(d[0-9]+|never_dropped)$')] as drops,
         entropy,
         topk_mass,
         margin
-    from routing
+    from limited
 ),
 
 summed as (
@@ -27,6 +38,7 @@ summed as (
 
 select
     shard,
+    stack,
     layer,
     tok,
     label,
@@ -37,5 +49,6 @@ select
         list_transform(weights, lambda w: if(w > 0, -w / weight_sum * ln(w / weight_sum), 0))
     ) as weight_entropy,
     topk_mass,
-    margin
+    margin,
+    len(list_filter(drops, lambda dropped: dropped))::integer as dropped_picks
 from summed

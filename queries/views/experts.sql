@@ -1,7 +1,8 @@
 -- Question: Which experts are there?
--- Grain: one row per (layer, expert), chosen or not.
+-- Grain: one row per (stack, layer, expert), chosen or not.
 -- Reads: layers
 select
+    stack,
     layer,
     n_experts,
     top_k,

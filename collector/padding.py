@@ -1,0 +1,137 @@
+"""Keeps padding out of the experts: a padded position costs attention and routing, and nothing more.
+
+    grids = {"decoder": Grid.of(attention_mask, to_device)}
+    with ExpertsWithoutPadding(model, grids):
+        model(...)
+
+Every module whose forward takes `hidden_states [T, H]`, `top_k_index [T, k]` and `top_k_weights [T, k]`,
+as nearly all experts of transformers do (`_TAKEN` has the other names), is given the rows of real
+tokens only; its output is put back in their places, with zeros for padding, whose values no real
+token ever reads. A batch without
+padding is left alone, and so is a module that is called with other shapes or with other than all
+positions. Routers still see every position: a capacity counts what the model counts.
+
+No step waits for the device. The hooks are gone when the context ends.
+
+Shapes: T positions of a batch in row-major order, R of them real, H hidden size, k chosen per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from types import TracebackType
+
+    from transformers import PreTrainedModel
+
+_TAKEN = (
+    ("hidden_states", "top_k_index", "top_k_weights"),
+    ("hidden_states", "router_indices", "routing_weights"),  # GPT-OSS
+    ("hidden_states", "selected_experts", "routing_weights"),  # Switch: a mask [T, 1, E]
+    ("hidden_states", "router_mask", "router_probs"),  # NLLB-MoE: [T, E] both
+)
+"""What the forward of an experts module takes; each has T rows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The positions of one padded batch."""
+
+    positions: int
+    """T."""
+    real: torch.Tensor | None
+    """[R] indices of the real tokens, on the device of the inputs; None if all are."""
+    _copies: dict[torch.device, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def real_on(self, device: torch.device) -> torch.Tensor:
+        """`real` where a part of a model that spans several devices needs it, copied once for each."""
+        assert self.real is not None
+        if device == self.real.device:
+            return self.real
+        if device not in self._copies:
+            self._copies[device] = self.real.to(device, non_blocking=True)
+        return self._copies[device]
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor, to_device: Callable[[torch.Tensor], torch.Tensor]) -> Grid:
+        """Reads a mask [B, S] on the host: asking the device for indices would wait for it."""
+        real = attention_mask.flatten().nonzero().squeeze(1)
+        positions = attention_mask.numel()
+        return cls(positions=positions, real=None if len(real) == positions else to_device(real))
+
+
+def encoder_of(model: PreTrainedModel) -> Any:
+    """The encoder of an encoder–decoder model, None of any other."""
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
+
+
+def _experts(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, tuple[str, ...]]]:
+    """(experts module, what its forward takes)."""
+    for module in model.modules():
+        parameters = inspect.signature(module.forward).parameters.keys()
+        for names in _TAKEN:
+            if set(names) <= parameters:
+                yield module, names
+
+
+class ExpertsWithoutPadding:
+    """Context manager that narrows what the experts of a model are given to real tokens."""
+
+    def __init__(self, model: PreTrainedModel, grids: Mapping[str, Grid]) -> None:
+        """Prepares the hooks; they are in place inside the context only.
+
+        Args:
+            model: any model of transformers.
+            grids: the batch of each stack in the forward pass that runs; read at every call.
+        """
+        self.model = model
+        self.grids = grids
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        encoder = encoder_of(self.model)
+        inside = set() if encoder is None else set(encoder.modules())
+        for module, names in _experts(self.model):
+            self._hook(module, names, "encoder" if module in inside else "decoder")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, module: torch.nn.Module, names: tuple[str, ...], stack: str) -> None:
+        signature = inspect.signature(module.forward)
+        narrowed: list[Grid] = []
+
+        def narrow(_module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+            narrowed.clear()  # an error in the last call has left its batch here
+            grid = self.grids.get(stack)
+            if grid is None or grid.real is None or len(grid.real) == 0:
+                return None
+            bound = signature.bind(*args, **kwargs)
+            given: list[torch.Tensor] = [bound.arguments[name] for name in names]
+            if any(each.shape[0] != grid.positions for each in given):
+                return None
+            narrowed.append(grid)
+            for name, each in zip(names, given, strict=True):
+                bound.arguments[name] = each.index_select(0, grid.real_on(each.device))
+            return bound.args, bound.kwargs
+
+        def widen(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
+            if not narrowed:
+                return None
+            grid = narrowed.pop()
+            whole = output.new_zeros((grid.positions, *output.shape[1:]))
+            return whole.index_copy_(0, grid.real_on(output.device), output)
+
+        self._handles.append(module.register_forward_pre_hook(narrow, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(widen))

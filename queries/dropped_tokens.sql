@@ -1,0 +1,71 @@
+-- Question: How many of each label's tokens does a capacity limit keep from an expert that they chose?
+-- Formula: dropped_tokens  tokens with at least one dropped pick / N_D.
+--   dropped_picks   dropped picks / (k N_D), of all picks of D.
+--   Baseline 0, no limit; both are 0 for a router without one. A dropped pick still counts as chosen in
+--   all other queries.
+-- Source: expert capacity as in Switch Transformers, arXiv 2101.03961, section 2.2.
+-- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
+-- Reads: decisions, layers
+-- Params:
+--   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
+--   layer integer = null: only this layer, by the model's own number (default: all)
+--   labels varchar[] = null: only these labels (default: all)
+--   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
+--     language codes); they say nothing about the text
+with chosen as (
+    select *
+    from decisions
+    where
+        ($stack is null or stack = $stack)
+        and ($layer is null or layer = $layer)
+        and ($labels is null or list_contains($labels, label))
+        and ($include_special or not is_special)
+),
+
+counted as (
+    select
+        stack,
+        layer,
+        label,
+        count(*) as n,
+        count_if(dropped_picks > 0) as tokens_with_drops,
+        sum(dropped_picks) as picks_dropped
+    from chosen
+    group by stack, layer, label
+),
+
+located as (
+    select
+        counted.*,
+        layers.top_k
+    from counted
+    inner join layers using (stack, layer)
+),
+
+metrics as (
+    select
+        'dropped_tokens' as metric,
+        *,
+        tokens_with_drops / n as value,
+        tokens_with_drops as count
+    from located
+    union all
+    select
+        'dropped_picks' as metric,
+        *,
+        picks_dropped / (top_k * n) as value,
+        picks_dropped as count
+    from located
+)
+
+select
+    metric,
+    stack,
+    layer,
+    label,
+    value,
+    0 as baseline,
+    n,
+    count::bigint as count
+from metrics
+order by metric, stack, layer, label
