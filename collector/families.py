@@ -347,9 +347,9 @@ def _experts_form(router: Router) -> str:
     assert owner is not None
     experts = next((module for module in owner.modules() if "Experts" in type(module).__name__), None)
     if experts is None:
-        return "other: embeddings"
+        return "embeddings (no 4-bit form)"
     if any(weight.ndim == 3 for weight in experts.parameters()):
         return "fused 3-D"
     if any(isinstance(module, nn.Linear) for module in experts.modules()):
         return "one Linear per expert"
-    return "other: stacked 2-D"
+    return "stacked 2-D"

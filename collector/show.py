@@ -182,7 +182,8 @@ tiny random weights; `tests/test_families.py` checks the capture of each against
 E and k are those of the family's default config (– where it leaves them open, and a checkpoint's may differ). *Also
 decides*: what chooses experts besides the router's logits; groups as kept of all. *Ids*: whether the router returns the
 ids of the chosen experts, or how they are recomputed. *Experts*: how a layer's experts are stored; "fused 3-D" is one
-tensor with an axis of experts.
+tensor with an axis of experts. `--quantization nf4` converts all of them but those without a 4-bit form. `--weights
+random` and text alone suffice for all; of a multimodal model the text path is collected.
 """
 
 

@@ -64,16 +64,21 @@ def test_every_setting_has_its_flag():
             "collect --out s3://b/run --model a/b --revision r --dtype bfloat16 --weights random --seed 3 --layers 0 5 "
             "--max-length 7 --tokens-per-batch 8 --docs-per-shard 9 --per-label 10 --limit 11 --replicas 2 "
             "--gpus-per-replica 0.25 --cpus-per-replica 3 --device cuda --text-column t --label-column l "
-            "--id-column i --store text probabilities --ray-address auto --data x.jsonl hf:a/b:c:test"
+            "--id-column i --store text probabilities --ray-address auto --data x.jsonl hf:a/b:c:test "
+            "--target-column u --stacks encoder decoder --quantization nf4 --no-double-quantization "
+            "--compute-dtype float16 --unquantized-experts --offload disk --host-memory 24GB"
         )
     )
     assert command.data == DataConfig(data=("x.jsonl", "hf:a/b:c:test"), text_column="t", label_column="l",
-                                      id_column="i", per_label=10, limit=11, docs_per_shard=9)  # fmt: skip
-    assert command.model == ModelConfig(model="a/b", revision="r", dtype="bfloat16", weights="random", seed=3)
+                                      id_column="i", per_label=10, limit=11, docs_per_shard=9,
+                                      target_column="u")  # fmt: skip
+    assert command.model == ModelConfig(model="a/b", revision="r", dtype="bfloat16", weights="random", seed=3,
+                                        quantization="nf4", double_quantization=False, compute_dtype="float16",
+                                        unquantized_experts=True)  # fmt: skip
     assert command.capture == CaptureConfig(layers=(0, 5), max_length=7, tokens_per_batch=8,
-                                            store=("text", "probabilities"))  # fmt: skip
+                                            store=("text", "probabilities"), stacks=("encoder", "decoder"))  # fmt: skip
     assert command.launch == LaunchConfig(replicas=2, gpus_per_replica=0.25, cpus_per_replica=3, device="cuda",
-                                          ray_address="auto")  # fmt: skip
+                                          ray_address="auto", offload="disk", host_memory="24GB")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,19 @@ def test_status_shows_the_card(run):
     text = done.stdout.decode()
     for fact in ("complete", "top-2 of 6", "20 of 20", "padding efficiency"):
         assert fact in text
+
+
+def test_a_quantized_copy_is_collected_like_its_original(tmp_path, capsys, tiny_folder):
+    copy = tmp_path / "copy"
+    assert cli.parse(["quantize", str(tiny_folder), str(copy), "--dtype", "bfloat16"]).run() == 0
+    said = capsys.readouterr().out
+    assert "in nf4" in said
+    assert str(copy) in said
+    run = collect_here(tmp_path / "run", run_config(DataConfig(limit=4), ModelConfig(model=str(copy))))
+    card = run.read_json("run.json")
+    assert "nf4" in card["memory"]["treatments"]
+    with pytest.raises(ValueError, match="not empty"):
+        cli.parse(["quantize", str(tiny_folder), str(copy)]).run()
 
 
 def test_the_list_tells_every_query():

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from collector import driver
+from collector import batches, driver, models
+from collector.capture import RouterCapture
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
+from collector.routers import find_routers
 from tests.runs import collect_here, content, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -36,3 +38,71 @@ def test_two_replicas_share_one_gpu(tmp_path):
     run = driver.collect(str(tmp_path / "run"), data=data, model=ModelConfig(), capture=CaptureConfig(), launch=launch)
     assert (tmp_path / "run" / "_SUCCESS").exists()
     assert len(content(run)["documents"]) == 240
+
+
+def test_4_bits_on_a_gpu_hold_the_same_values_as_on_a_cpu():
+    config = ModelConfig(dtype="float32", quantization="nf4")
+    gpu, cpu = models.load(config, "cuda"), models.load(config, "cpu")
+    a, b = gpu.model.state_dict(), cpu.model.state_dict()
+    assert a.keys() == b.keys()
+    for key in a:
+        if key.endswith("absmax"):  # scales are sums over blocks
+            torch.testing.assert_close(a[key].cpu(), b[key])
+        else:
+            assert (a[key].cpu() == b[key]).float().mean() > 0.999, key
+    ids = torch.randint(3, 8000, (4, 64))
+    with torch.inference_mode():
+        torch.testing.assert_close(gpu.model(ids.cuda())[0].cpu(), cpu.model(ids)[0], atol=2e-2, rtol=2e-2)
+
+
+def test_a_quantized_run_through_ray(tmp_path):
+    model = ModelConfig(dtype="bfloat16", quantization="nf4")
+    data = DataConfig(per_label=2, docs_per_shard=16)
+    run = driver.collect(str(tmp_path / "run"), data=data, model=model, capture=CaptureConfig(),
+                         launch=LaunchConfig(device="cuda"))  # fmt: skip
+    assert (tmp_path / "run" / "_SUCCESS").exists()
+    memory = run.read_json("run.json")["memory"]
+    assert memory["treatments"]["nf4"]["parameters"] > memory["treatments"]["bfloat16"]["parameters"]
+    assert memory["compute_dtype"] == "bfloat16"
+
+
+def test_a_captured_pass_never_waits_for_the_device():
+    """Torch raises at any synchronisation between the call and the wait."""
+    loaded = models.load(ModelConfig(dtype="bfloat16"), "cuda")
+    texts = ["One sentence.", "And another one, which is a little longer than the first."]
+    table = batches.tokenize(loaded.tokenizer, texts, 64)
+    batch = batches.pad(table, np.arange(2), loaded.pad_id)
+    ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
+    with RouterCapture(loaded.model, find_routers(loaded.model), device=loaded.device) as capture:
+        capture.run(ids, mask).wait()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            decisions = capture.run(ids, mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(decisions.wait()) == 8
+
+
+def test_a_batch_that_does_not_fit_is_halved(tmp_path):
+    """Only so much of the GPU is given to this process that large batches fail."""
+    config = run_config(DataConfig(per_label=8), ModelConfig(), tokens_per_batch=65536)
+    config = type(config)(data=config.data, model=config.model, capture=config.capture, device="cuda")
+    loaded = models.load(config.model, "cuda")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + 200 * 2**20) / total))
+    try:
+        run = collect_here(tmp_path / "run", config, loaded=loaded)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert sum(commit.halved for commit in run.commits()) > 0
+    assert len(content(run)["documents"]) == 480
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
+def test_a_replica_over_two_gpus_routes_like_one_on_one(tmp_path):
+    data, model, capture = DataConfig(per_label=2), ModelConfig(dtype="float32"), CaptureConfig()
+    runs = [driver.collect(str(tmp_path / str(gpus)), data=data, model=model, capture=capture,
+                           launch=LaunchConfig(device="cuda", replicas=1, gpus_per_replica=gpus))
+            for gpus in (1, 2)]  # fmt: skip
+    one, two = (content(run)["routing"].to_pandas() for run in runs)
+    assert (one.e0 == two.e0).mean() > 0.999
