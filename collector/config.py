@@ -151,9 +151,13 @@ class LaunchConfig:
     """Cluster to join (`auto`, host:port, ray://…). Default: RAY_ADDRESS, else a local Ray is started."""
     max_attempts: int = 3
     """Attempts per shard before it is reported as failed and left out."""
+    part: str | None = None
+    """Where this driver begins if several work on one run, for example 2/16: with every 16th shard from the second on.
+    After these it helps the others, so every part ends with the whole run complete."""
 
     def __post_init__(self) -> None:
         """Refuses impossible placement."""
+        self.share()
         for name in ("replicas", "gpus_per_replica", "cpus_per_replica", "max_attempts"):
             _require_positive(name, getattr(self, name))
         if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:
@@ -162,6 +166,19 @@ class LaunchConfig:
             )
         if self.host_memory is not None and self.offload == "none":
             raise ValueError("--host-memory limits what --offload cpu or --offload disk may take: give one of them")
+
+    def share(self) -> tuple[int, int]:
+        """`--part I/N` as (I - 1, N): the remainder of this driver's own shards modulo N.
+
+        Raises:
+            ValueError: it is not I/N with I from 1 to N.
+        """
+        if self.part is None:
+            return 0, 1
+        number, _, parts = self.part.partition("/")
+        if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+            raise ValueError(f"--part takes I/N with I from 1 to N, for example 2/16, got {self.part!r}")
+        return int(number) - 1, int(parts)
 
     def spread(self, device: str) -> Spread | None:
         """How a replica's weights are spread; None if one device holds them all.

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import signal
 import time
 from collections import Counter, deque
@@ -31,7 +32,7 @@ from collector.storage import PLAN, RUN, SUCCESS, VIEWS, Commit, RunDirectory
 from collector.warehouse import views_sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from collector.plan import Plan, Shard
 
@@ -172,13 +173,28 @@ def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any]) -> None:
     if run.store.put_new(RUN, json.dumps(described, indent=1).encode() + b"\n"):
         return
     recorded = run.read_json(RUN)
-    different = [key for key in ("model", "layers", "memory", "tokenizer") if recorded[key] != card[key]]
+    different = [key for key in ("model", "layers", "memory", "tokenizer") if recorded.get(key) != card[key]]
     if different:
-        details = "; ".join(f"{key}: {recorded[key]} -> {card[key]}" for key in different)
+        details = "; ".join(f"{key}: {recorded.get(key)} -> {card[key]}" for key in different)
         raise ValueError(f"{run.root} was begun with another model than this replica loaded ({details})")
 
 
 # -- dispatch ----------------------------------------------------------------------------------------
+
+
+def in_order(shards: Iterable[Shard], share: tuple[int, int]) -> list[Shard]:
+    """This driver's own shards first, then everybody else's.
+
+    The others' come shuffled, differently in each driver: in the same order, all that help would take the same
+    shard at the same time, again and again.
+    """
+    remainder, parts = share
+    own: list[Shard] = []
+    others: list[Shard] = []
+    for shard in shards:
+        (own if shard.shard % parts == remainder else others).append(shard)
+    random.Random(remainder).shuffle(others)
+    return own + others
 
 
 class Dispatcher:
@@ -186,7 +202,7 @@ class Dispatcher:
 
     def __init__(
         self, *, run: RunDirectory, plan: Plan, config: RunConfig, placement: Placement, max_attempts: int,
-        view: ProgressView,
+        view: ProgressView, share: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         self.run = run
         self.plan = plan
@@ -195,7 +211,7 @@ class Dispatcher:
         self.max_attempts = max_attempts
         self.view = view
         done = run.committed_shards()
-        self.waiting = deque(shard for shard in plan.shards if shard.shard not in done)
+        self.waiting = deque(in_order((shard for shard in plan.shards if shard.shard not in done), share))
         self.attempts: Counter[int] = Counter()
         self.loaded_one = False
         self.load_failures = 0
@@ -364,7 +380,7 @@ def collect(
             tally.add(commit, before=True)
         with ProgressView(tally) as view:
             dispatcher = Dispatcher(run=run, plan=plan, config=config, placement=placement,
-                                    max_attempts=launch.max_attempts, view=view)  # fmt: skip
+                                    max_attempts=launch.max_attempts, view=view, share=launch.share())  # fmt: skip
             try:
                 dispatcher.dispatch()
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, cast
 
 from collector.config import DEMO
@@ -24,23 +25,22 @@ def split_of(spec: str) -> Split:
     return cast("Split", split)
 
 
+@functools.lru_cache(maxsize=1)
+def _sentences(split: Split) -> tuple[Sentence, ...]:
+    """Read once: some plans ask for thousands of small spans."""
+    return tuple(read_sentences(split))
+
+
 class Embedded(Format):
     """Sentences of one split, in the order of the corpus. Its columns are its own."""
 
-    def _sentences(self) -> Iterator[Sentence]:
-        return read_sentences(split_of(self.where))
-
     def locate(self, every: int) -> Iterator[Span]:
         """See `Format.locate`."""
-        return even_spans(sum(1 for _ in self._sentences()), every)
+        return even_spans(len(_sentences(split_of(self.where))), every)
 
     def records(self, span: Span) -> Iterator[Sentence]:
         """See `Format.records`."""
-        for row, sentence in enumerate(self._sentences()):
-            if row >= span.first_row + span.rows:
-                return
-            if row >= span.first_row:
-                yield sentence
+        yield from _sentences(split_of(self.where))[span.first_row : span.first_row + span.rows]
 
     def fields(self, record: Sentence) -> dict[str, Any]:
         """See `Format.fields`."""
