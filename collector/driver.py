@@ -23,6 +23,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import RayError, RayTaskError
 
 from collector import plan as planning
@@ -87,6 +88,9 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address != "local":
+        # Ray starts clusters with a token where there is one, but joins by address without, unless told.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **(local if address == "local" else {}))
     try:
