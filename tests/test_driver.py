@@ -21,7 +21,7 @@ from tests.runs import assert_same_content, collect_here, run_config, write_json
 
 pytestmark = pytest.mark.ray
 
-DOCUMENTS, PER_SHARD = 400, 5
+DOCUMENTS, PER_SHARD = 800, 5
 
 
 @pytest.fixture(scope="module")
