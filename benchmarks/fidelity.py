@@ -24,10 +24,8 @@ import tempfile
 from typing import TYPE_CHECKING, Literal
 
 from benchmarks.collect import machine, wide_model
-from collector import driver, plan
+from collector import driver
 from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-from collector.replica import Replica
-from collector.storage import PLAN, RunDirectory
 from collector.warehouse import open_run
 
 if TYPE_CHECKING:
@@ -68,14 +66,7 @@ class Bench:
 def collect(root: str, model: ModelConfig, data: DataConfig) -> Run:
     """One run, in this process."""
     config = resolve(data=data, model=model, capture=CaptureConfig(), device="cpu")
-    run, made = RunDirectory(root), plan.make_plan(config)
-    run.store.put_new(PLAN, made.to_parquet())
-    with contextlib.closing(Replica(root, config, made.hash)) as replica:
-        replica.write_vocabulary()
-        driver.record_card(run, made, replica.card())
-        for shard in made.shards:
-            replica.collect(shard)
-    driver.finish(run, made)
+    driver.collect_in_process(root, config)
     return open_run(root)
 
 

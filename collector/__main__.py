@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
+from collector.config import CaptureConfig, DataConfig, Dtype, LaunchConfig, ModelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,7 +145,7 @@ class Quantize:
     """4-bit normal floats, or 4-bit floats."""
     double_quantization: bool = True
     """Also quantize the scales of 4-bit blocks."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Precision of what is not quantized."""
     unquantized_experts: bool = False
     """Accept a family whose experts cannot be quantized."""
@@ -163,9 +163,9 @@ class Quantize:
         out = Path(self.out)
         checkpoints.require_empty(out)
         loaded = models.load(config, "cpu")
-        size = checkpoints.save(loaded.model, loaded.tokenizer, out)
+        written = checkpoints.save(loaded.model, loaded.tokenizer, out)
         summary = footprint.describe(loaded.model, loaded.compute_dtype)["summary"]
-        sys.stdout.write(f"{summary}\n{out}: {size / 1e9:.2f} GB\n")
+        sys.stdout.write(f"{summary}\n{out}: {footprint.size(written)}\n")
         return 0
 
 

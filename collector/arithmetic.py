@@ -19,7 +19,7 @@ Shapes: T tokens, k experts per token, H hidden size, I an expert's inner size.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,14 +27,15 @@ from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from collector.fourbit import dequantized, is_quantized, slices
-from collector.routers import find_routers
+from collector.routers import router_prefixes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
-ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+    from collector.config import Dtype
+
 IMPLEMENTATION = "per_expert"
 
 
@@ -49,7 +50,7 @@ def native(dtype: torch.dtype, device: torch.device) -> bool:
     return any(has.get(feature) for feature in wanted)
 
 
-def resolve(compute: ComputeDtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def resolve(compute: Dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The precision to multiply in: the one asked for, else the stored one where the device has it."""
     if compute != "auto":
         return getattr(torch, compute)
@@ -66,7 +67,7 @@ def apply(model: PreTrainedModel, stored: torch.dtype, compute: torch.dtype, dev
         device: where it runs.
     """
     if compute != stored:
-        routers = tuple(f"{router.name}." for router in find_routers(model))
+        routers = router_prefixes(model)
         for path, module in model.named_modules():
             if _is_plain_linear(module) and not f"{path}.".startswith(routers):
                 # a module that accelerate moves about keeps its own forward behind accelerate's

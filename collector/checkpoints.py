@@ -84,19 +84,16 @@ def require_complete(location: str, info: Mapping[str, Any]) -> None:
         info: `loading_info` of `from_pretrained`.
 
     Raises:
-        ValueError: tensors are missing, have another shape, or could not be converted.
+        ValueError: tensors are missing or have another shape.
     """
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
-    errors = info.get("conversion_errors") or {}
-    if not (missing or mismatched or errors):
+    if not (missing or mismatched):
         return
     unknown = sorted(info["unexpected_keys"])
     parts = [
         f"the model's tensors {_some(missing)} are not in it" if missing else "",
         f"tensors of another shape: {_some([f'{n} {tuple(a)} instead of {tuple(b)}' for n, a, b in mismatched])}"
         if mismatched else "",
-        f"tensors that could not be converted: {_some(sorted(errors))} ({next(iter(errors.values())).splitlines()[-1]})"
-        if errors else "",
         f"it has {_some(unknown)} instead" if unknown and missing else "",
     ]  # fmt: skip
     raise ValueError(

@@ -15,6 +15,7 @@ DEMO = "demo"
 """Names both the embedded model and the embedded corpus."""
 
 Store = Literal["text", "probabilities"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stack = Literal["encoder", "decoder"]
 
 
@@ -67,7 +68,7 @@ class ModelConfig:
     """A Mixture-of-Experts model: id on the Hugging Face hub, local folder, or `demo`."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Precision of the weights and of the computation; `auto` is the checkpoint's own."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` gives the untrained baseline of the same architecture."""
@@ -79,7 +80,7 @@ class ModelConfig:
     A checkpoint that is quantized already stays so with `none`."""
     double_quantization: bool = True
     """Also quantize the scales of 4-bit blocks: 0.37 bits less per parameter."""
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compute_dtype: Dtype = "auto"
     """Precision in which matrices are multiplied.
     `auto` is that of the weights, but float32 on a CPU that only emulates it (several times slower)."""
     unquantized_experts: bool = False

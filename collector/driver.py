@@ -35,6 +35,7 @@ from collector.warehouse import views_sql
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from collector.models import LoadedModel
     from collector.plan import Plan, Shard
 
 FORMAT = 1
@@ -398,3 +399,27 @@ def finish(run: RunDirectory, plan: Plan) -> None:
     if run.committed_shards() == {shard.shard for shard in plan.shards}:
         run.store.put(VIEWS, views_sql(run).encode())
         run.store.put_new(SUCCESS, json.dumps({"plan_hash": plan.hash, "shards": len(plan.shards)}).encode() + b"\n")
+
+
+def collect_in_process(
+    root: str, config: RunConfig, *, loaded: LoadedModel | None = None, threads: int | None = None
+) -> RunDirectory:
+    """A whole run without Ray, shard after shard in this process; an error ends it.
+
+    Args:
+        root: the run directory, of a new run.
+        config: what to record.
+        loaded: what `models.load` gave for this config, if it is there already.
+        threads: CPU threads for the model (None: torch's default).
+    """
+    from collector.replica import Replica
+
+    run, plan = RunDirectory(root), planning.make_plan(config)
+    run.store.put_new(PLAN, plan.to_parquet())
+    with contextlib.closing(Replica(root, config, plan.hash, loaded=loaded, threads=threads)) as replica:
+        replica.write_vocabulary()
+        record_card(run, plan, replica.card())
+        for shard in plan.shards:
+            replica.collect(shard)
+    finish(run, plan)
+    return run

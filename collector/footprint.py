@@ -63,8 +63,8 @@ def room(device: torch.device, spread: Spread | None) -> dict[Any, int]:
 
 def told(room: dict[Any, int]) -> str:
     """`room` in words."""
-    return ", ".join(f"{_size(size)} on {place if place == 'cpu' else f'GPU {place}'}"
-                     for place, size in room.items())  # fmt: skip
+    return ", ".join(f"{size(taken)} on {place if place == 'cpu' else f'GPU {place}'}"
+                     for place, taken in room.items())  # fmt: skip
 
 
 def _required(empty: PreTrainedModel, dtype: torch.dtype, how: str, *, double: bool) -> int:
@@ -100,13 +100,13 @@ def require_room(
         "--dtype bfloat16": _required(empty, torch.bfloat16, "none", double=False),
         "--quantization nf4": _required(empty, dtype, "nf4", double=True),
     }
-    fits = [f"{flag} ({_size(size)})" for flag, size in others.items() if size < min(needed, free)]
+    fits = [f"{flag} ({size(taken)})" for flag, taken in others.items() if taken < min(needed, free)]
     remedy = f"{' or '.join(fits)} would fit" if fits else (
         "no precision fits: use --gpus-per-replica, --offload, or a larger machine"
     )  # fmt: skip
     how = "" if config.quantization == "none" else f" with --quantization {config.quantization}"
     raise ValueError(
-        f"--model {config.model} takes {_size(needed)} in {str(dtype).removeprefix('torch.')}{how}, "
+        f"--model {config.model} takes {size(needed)} in {str(dtype).removeprefix('torch.')}{how}, "
         f"but free are {told(places)}; {remedy}"
     )
 
@@ -144,19 +144,20 @@ def describe(model: PreTrainedModel, compute_dtype: torch.dtype) -> dict[str, An
 
 def _summary(description: dict[str, Any]) -> str:
     parts = [f"{count(part['parameters'])} in {how}" for how, part in description["treatments"].items()]
-    size, plain = description["bytes"], description["bytes_bfloat16"]
-    saved = f", {_size(plain - size)} less than in bfloat16" if size < plain else ""
+    taken, plain = description["bytes"], description["bytes_bfloat16"]
+    saved = f", {size(plain - taken)} less than in bfloat16" if taken < plain else ""
     computed = description["compute_dtype"]
-    return f"{', '.join(parts)}; {_size(size)}{saved}; multiplied in {computed}"
+    return f"{', '.join(parts)}; {size(taken)}{saved}; multiplied in {computed}"
 
 
-def _size(number: int) -> str:
+def size(number: int) -> str:
+    """Bytes in the unit that suits them."""
     return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def count(number: int) -> str:
     """A large number in three digits: 6.71 B, 105 M."""
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g} {letter}"
     return str(number)

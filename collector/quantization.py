@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from collector.fourbit import FourBit, is_quantized, quantize_parameter, replace, stored
-from collector.routers import find_routers
+from collector.routers import router_prefixes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 METHOD = "bitsandbytes_experts"
 
 
-def targets(model: nn.Module) -> set[str]:
+def targets(model: PreTrainedModel) -> set[str]:
     """Names of the parameters that 4 bits are for: matrices of `nn.Linear`, and fused experts.
 
     Never what belongs to a router, nor what the model's authors keep in float32.
     """
     kept = tuple({*(getattr(model, "_keep_in_fp32_modules", None) or ()),
                   *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())})  # fmt: skip
-    found, routers = set(), _routers(model)
+    found, routers = set(), router_prefixes(model)
     for path, module, name, parameter in _parameters(model):
         if f"{path}.".startswith(routers) or any(part in path for part in kept):
             continue
@@ -49,11 +49,6 @@ def targets(model: nn.Module) -> set[str]:
         if linear or _is_fused(path, module, name, parameter):
             found.add(f"{path}.{name}")
     return found
-
-
-def _routers(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of everything that belongs to a router."""
-    return tuple(f"{router.name}." for router in find_routers(model))  # type: ignore[arg-type]
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
@@ -85,7 +80,7 @@ def is_expert(name: str) -> bool:
     return "bias" not in leaf and any(part == "experts" or part.startswith("expert_") for part in path.split("."))
 
 
-def quantize_model(model: nn.Module, kind: FourBit, *, double: bool) -> None:
+def quantize_model(model: PreTrainedModel, kind: FourBit, *, double: bool) -> None:
     """Quantizes a loaded model in place, tensor by tensor."""
     for target in sorted(targets(model)):
         path, _, name = target.rpartition(".")
@@ -128,9 +123,9 @@ def _held(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[str, i
     return state.quant_type, math.prod(state.shape), size
 
 
-def unquantized_experts(model: nn.Module) -> list[str]:
+def unquantized_experts(model: PreTrainedModel) -> list[str]:
     """Names of routed experts' matrices that are held in 16 or 32 bits."""
-    routers = _routers(model)
+    routers = router_prefixes(model)
     return [
         f"{path}.{name}"
         for path, module, name, parameter in _parameters(model)

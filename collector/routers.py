@@ -268,6 +268,11 @@ def find_routers(
     return routers
 
 
+def router_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the dotted path of everything in a router begins with, given a trailing dot: for `str.startswith`."""
+    return tuple(f"{router.name}." for router in find_routers(model))
+
+
 def _side(router: Router) -> str:
     return router.stack.partition(".")[0]
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collector import driver, plan
+from collector import driver
 from collector.config import CaptureConfig, DataConfig, ModelConfig, RunConfig, resolve
-from collector.replica import Replica
-from collector.storage import PLAN, TABLES, RunDirectory
+from collector.storage import TABLES, RunDirectory
 
 KEYS = {"routing": ["shard", "layer", "tok"], "tokens": ["shard", "tok"], "documents": ["shard", "doc"]}
 
@@ -22,17 +20,7 @@ def run_config(data: DataConfig, model: ModelConfig, **capture: object) -> RunCo
 
 
 def collect_here(root: Path, config: RunConfig, *, loaded=None, threads: int | None = None) -> RunDirectory:
-    """A whole run without Ray, finished like the driver does it."""
-    run = RunDirectory(root)
-    made = plan.make_plan(config)
-    run.store.put_new(PLAN, made.to_parquet())
-    with contextlib.closing(Replica(str(root), config, made.hash, loaded=loaded, threads=threads)) as replica:
-        replica.write_vocabulary()
-        driver.record_card(run, made, replica.card())
-        for shard in made.shards:
-            replica.collect(shard)
-    driver.finish(run, made)
-    return run
+    return driver.collect_in_process(str(root), config, loaded=loaded, threads=threads)
 
 
 def content(run: RunDirectory) -> dict[str, pa.Table]:
