@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit_prequantized
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -57,6 +57,15 @@ def quantize(values: torch.Tensor, kind: FourBit, *, double: bool) -> tuple[torc
     return torch.cat(packed), state
 
 
+class Unpacking(Bnb4bitParametrization):
+    """bitsandbytes' parametrization, reading through `_unpack`."""
+
+    def forward(self, quantized_param: torch.Tensor) -> torch.Tensor:
+        """The parameter in its own shape and dtype."""
+        state = self.quant_state
+        return _unpack(quantized_param, _scales(state), state, state.shape, state.dtype)
+
+
 def replace(module: nn.Module, name: str, packed: torch.Tensor, state: dict[str, Any]) -> None:
     """Puts packed values in the place of a parameter; reading the parameter dequantizes it.
 
@@ -68,6 +77,8 @@ def replace(module: nn.Module, name: str, packed: torch.Tensor, state: dict[str,
     """
     setattr(module, name, nn.Parameter(packed, requires_grad=False))
     replace_parameter_4bit_prequantized(module, name, state, packed.device)
+    parametrizations: Any = module.parametrizations
+    parametrizations[name][0] = Unpacking(parametrizations[name][0].quant_state)
     # transformers gives random values to every module that it does not know to be loaded
     module._is_hf_initialized = True  # type: ignore[assignment]
 
@@ -129,5 +140,8 @@ def _scales(state: bnb.QuantState) -> torch.Tensor:
 def _unpack(
     packed: torch.Tensor, scales: torch.Tensor, state: bnb.QuantState, shape: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    kernel = torch.ops.bitsandbytes.dequantize_4bit.default
-    return kernel(packed, scales, state.blocksize, state.quant_type, shape, dtype)
+    # bitsandbytes' AVX-512 kernel takes wrong scales where a row is 16, 32 or 48 values longer than whole blocks:
+    # it is given rows of one block.
+    kernel, values = torch.ops.bitsandbytes.dequantize_4bit.default, math.prod(shape)
+    rows = (values // state.blocksize, state.blocksize) if values % state.blocksize == 0 else (1, values)
+    return kernel(packed, scales, state.blocksize, state.quant_type, rows, dtype).reshape(shape)
