@@ -24,6 +24,7 @@ REASONS = (
     "empty text",
     "no label",
     "label is not a string or number",
+    "label too long",
     "no target",
     "target is not a string",
     "empty target",
@@ -31,14 +32,20 @@ REASONS = (
 """Why a row can fail to be a document: all there are."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+class DamagedError(ValueError):
+    """From here on a file cannot be read, while all that lies before can."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
     """Consecutive rows of one file."""
 
     first_row: int
     rows: int
     offset: int | None = None
-    """Byte at which `first_row` begins; None where a format needs none."""
+    """Byte at which `first_row` begins (of the unpacked file, if it is compressed); None where a format needs none."""
+    damaged: bool = False
+    """Whether the file cannot be read here: one row, which stands for all that is lost from `first_row` on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +80,8 @@ class Columns:
         """Meaning -> name, of what is there.
 
         Raises:
-            ValueError: a column that a document cannot do without, or that was asked for, is missing.
+            ValueError: a column that a document cannot do without, or that was asked for, is missing; or a column is
+                there several times.
         """
         found = {meaning: name for meaning, name in self.wanted().items() if name in names}
         required = ["text", "label", "target"] if self.id == "id" else ["text", "label", "id", "target"]
@@ -82,16 +90,31 @@ class Columns:
             if name and meaning not in found:
                 remedy = f"--{meaning}-column" + (", or @file" if meaning == "label" else "")
                 raise ValueError(f"{where} has no column {name!r}; it has {', '.join(names) or 'none'}: set {remedy}")
+        for name in found.values():
+            if (times := list(names).count(name)) > 1:
+                raise ValueError(f"{where} has {times} columns {name!r}: rename all but one")
         return found
 
 
 class Format:
     """One file of one format. Subclasses say where rows begin, and turn a raw row into columns."""
 
-    def __init__(self, open_file: Callable[[], BinaryIO], columns: Columns, where: str) -> None:
+    def __init__(
+        self, open_file: Callable[[], BinaryIO], columns: Columns, where: str, version: str | None = None
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            open_file: opens the file at its start.
+            columns: what the wanted columns are called.
+            where: location of the file, for messages.
+            version: fingerprint of the content, under which a file may stay open from one span to the next; None if it
+                is read once.
+        """
         self.open = open_file
         self.columns = columns
         self.where = where
+        self.version = version
 
     def locate(self, every: int) -> Iterator[Span]:
         """Cuts the file into spans of `every` rows, the last one of what is left."""

@@ -13,12 +13,14 @@ import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from collector.formats.base import Span
+from collector.formats.base import DamagedError
 from collector.formats.lines import LineFormat, split_lines, without_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import BinaryIO
+
+    from collector.formats.base import Span
 
 # Python's own limit, 128 KiB, is less than a book; without any, one stray quote reads a whole file.
 _LONGEST_FIELD = 64 << 20
@@ -43,27 +45,29 @@ class _Delimited(LineFormat):
 
     @property
     def start(self) -> int:
-        """Byte at which the first row begins, after the header."""
-        return self.mark + (0 if self.columns.positional else self._first[1])
-
-    @functools.cached_property
-    def _places(self) -> dict[str, int]:
-        """Meaning -> position in a record."""
-        first = [field.encode("latin-1").decode(errors="replace") for field in self._first[0]]
-        names = [str(place) for place in range(len(first))] if self.columns.positional else first
-        return {meaning: names.index(name) for meaning, name in self.columns.find(names, self.where).items()}
-
-    def locate(self, every: int) -> Iterator[Span]:
-        """See `Format.locate`.
+        """Byte at which the first row begins, after the header.
 
         Raises:
             ValueError: a column is missing, or the first record cannot be read.
         """
         # An empty file has no columns to miss; any other is checked before it is scanned.
-        return self._locate(every) if self._first[1] == 0 or self._places else iter(())
+        length = self._first[1]
+        if length:
+            self.columns.find(self._names, self.where)
+        return self.mark + (0 if self.columns.positional else length)
 
-    def _locate(self, every: int) -> Iterator[Span]:
-        return super().locate(every)
+    @property
+    def _names(self) -> list[str]:
+        """What the columns are called."""
+        if self.columns.positional:
+            return [str(place) for place in range(len(self._first[0]))]
+        return [field.encode("latin-1").decode(errors="replace") for field in self._first[0]]
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        """Meaning -> position in a record."""
+        names = self._names
+        return {meaning: names.index(name) for meaning, name in self.columns.find(names, self.where).items()}
 
     def fields(self, record: list[str] | None) -> Mapping[str, Any] | str:
         """See `Format.fields`; None stands for a record that cannot be read."""
@@ -142,18 +146,26 @@ class Csv(_Delimited):
             raise ValueError(f"{self.where}: the first record is not CSV; close its quotes, end lines with LF or CRLF")
         return record, lines.bytes
 
-    def _locate(self, every: int) -> Iterator[Span]:
-        first_row, offset, row = 0, self.start, 0
+    def _cuts(self, every: int) -> Iterator[tuple[int, int]]:
+        """See `LineFormat._cuts`; here a row may go on behind a line end."""
+        row = cut = 0
+        start = end = self.start
+        damage = None
         with self.open() as file:
-            file.seek(offset)
+            file.seek(start)
             lines = _CountedLines(file)
-            while self._skip_record(lines):
-                row += 1
-                if row - first_row == every:
-                    yield Span(first_row=first_row, rows=every, offset=offset)
-                    first_row, offset = row, self.start + lines.bytes
-        if row > first_row:
-            yield Span(first_row=first_row, rows=row - first_row, offset=offset)
+            try:
+                while self._skip_record(lines):
+                    row, end = row + 1, start + lines.bytes
+                    if row - cut == every:
+                        cut = row
+                        yield row, end
+            except DamagedError as error:
+                damage = error
+        if row > cut:
+            yield row, end
+        if damage is not None:
+            raise damage
 
     @staticmethod
     def _skip_record(lines: _CountedLines) -> bool:

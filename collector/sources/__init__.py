@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 from collector.config import DEMO, DataConfig
 from collector.demo.corpus import SOURCE, corpus_path
 from collector.formats import FORMATS, Columns, Format, Span
-from collector.sources import embedded, files, huggingface
-from collector.sources.documents import BadRow, Document, as_document
+from collector.sources import compressed, embedded, files, huggingface
+from collector.sources.documents import BadRow, Document, are_utf8, as_document
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
+    from typing import BinaryIO
 
 __all__ = ["BadRow", "Document", "Source", "Span", "documents", "fingerprint", "is_pinned", "reader", "resolve"]
 
@@ -39,7 +40,17 @@ class Source:
     name: str
     """Its part of a document's default id: what is left of the location without the common folder."""
     kind: str
-    """How it is read: jsonl, csv, tsv, parquet, txt, demo or saved."""
+    """How it is read: jsonl, csv, tsv, parquet, txt, demo or saved; the text formats also as `.gz` and `.zst`."""
+
+    @property
+    def format(self) -> str:
+        """The kind without how it is compressed."""
+        return self.kind.partition(".")[0]
+
+    @property
+    def compression(self) -> str:
+        """`gz`, `zst` or nothing."""
+        return self.kind.partition(".")[2]
 
     @property
     def is_file(self) -> bool:
@@ -63,9 +74,12 @@ def resolve(data: DataConfig) -> list[Source]:
     """All sources of a configuration, in reading order.
 
     Raises:
-        ValueError: a specification stands for nothing, or two of them for the same file.
+        ValueError: a specification stands for nothing, or two of them for the same file; or a name is not UTF-8.
     """
     found = [pair for spec in data.data for pair in _find(spec)]
+    for location, _ in found:
+        if not are_utf8([location]):
+            raise ValueError(f"--data names {location!r}: its name is not UTF-8, so no id can be made of it; rename it")
     for location, times in collections.Counter(location for location, _ in found).items():
         if times > 1:
             raise ValueError(f"--data names {location} {times} times; give it once")
@@ -93,30 +107,45 @@ def fingerprint(source: Source) -> str:
 
 def _file_label(source: Source, data: DataConfig) -> str | None:
     """The label of all documents of a source; None if each has its own."""
-    if source.kind == "txt" or (source.is_file and data.label_column == FROM_FILE):
+    if source.format == "txt" or (source.is_file and data.label_column == FROM_FILE):
         return files.file_name(source.location).name.split(".")[0]
     return None
 
 
-def reader(source: Source, data: DataConfig) -> Format:
+def reader(source: Source, data: DataConfig, version: str | None = None) -> Format:
     """The format of a source, ready to locate and read its rows.
+
+    Args:
+        source: the file, folder or corpus.
+        data: names of its columns.
+        version: its fingerprint, if it may stay open for whoever reads on; None if it is read once.
 
     Raises:
         ValueError: a target column is asked for where there are no columns.
     """
-    if data.target_column is not None and source.kind in ("txt", "demo"):
+    if data.target_column is not None and source.format in ("txt", "demo"):
         raise ValueError(f"{source.location} has texts alone, so there is no column for --target-column")
     label = None if data.label_column == FROM_FILE else data.label_column
     columns = Columns(text=data.text_column, label=label, id=data.id_column, target=data.target_column)
-    open_file = functools.partial(files.open_file, source.location, scattered=source.kind == "parquet")
-    return _FORMATS[source.kind](open_file, columns, source.location)
+    return _FORMATS[source.format](_opener(source, version), columns, source.location, version)
+
+
+def _opener(source: Source, version: str | None) -> Callable[[], BinaryIO]:
+    open_file = functools.partial(files.open_file, source.location, scattered=source.format == "parquet")
+    if not source.compression:
+        return open_file
+    return functools.partial(compressed.open_unpacked, open_file, source.location, source.compression, version)
 
 
 def documents(
-    source: Source, data: DataConfig, span: Span, keep: Collection[int] | None = None
+    source: Source, data: DataConfig, span: Span, keep: Collection[int] | None = None, *, version: str | None = None
 ) -> Iterator[tuple[int, Document | BadRow]]:
-    """The rows of a span by number, each as a document or as what is wrong with it."""
+    """The rows of a span by number, each as a document or as what is wrong with it.
+
+    Raises:
+        DamagedError: the span, or a part of it, cannot be read.
+    """
     label = _file_label(source, data)
-    for row, fields in reader(source, data).read(span, keep):
+    for row, fields in reader(source, data, version).read(span, keep):
         has_target = data.target_column is not None
         yield row, as_document(fields, name=source.name, row=row, label=label, has_target=has_target)

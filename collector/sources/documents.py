@@ -7,13 +7,17 @@ kind; nothing of its content leaves this module, for data may be private.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+LONGEST_LABEL = 1000
+"""In characters. A label is repeated for every token; what is longer is a text in the wrong column."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
     """One text to collect the routing of."""
 
@@ -30,14 +34,21 @@ class Document:
     """The decoder's text, where a column for it was named."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BadRow:
     """A row that is no document."""
 
-    where: str
-    """NAME#ROW, rows counted from 0."""
+    source: str
+    """NAME of the source."""
+    row: int
+    """Number of the row in the source, from 0."""
     reason: str
     """One of `formats.REASONS`."""
+
+    @property
+    def where(self) -> str:
+        """NAME#ROW."""
+        return f"{self.source}#{self.row}"
 
 
 def as_document(
@@ -52,47 +63,59 @@ def as_document(
         label: of all rows of the source; None if each has its own.
         has_target: whether a document needs a target as well.
     """
-    where = f"{name}#{row}"
-    reason = fields if isinstance(fields, str) else _reason(fields, label, has_target=has_target)
-    if reason is not None or isinstance(fields, str):
-        return BadRow(where=where, reason=str(reason))
+    if isinstance(fields, str):
+        return BadRow(source=name, row=row, reason=fields)
+    own_label = label or fields.get("label")
+    reason = _text_reason(fields, has_target=has_target) or _label_reason(own_label)
+    # JSON can spell half a surrogate pair, which no tokenizer and no table takes.
+    if reason is None and not are_utf8(fields.values()):
+        reason = "invalid UTF-8"
+    if reason is not None:
+        return BadRow(source=name, row=row, reason=reason)
     return Document(
         text=fields["text"],
-        label=label or str(fields["label"]),
-        id=_string(fields.get("id")) or where,
+        label=str(own_label),
+        id=_string(fields.get("id")) or f"{name}#{row}",
         parallel_id=_string(fields.get("parallel_id")),
         source=_string(fields.get("source")) or name,
         target=fields["target"] if has_target else None,
     )
 
 
-def _reason(fields: Mapping[str, Any], label: str | None, *, has_target: bool) -> str | None:
-    """Why the columns make no document; None if they do."""
+def _text_reason(fields: Mapping[str, Any], *, has_target: bool) -> str | None:
+    """Why the texts make no document; None if they do."""
     for meaning in ("text", "target") if has_target else ("text",):
         text = fields.get(meaning)
         if text is None:
             return f"no {meaning}"
         if not isinstance(text, str):
             return f"{meaning} is not a string"
-        if not text.strip():
+        if not text or text.isspace():
             return f"empty {meaning}"
-    own_label = label or fields.get("label")
-    if own_label is None or not str(own_label).strip():
-        return "no label"
-    if isinstance(own_label, (list, dict, bytes)):
+    return None
+
+
+def _label_reason(label: Any) -> str | None:
+    """Why a value is no label; None if it is one."""
+    if isinstance(label, (list, dict, bytes)):
         return "label is not a string or number"
-    # JSON can spell half a surrogate pair, which no tokenizer and no table takes.
-    strings = [own_label, *fields.values()]
-    return None if all(_encodable(value) for value in strings) else "invalid UTF-8"
+    # NaN is what pandas writes where there is none.
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return "no label"
+    text = str(label)
+    if not text or text.isspace():
+        return "no label"
+    return "label too long" if len(text) > LONGEST_LABEL else None
 
 
-def _encodable(value: Any) -> bool:
-    if not isinstance(value, str) or value.isascii():
-        return True
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
+def are_utf8(values: Iterable[Any]) -> bool:
+    """Whether all strings among the values can be written as UTF-8."""
+    for value in values:
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return False
     return True
 
 

@@ -29,7 +29,9 @@ KINDS = {
     ".parquet": "parquet",
     ".txt": "txt",
 }
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".7z")
+COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
+_ARCHIVES = (".tar", ".tgz", ".zip", ".7z")
+_CLOSED = (*_ARCHIVES, ".bz2", ".xz", ".lz4", ".br")
 
 
 def is_url(location: str) -> bool:
@@ -50,18 +52,27 @@ def file_name(location: str) -> PurePosixPath:
 
 
 def kind_of(location: str) -> str:
-    """How a file is read, by the ending of its name; plain text if that says nothing.
+    """How a file is read, by the endings of its name: `jsonl`, `csv.gz` …; plain text if they say nothing.
 
     Raises:
-        ValueError: the file is compressed.
+        ValueError: the file is an archive, or compressed in a way that cannot be read.
     """
-    suffix = file_name(location).suffix.lower()
-    if suffix in _COMPRESSED:
-        raise ValueError(
-            f"{location}: {suffix} files are not supported, since a shard cannot be read from their middle; "
-            f"decompress it, or convert it to Parquet"
-        )
-    return KINDS.get(suffix, "txt")
+    path = PurePosixPath(file_name(location).name.lower())
+    compression = COMPRESSIONS.get(path.suffix)
+    inner = path.with_suffix("") if compression else path
+    if inner.suffix in _CLOSED:
+        remedy = "extract it" if inner.suffix in _ARCHIVES else "decompress it, or compress it with gzip or zstd"
+        raise ValueError(f"{location}: {inner.suffix} files are not supported; {remedy}")
+    kind = KINDS.get(inner.suffix, "txt")
+    if compression and kind == "parquet":
+        raise ValueError(f"{location}: Parquet compresses its own columns and is read by range; decompress the file")
+    return f"{kind}.{compression}" if compression else kind
+
+
+def is_known(location: str) -> bool:
+    """Whether the endings of a file's name say how it is read."""
+    path = PurePosixPath(file_name(location).name.lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix in KINDS
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collector.formats import Format, Span, even_spans, table_rows
-from collector.sources.files import KINDS, absolute, file_name
+from collector.sources.files import COMPRESSIONS, KINDS, absolute, file_name, is_known
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -75,9 +75,10 @@ def _files_of(spec: str, splits: Mapping[str, list[str]], split: str, configs: l
     if split not in splits:
         have = f"splits {', '.join(splits) or 'none'}; configs {', '.join(configs)}"
         raise ValueError(f"--data {spec}: no split {split!r}; there are {have}: hf:NAME[:CONFIG][:SPLIT]")
-    unknown = sorted({file_name(file).suffix for file in splits[split]} - KINDS.keys())
+    unknown = sorted({"".join(file_name(file).suffixes) for file in splits[split] if not is_known(file)})
     if unknown:
-        raise ValueError(f"--data {spec} holds {' '.join(unknown)} files; {' '.join(KINDS)} can be read: convert them")
+        known = f"{' '.join(KINDS)}, and text files as {' or '.join(COMPRESSIONS)},"
+        raise ValueError(f"--data {spec} holds {' '.join(unknown)} files; {known} can be read: convert them")
     return [absolute(file) for file in splits[split]]
 
 
