@@ -16,10 +16,13 @@ float32 on a CPU that only emulates bfloat16.
 (f) floor: the collector's forward cut exactly where it stops, no hooks, no output, padding everywhere
 (d) collector, in process, files written and committed
 (e) collector through Ray, one replica; counted from the replica's being ready
+
+Of d and e the table also says how long the model waited for a shard, as a share of its time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,11 +43,14 @@ import torch
 from collector import batches, models, plan
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
 from collector.demo.corpus import MODEL_DIR
+from collector.progress import shares
 from collector.replica import Replica
 from collector.sources import Document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from collector.storage import Commit
 
 Part = Literal["wide", "demo", "memory"]
 WIDE: dict[str, Any] = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 4,
@@ -151,34 +158,49 @@ class CutAfterLastRouter:
         self.model.layers[-1].mlp, self.model.norm = self.block, self.norm
 
 
-def collect_in_process(loaded: models.LoadedModel, config: RunConfig, made: plan.Plan) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What a collector took, by its own clock."""
+
+    seconds: float
+    stages: Counter[str]
+    """Of all shards."""
+
+    @classmethod
+    def of(cls, seconds: float, commits: Iterable[Commit]) -> Collected:
+        """Adds up what the commit records say."""
+        stages: Counter[str] = Counter()
+        for commit in commits:
+            stages.update(commit.seconds)
+        return cls(seconds=seconds, stages=stages)
+
+
+def collect_in_process(loaded: models.LoadedModel, config: RunConfig, made: plan.Plan) -> Collected:
     """(d): read, tokenize, forward, capture, write, commit."""
     with tempfile.TemporaryDirectory() as root:
-        replica = Replica(root, config, made.hash, loaded=loaded)
-        for shard in made.shards:
-            replica.collect(shard)
-        replica.close()
+        started = time.perf_counter()
+        with contextlib.closing(Replica(root, config, made.hash, loaded=loaded)) as replica:
+            commits = list(replica.collect_all(made.shards))
+        return Collected.of(time.perf_counter() - started, commits)
 
 
-def collect_through_ray(config: RunConfig, made: plan.Plan) -> float:
-    """(e): seconds from the replica's being ready to the last commit."""
+def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
+    """(e): from the replica's being ready to the last commit."""
     from collector import driver
+    from collector.cluster import cluster
+    from collector.placement import Need
     from collector.progress import ProgressView, Tally
     from collector.storage import RunDirectory
 
-    with tempfile.TemporaryDirectory() as root, driver.cluster(LaunchConfig()):
-        tally = Tally(shards=len(made.shards), documents=made.documents)
+    launch = LaunchConfig(replicas=1, cpus_per_replica=torch.get_num_threads(), max_attempts=1)
+    with tempfile.TemporaryDirectory() as root, cluster(launch):
+        run, tally = RunDirectory(root), Tally(shards=len(made.shards), documents=made.documents)
         with ProgressView(tally) as view:
-            dispatcher = driver.Dispatcher(
-                run=RunDirectory(root), plan=made, config=config, view=view, max_attempts=1,
-                placement=driver.Placement(replicas=1, cpus=torch.get_num_threads(), gpus=0.0),
-            )  # fmt: skip
-            dispatcher.dispatch()
+            driver.work_off(run, made, config, launch, view, need=Need.of(launch, "cpu"))
             seconds = time.monotonic() - tally.started
-            dispatcher.stop()
         if tally.shards_done != len(made.shards):
             raise RuntimeError("the benchmark's run is incomplete")
-        return seconds
+        return Collected.of(seconds, run.commits())
 
 
 # -- one model ---------------------------------------------------------------------------------------
@@ -215,7 +237,7 @@ def compare(
         with CutAfterLastRouter(loaded.model):
             forward_all(loaded.model, prepared)
 
-    variants: dict[str, Callable[[], float | None]] = {
+    variants: dict[str, Callable[[], Collected | None]] = {
         "a": lambda: notebook_loop(lm, tokenizer, shuffled, max_length),
         "b": lambda: transformers_batches(lm, tokenizer, shuffled, max_length, budget),
         "c": lambda: forward_all(lm.model, prepared),
@@ -226,20 +248,33 @@ def compare(
     variants = {name: variant for name, variant in variants.items() if name in chosen}
     forward_all(loaded.model, prepared[:1])
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    stages: dict[str, Counter[str]] = {name: Counter() for name in variants}
     for number in range(rounds):
         for name, variant in variants.items():
             if number and name in once:
                 continue
             started = time.perf_counter()
             own = variant()
-            seconds[name].append(own if own is not None else time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - started if own is None else own.seconds)
+            if own is not None:
+                stages[name].update(own.stages)
     padded = sum(batch.input_ids.size for batch in prepared)
     print_table(title, f"{len(texts)} documents, {tokens:,} tokens, {len(made.shards)} shards, "
-                f"padding efficiency {tokens / padded:.2f}", tokens, seconds)  # fmt: skip
+                f"padding efficiency {tokens / padded:.2f}", tokens, seconds, stages)  # fmt: skip
 
 
-def print_table(title: str, subtitle: str, tokens: int, seconds: dict[str, list[float]]) -> None:
-    """Tokens per second of each variant, and the ratios that matter, paired by round."""
+def print_table(
+    title: str, subtitle: str, tokens: int, seconds: dict[str, list[float]], stages: dict[str, Counter[str]]
+) -> None:
+    """Tokens per second of each variant, the ratios that matter, paired by round, and where the collector's time went.
+
+    Args:
+        title: of the model.
+        subtitle: what all variants were given.
+        tokens: that is, in tokens.
+        seconds: variant -> time of each round.
+        stages: variant -> stage -> seconds in all rounds.
+    """
     names = {"a": "one sentence at a time, hook, argmax", "b": "transformers, batched, arrival order",
              "c": "bare base model, our batches", "f": "floor: cut after the last router",
              "d": "collector, in process", "e": "collector through Ray, 1 replica"}  # fmt: skip
@@ -254,6 +289,9 @@ def print_table(title: str, subtitle: str, tokens: int, seconds: dict[str, list[
         paired = [u / o for o, u in zip(seconds[over], seconds[under], strict=False)]
         ratios.append(f"{over}/{under} {statistics.median(paired):.2f}")
     print("\nratios of tokens/s (median over rounds): " + ", ".join(ratios), flush=True)
+    for name, spent in stages.items():
+        if spent:
+            print(f"\n{name}: {shares(spent)}", flush=True)
 
 
 def wide_model(dtype: Literal["bfloat16", "float32"]) -> tuple[Any, ModelConfig, tempfile.TemporaryDirectory[str]]:
@@ -282,7 +320,8 @@ def measure_memory(documents: int) -> None:
     with tempfile.TemporaryDirectory() as root:
         replica = Replica(root, config, made.hash)
         loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        commits = [replica.collect(shard) for shard in made.shards]
+        commits = list(replica.collect_all(made.shards))
+        replica.close()
         tokens = sum(commit.tokens for commit in commits)
         sizes: dict[str, int] = {}
         for commit in commits:

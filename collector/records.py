@@ -1,11 +1,12 @@
 """What a run writes: the Arrow schemas of its tables, and arrays -> tables -> Parquet files.
 
-Three tables per shard, each with a constant `shard` column so that files can be concatenated:
+Tables per shard, each with a constant `shard` column so that files can be concatenated:
 
 - `routing`: one row per (router, token), router-major, tokens in document order inside a router;
 - `tokens`: one row per token that the model saw, in document order; of an encoder–decoder model first
   those of the encoder, then those of the decoder (its inputs: a start token, then the target's tokens);
-- `documents`: one row per document, in the order of the source.
+- `documents`: one row per document, in the order of the source;
+- `rejects`, only where there are any: one row per row of the source that became no document.
 
 A router is named by `(stack, layer)`: `encoder` or `decoder`, and the model's own layer number; where
 several routers share a layer, the stack says which (`decoder.mlp`). A row of an encoder's router
@@ -50,10 +51,21 @@ TOKENS_SCHEMA = pa.schema(
         pa.field("tok", pa.uint32(), nullable=False),
         pa.field("doc", pa.uint32(), nullable=False),
         pa.field("position", pa.uint32(), nullable=False),
-        pa.field("token_id", pa.uint32(), nullable=False),
+        pa.field("token_id", pa.uint32()),
         pa.field("is_special", pa.bool_(), nullable=False),
     ]
 )
+"""`token_id` is null throughout a run that drops it."""
+
+REJECTS_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.uint32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("row", pa.uint64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+"""`source` is its name in the plan and `row` the number of the row in it, from 0; never any text."""
 
 VOCAB_SCHEMA = pa.schema(
     [
@@ -267,5 +279,5 @@ def routing_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a small table (tokens, documents, vocabulary) with dictionaries where they help."""
+    """Writes a small table (tokens, documents, rejects) with dictionaries where they help."""
     pq.write_table(table, path, compression=COMPRESSION, compression_level=COMPRESSION_LEVEL)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import gc
+import itertools
 import json
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +21,10 @@ import torch
 
 from collector import driver, models, plan, records, show
 from collector.config import DataConfig, ModelConfig
-from collector.replica import Replica
+from collector.replica import IN_WORK, Replica
+from collector.stages import DeviceLost
 from collector.storage import PLAN, VOCAB, Commit, RunDirectory
+from collector.writing import PartWriter, ShardText
 from tests.runs import assert_same_content, collect_here, content, run_config, write_jsonl
 
 
@@ -73,7 +82,7 @@ def test_the_commit_record_says_what_is_in_the_files(tmp_path, config, tiny_mode
             assert path.stat().st_size == part.bytes
         assert commit.rows == commit.tokens * 3
         assert commit.padded_tokens >= commit.tokens
-        assert set(commit.seconds) == {"read", "tokenize", "forward", "encode", "publish"}
+        assert set(commit.seconds) == {"read", "tokenize", "idle", "forward", "encode", "publish"}
 
 
 def test_inside_a_file_the_rows_are_layer_major_and_in_document_order(tmp_path, config, tiny_model):
@@ -82,6 +91,183 @@ def test_inside_a_file_the_rows_are_layer_major_and_in_document_order(tmp_path, 
         table = pq.read_table(tmp_path / "run" / commit.files["routing"].path)
         assert table["layer"].to_pylist() == sorted(table["layer"].to_pylist())
         assert table["tok"].to_pylist() == list(range(commit.tokens)) * 3
+
+
+# ---- stages that overlap ----
+
+
+def whole_run(replica, made, commits):
+    """Completes a run directory whose shards were collected; returns it."""
+    assert [commit.shard for commit in commits] == [shard.shard for shard in made.shards]
+    driver.record_card(replica.run, made, replica.card())
+    return RunDirectory(replica.run.root)
+
+
+def test_shards_that_overlap_hold_what_they_hold_one_at_a_time(tmp_path, config, tiny_model):
+    with replica_and_plan(tmp_path / "alone", config, tiny_model) as (replica, made):
+        alone = whole_run(replica, made, [replica.collect(shard) for shard in made.shards])
+    with replica_and_plan(tmp_path / "overlapping", config, tiny_model) as (replica, made):
+        assert_same_content(alone, whole_run(replica, made, list(replica.collect_all(made.shards))))
+    with replica_and_plan(tmp_path / "from many threads", config, tiny_model) as (replica, made):
+        assert_same_content(alone, whole_run(replica, made, list(collect_each(replica, made).values())))
+
+
+def several_files(folder, tiny_folder, count=5):
+    """A config whose shards are a file each, and the files."""
+    folder.mkdir()
+    files = [write_jsonl(folder / f"{i}.jsonl", 6 + i) for i in range(count)]
+    data = DataConfig(data=tuple(str(file) for file in files))
+    return run_config(data, ModelConfig(model=str(tiny_folder))), files
+
+
+def collect_each(replica, made):
+    """Hands in all shards at once; shard -> commit or exception."""
+
+    def attempt(shard):
+        try:
+            return replica.collect(shard)
+        except Exception as error:  # noqa: BLE001 - the outcome that is asked for
+            return error
+
+    with ThreadPoolExecutor(len(made.shards)) as callers:
+        return dict(enumerate(callers.map(attempt, made.shards)))
+
+
+def a_changed_source(_replica, files, _monkeypatch):
+    """Fails in the first stage."""
+    files[2].write_text('{"text": "changed", "label": "en"}\n')
+    return ValueError, "source changed since the plan was made"
+
+
+def a_document_that_does_not_fit(replica, _files, monkeypatch):
+    """Fails in the second stage: the third file's document is cut at 512 tokens, the others' are far shorter."""
+    too_small(replica, monkeypatch, 511)
+    return torch.OutOfMemoryError, "a single document of"
+
+
+def a_token_that_makes_routers_return_nan(replica, _files, _monkeypatch):
+    """Fails in the third stage, which checks before it writes."""
+    embedding = replica.loaded.model.get_input_embeddings().weight
+    (token,) = replica.loaded.tokenizer("\u0d9a", add_special_tokens=False)["input_ids"][-1:]
+    with torch.no_grad():
+        embedding[token] = torch.nan
+    return ValueError, "not finite"
+
+
+def a_full_disk(replica, _files, monkeypatch):
+    """Fails in the third stage, with the first part published already."""
+    real = replica.run.store.publish
+
+    def publish(scratch, name):
+        if "000002-" in name and "tokens" in name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(scratch, name)
+
+    monkeypatch.setattr(replica.run.store, "publish", publish)
+    return OSError, "No space left"
+
+
+@pytest.mark.parametrize(
+    "harm", [a_changed_source, a_document_that_does_not_fit, a_token_that_makes_routers_return_nan, a_full_disk]
+)
+def test_an_exception_in_any_stage_costs_its_shard_alone(tmp_path, tiny_folder, monkeypatch, harm):
+    config, files = several_files(tmp_path / "data", tiny_folder)
+    longest = "\u0d9a " * 300  # a letter that no other file holds
+    files[2].write_text(json.dumps({"text": longest, "label": "si"}) + "\n")
+    loaded = models.load(config.model, "cpu")
+    with replica_and_plan(tmp_path / "plain", config, loaded) as (replica, made):
+        plain = whole_run(replica, made, list(replica.collect_all(made.shards)))
+    with replica_and_plan(tmp_path / "run", config, loaded) as (replica, made):
+        kind, message = harm(replica, files, monkeypatch)
+        outcomes = collect_each(replica, made)
+    assert isinstance(outcomes[2], kind)
+    assert message in str(outcomes[2])
+    run = RunDirectory(tmp_path / "run")
+    assert run.committed_shards() == {0, 1, 3, 4}
+    (tmp_path / "plain" / "commits" / "000002.json").unlink()
+    assert_same_content(plain, run)
+
+
+def test_no_more_than_three_shards_are_in_memory_however_slow_the_writer_is(tmp_path, config, tiny_model, monkeypatch):
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, docs_per_shard=3))
+    real_read, real_write, held = plan.read_shard, PartWriter.write, []
+
+    def in_memory():
+        return sum(type(thing) is ShardText for thing in gc.get_objects())
+
+    def read(shard, data):
+        held.append(in_memory())
+        return real_read(shard, data)
+
+    def write(self, *args):
+        time.sleep(0.1)
+        return real_write(self, *args)
+
+    monkeypatch.setattr(plan, "read_shard", read)
+    monkeypatch.setattr(PartWriter, "write", write)
+    with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
+        before = in_memory()
+        commits = list(replica.collect_all(made.shards))
+    assert len(commits) == len(held) == 10
+    assert max(held) - before <= IN_WORK - 1, "beside the one that is about to be read"
+
+
+def test_the_time_that_the_device_waited_is_recorded(tmp_path, config, tiny_model):
+    """Shards that do not overlap: the device waits for everything that is not its own."""
+    with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
+        started = time.perf_counter()
+        seconds = [replica.collect(shard).seconds for shard in made.shards]
+        wall = time.perf_counter() - started
+    assert seconds[0]["idle"] >= seconds[0]["read"] + seconds[0]["tokenize"] - 1e-3
+    for before, this in itertools.pairwise(seconds):
+        others = before["encode"] + before["publish"] + this["read"] + this["tokenize"]
+        assert this["idle"] >= others - 1e-3
+    assert sum(each["idle"] + each["forward"] for each in seconds) <= wall + 1e-3
+
+
+def test_the_device_stage_computes_with_the_threads_it_was_given(tmp_path, config, tiny_model, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    made = plan.make_plan(config)
+    with contextlib.closing(Replica(str(tmp_path), config, made.hash, loaded=tiny_model, threads=1)) as replica:
+        real = replica.capture.run
+        monkeypatch.setattr(replica.capture, "run", lambda *a: seen.append(torch.get_num_threads()) or real(*a))
+        torch.set_num_threads(3)  # of whoever uses torch beside the replica
+        try:
+            replica.collect(made.shards[0])
+        finally:
+            torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
+def test_a_replica_whose_device_failed_says_so(tmp_path, config, tiny_model, monkeypatch):
+    """As after a device-side assert: CUDA answers every later call with the same error."""
+
+    def failed(*_):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
+        monkeypatch.setattr(replica.capture, "run", failed)
+        outcomes = collect_each(replica, made)
+    for error in outcomes.values():
+        assert type(pickle.loads(pickle.dumps(error))) is DeviceLost
+        assert "device-side assert" in str(error)
+    assert RunDirectory(tmp_path / "run").committed_shards() == set()
+
+
+def test_close_ends_threads_and_hooks_and_may_be_repeated(tmp_path, config, tiny_model):
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny_model.model.modules())
+
+    threads, hooked = threading.active_count(), hooks()
+    with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
+        list(replica.collect_all(made.shards))
+        assert threading.active_count() == threads + 3
+        assert hooks() > hooked
+        replica.close()
+        assert threading.active_count() == threads
+        assert hooks() == hooked
+        with pytest.raises(RuntimeError, match="shutdown"):
+            replica.collect(made.shards[0])
 
 
 def test_repeating_a_shard_repeats_its_content(tmp_path, config, tiny_model):
@@ -251,5 +437,6 @@ def test_the_card_names_model_routers_and_versions(tmp_path, config, tiny_model)
     assert card["stacks"] == ["decoder"]
     assert not any(one["has_capacity"] for one in card["layers"])
     assert card["layers"][2]["router"] == "layers.2.mlp.gate"
+    assert {"torch", "transformers", "tokenizers", "bitsandbytes"} <= card["versions"].keys()
     assert pq.read_table(tmp_path / "run" / VOCAB).num_rows == 8192
     assert (tmp_path / "run" / "_SUCCESS").exists()
