@@ -4,264 +4,54 @@
     RUN/run.json                                model, routers, versions
     RUN/vocab.parquet                           token ids as readable text
     RUN/data/<shard>-<attempt>.<table>.parquet  parts, each attempt under a name of its own
+    RUN/rejects/…                               the same for the rows that became no document, where there are any
     RUN/commits/<shard>.json                    what makes an attempt's parts count
     RUN/failures/<shard>.json                   why a shard's last attempt failed
-    RUN/views.sql, RUN/_SUCCESS                 when every shard is committed
+    RUN/replaced/<shard>-<attempt>.json         commit records that `collector verify --recollect` set aside
+    RUN/views.sql, RUN/_MANIFEST.parquet        when every shard is committed: views; all commit records in one file
+    RUN/_SUCCESS                                last of all; holds the manifest's hash
 
-Guarantees: a name appears only whole and durable (written beside, fsynced, linked or renamed; on
-an object store one upload). `put_new` lets exactly one of any number of writers win. Readers open
-the files that commit records name, so a part without a record does not exist. Nothing here deletes
-what another attempt wrote.
-
-Local paths and object stores (s3:// gs:// az://, through obstore) behave alike. What is in the
-files is the business of `records` and of the callers.
+Guarantees, on the stores of `stores`: readers open the files that commit records name, so a part without a record does
+not exist; of any number of attempts at a shard one is committed. Nothing here deletes what another attempt wrote, but
+for `set_aside`, which is asked for. A complete run is read from its manifest where that has the hash that `_SUCCESS`
+holds, and from the records otherwise. What is in the files is the business of `records` and of the callers.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
-import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from collector import manifest
+from collector.commits import Commit, DamagedRecordError, Part, Skipped
+from collector.manifest import MANIFEST
+from collector.objectstore import ObjectStore
+from collector.stores import Entry, LocalStore, Store, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+__all__ = [
+    "MANIFEST", "PART_FOLDERS", "PLAN", "REJECTS", "RUN", "SUCCESS", "TABLES", "VIEWS", "VOCAB",
+    "Commit", "DamagedRecordError", "Entry", "LocalStore", "ObjectStore", "Part", "RunDirectory", "Skipped", "Store",
+    "StoreError", "sha256_of",
+]  # fmt: skip
+
 PLAN, RUN, VOCAB, VIEWS, SUCCESS = "plan.parquet", "run.json", "vocab.parquet", "views.sql", "_SUCCESS"
 TABLES = ("routing", "tokens", "documents")
-
-
-class Store(Protocol):
-    """The few operations that a run needs of a file system."""
-
-    def put_new(self, name: str, data: bytes) -> bool:
-        """Creates `name` with `data`, whole; False if it exists already."""
-
-    def put(self, name: str, data: bytes) -> None:
-        """Creates or replaces `name`, whole."""
-
-    def publish(self, scratch: Path, name: str) -> None:
-        """Moves a finished scratch file to `name`."""
-
-    def read(self, name: str) -> bytes:
-        """The content of `name`; FileNotFoundError if there is none."""
-
-    def list(self, prefix: str) -> list[str]:
-        """Sorted names directly below the folder `prefix`."""
-
-    def delete(self, name: str) -> None:
-        """Removes `name` if it is there."""
-
-    def location(self, name: str) -> str:
-        """Path or URL under which other programs read `name`."""
-
-    def scratch_parent(self) -> Path | None:
-        """Folder for scratch files (None: the system's)."""
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class LocalStore:
-    """A folder of a local or shared POSIX file system with hard links."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
-
-    def _write_beside(self, path: Path, data: bytes) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return beside
-
-    def put_new(self, name: str, data: bytes) -> bool:
-        """See `Store.put_new`: a hard link succeeds for one writer only."""
-        path = self.root / name
-        beside = self._write_beside(path, data)
-        try:
-            os.link(beside, path)
-        except FileExistsError:
-            return False
-        finally:
-            beside.unlink()
-        _fsync(path.parent)
-        return True
-
-    def put(self, name: str, data: bytes) -> None:
-        """See `Store.put`."""
-        path = self.root / name
-        self._write_beside(path, data).replace(path)
-        _fsync(path.parent)
-
-    def publish(self, scratch: Path, name: str) -> None:
-        """See `Store.publish`: fsync, rename, fsync of the folder."""
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _fsync(scratch)
-        scratch.rename(path)
-        _fsync(path.parent)
-
-    def read(self, name: str) -> bytes:
-        """See `Store.read`."""
-        return (self.root / name).read_bytes()
-
-    def list(self, prefix: str) -> list[str]:
-        """See `Store.list`."""
-        folder = self.root / prefix
-        if not folder.is_dir():
-            return []
-        return sorted(f"{prefix}/{entry.name}" for entry in folder.iterdir() if not entry.name.startswith("."))
-
-    def delete(self, name: str) -> None:
-        """See `Store.delete`."""
-        (self.root / name).unlink(missing_ok=True)
-
-    def location(self, name: str) -> str:
-        """See `Store.location`."""
-        return str(self.root / name)
-
-    def scratch_parent(self) -> Path | None:
-        """A hidden folder of the run, so that publishing is a rename."""
-        folder = self.root / ".scratch"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-
-class ObjectStore:
-    """A prefix of an object store with conditional puts, or any other store of obstore."""
-
-    def __init__(self, root: str, store: Any = None) -> None:
-        import obstore.store
-
-        self.root = root.rstrip("/")
-        self.store = obstore.store.from_url(self.root) if store is None else store
-
-    def put_new(self, name: str, data: bytes) -> bool:
-        """See `Store.put_new`: a PUT on condition that nothing is there."""
-        import obstore
-
-        try:
-            obstore.put(self.store, name, data, mode="create")
-        except (FileExistsError, obstore.exceptions.AlreadyExistsError):
-            return False
-        return True
-
-    def put(self, name: str, data: bytes) -> None:
-        """See `Store.put`."""
-        import obstore
-
-        obstore.put(self.store, name, data)
-
-    def publish(self, scratch: Path, name: str) -> None:
-        """See `Store.publish`: one upload, then the scratch file goes."""
-        import obstore
-
-        obstore.put(self.store, name, scratch)
-        scratch.unlink()
-
-    def read(self, name: str) -> bytes:
-        """See `Store.read`."""
-        import obstore
-
-        return bytes(obstore.get(self.store, name).bytes())
-
-    def list(self, prefix: str) -> list[str]:
-        """See `Store.list`."""
-        import obstore
-
-        return sorted(item["path"] for item in obstore.list_with_delimiter(self.store, prefix)["objects"])
-
-    def delete(self, name: str) -> None:
-        """See `Store.delete`."""
-        import obstore
-
-        try:
-            obstore.delete(self.store, name)
-        except FileNotFoundError:
-            return
-
-    def location(self, name: str) -> str:
-        """See `Store.location`."""
-        return f"{self.root}/{name}"
-
-    def scratch_parent(self) -> Path | None:
-        """See `Store.scratch_parent`."""
-        return None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """One published file."""
-
-    path: str
-    """Relative to the run directory."""
-    rows: int
-    bytes: int
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """Rows of one shard that became no document, for one reason."""
-
-    count: int
-    examples: tuple[str, ...]
-    """Where the first few of them are, without their text."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Commit:
-    """A shard's commit record: the attempt whose parts count, and what they hold."""
-
-    shard: int
-    attempt: str
-    plan_hash: str
-    files: Mapping[str, Part]
-    """Table name -> part."""
-    documents: int
-    tokens: int
-    """Tokens that went through the model, those of the encoder and of the decoder together."""
-    rows: int
-    """Rows of the routing table: per recorded router the tokens of its stack."""
-    characters: int
-    truncated: int
-    """Documents cut at the maximum length, text or target."""
-    skipped: Mapping[str, Skipped]
-    """Reason -> rows that became no document."""
-    batches: int
-    padded_tokens: int
-    """Tokens that went through the model, padding included."""
-    halved: int = 0
-    """Batches that did not fit into memory and were halved."""
-    seconds: Mapping[str, float]
-    """Stage -> wall time."""
-    node: str
-
-    def to_json(self) -> bytes:
-        """The record as it is stored."""
-        return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Commit:
-        """Reads what `to_json` wrote."""
-        fields = json.loads(data)
-        fields["files"] = {table: Part(**part) for table, part in fields["files"].items()}
-        fields["skipped"] = {
-            reason: Skipped(count=s["count"], examples=tuple(s["examples"])) for reason, s in fields["skipped"].items()
-        }
-        return cls(**fields)
+REJECTS = "rejects"
+"""The table of rows that became no document; a shard without such rows has no part of it."""
+PART_FOLDERS = ("data", REJECTS)
+_READERS = 16
+"""Records of an unfinished run that are read at once: on an object store each takes a round trip."""
+_WINDOW = 1024
 
 
 def _commit_name(shard: int) -> str:
@@ -301,9 +91,12 @@ class RunDirectory:
         """A JSON file of the run; FileNotFoundError if there is none."""
         return json.loads(self.store.read(name))
 
+    # ---- parts and commits ----
+
     def publish_part(self, scratch: Path, shard: int, attempt: str, table: str, rows: int) -> Part:
         """Publishes a finished file under the attempt's own name."""
-        name = f"data/{shard:06d}-{attempt}.{table}.parquet"
+        folder = REJECTS if table == REJECTS else "data"
+        name = f"{folder}/{shard:06d}-{attempt}.{table}.parquet"
         part = Part(path=name, rows=rows, bytes=scratch.stat().st_size, sha256=sha256_of(scratch))
         self.store.publish(scratch, name)
         return part
@@ -313,6 +106,9 @@ class RunDirectory:
 
         Returns:
             The record that counts. If it is another attempt's, this attempt's parts are deleted.
+
+        Raises:
+            DamagedRecordError: there is a record that cannot be read.
         """
         name = _commit_name(record.shard)
         try:
@@ -324,7 +120,7 @@ class RunDirectory:
             won = False
         if won:
             return record
-        winner = Commit.from_json(self.store.read(name))
+        winner = self._read_record(name)
         if winner.attempt != record.attempt:
             for part in record.files.values():
                 self.store.delete(part.path)
@@ -332,17 +128,117 @@ class RunDirectory:
 
     def committed_shards(self) -> set[int]:
         """Numbers of the shards that have a commit record; reads no record."""
-        return {int(Path(name).stem) for name in self.store.list("commits")}
+        return set(self._record_names())
 
     def commits(self) -> Iterator[Commit]:
-        """All commit records, by shard."""
-        for name in self.store.list("commits"):
-            yield Commit.from_json(self.store.read(name))
+        """All commit records, by shard; those of a complete run from its manifest.
+
+        Raises:
+            DamagedRecordError: a record cannot be read.
+        """
+        complete = self._manifest()
+        return self.records() if complete is None else iter(complete)
+
+    def records(self) -> Iterator[Commit]:
+        """All commit records, by shard, each from its own file.
+
+        Raises:
+            DamagedRecordError: a record cannot be read.
+        """
+        names = [name for _, name in sorted(self._record_names().items())]
+        with ThreadPoolExecutor(_READERS) as pool:
+            for first in range(0, len(names), _WINDOW):  # in windows: only so many are held at once
+                for data, name in zip(pool.map(self.read_or_none, names[first : first + _WINDOW]), names[first:]):  # noqa: B905
+                    if data is not None:  # it was there when the names were listed, and has been set aside since
+                        yield self._parse(name, data)
 
     def read_commit(self, shard: int) -> Commit | None:
-        """A shard's commit record, or None."""
-        data = self.read_or_none(_commit_name(shard))
-        return None if data is None else Commit.from_json(data)
+        """A shard's commit record, or None.
+
+        Raises:
+            DamagedRecordError: it cannot be read.
+        """
+        name = _commit_name(shard)
+        data = self.read_or_none(name)
+        return None if data is None else self._parse(name, data)
+
+    def set_aside(self, shard: int) -> str:
+        """Moves a shard's commit record to `replaced/`, so that the shard is collected again; see `reopen`.
+
+        Killed at any moment, the record is in one of the two places at least, and a repetition ends the same.
+
+        Returns:
+            Where the record is now.
+        """
+        name = _commit_name(shard)
+        data = self.store.read(name)
+        try:
+            attempt = self._parse(name, data).attempt
+        except DamagedRecordError:
+            attempt = f"damaged-{hashlib.sha256(data).hexdigest()[:12]}"
+        aside = f"replaced/{shard:06d}-{attempt}.json"
+        self.store.put(aside, data)
+        self.store.delete(name)
+        return aside
+
+    def _record_names(self) -> dict[int, str]:
+        found = ((re.fullmatch(r"commits/(\d+)\.json", name), name) for name in self.store.list("commits"))
+        return {int(match[1]): name for match, name in found if match}
+
+    def _read_record(self, name: str) -> Commit:
+        return self._parse(name, self.store.read(name))
+
+    def _parse(self, name: str, data: bytes) -> Commit:
+        return Commit.from_json(data, self.store.location(name))
+
+    # ---- complete runs ----
+
+    def finish(self, plan_hash: str, shards: int) -> None:
+        """Marks the run complete; every shard must be committed.
+
+        Several drivers may do so at once: the first one's manifest stays if it says the same.
+
+        Args:
+            plan_hash: of the plan.
+            shards: of the plan.
+
+        Raises:
+            ValueError: not every shard is committed, or a record cannot be read.
+        """
+        commits = list(self.records())
+        if len(commits) != shards:
+            raise ValueError(f"{self.root} holds {len(commits)} of {shards} commit records: it is not complete")
+        data = manifest.encode(commits)
+        if not self.store.put_new(MANIFEST, data):
+            stored = self.store.read(MANIFEST)
+            if _decoded(stored) == commits:
+                data = stored
+            else:
+                self.store.put(MANIFEST, data)
+        mark = {"plan_hash": plan_hash, "shards": shards, "manifest": hashlib.sha256(data).hexdigest()}
+        content = json.dumps(mark).encode() + b"\n"
+        if not self.store.put_new(SUCCESS, content) and self.store.read(SUCCESS) != content:
+            self.store.put(SUCCESS, content)
+
+    def reopen(self) -> None:
+        """Takes the marks of a complete run away, `_SUCCESS` first: without it the manifest is not read."""
+        self.store.delete(SUCCESS)
+        self.store.delete(MANIFEST)
+
+    def _manifest(self) -> list[Commit] | None:
+        """The records of a complete run; None unless `_SUCCESS` holds the manifest's hash."""
+        success = self.read_or_none(SUCCESS)
+        if success is None:
+            return None
+        with contextlib.suppress(ValueError):
+            mark = json.loads(success)
+            expected = mark.get("manifest") if isinstance(mark, dict) else None
+            data = self.read_or_none(MANIFEST) if expected else None
+            if data is not None and hashlib.sha256(data).hexdigest() == expected:
+                return _decoded(data)
+        return None
+
+    # ---- failures ----
 
     def record_failure(self, shard: int, failure: Mapping[str, Any]) -> None:
         """Notes why the last attempt at a shard failed."""
@@ -354,4 +250,14 @@ class RunDirectory:
 
     def failures(self) -> dict[int, dict[str, Any]]:
         """Shard -> why its last attempt failed."""
-        return {int(Path(name).stem): self.read_json(name) for name in self.store.list("failures")}
+        names = self.store.list("failures")
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = zip(names, pool.map(self.read_or_none, names), strict=True)
+            return {int(Path(name).stem): json.loads(data) for name, data in found if data is not None}
+
+
+def _decoded(data: bytes) -> list[Commit] | None:
+    try:
+        return manifest.decode(data)
+    except DamagedRecordError:
+        return None

@@ -1,13 +1,13 @@
 """Opens a run in DuckDB: its tables as views, and the questions of `queries/` over them.
 
-The base relations `routing`, `tokens`, `documents` and `vocab` read exactly the files that commit
+The base relations `routing`, `tokens`, `documents`, `rejects` and `vocab` read exactly the files that commit
 records name when the run is opened, never a glob; `layers` comes from run.json. A run without a
 commit has the same columns and no rows. The views of `queries/views/` build on them. `views_sql`
-writes the same views as a script for any DuckDB.
+writes the same views as a script for any DuckDB. A run on an object store is read by ranges, in place.
 
 Guarantees: a query runs with all its parameters bound; a label or router that the run does not have
-is an error, never an empty table; `Run.sql` runs reading statements only. Local runs only. Nothing
-here writes: results are DuckDB relations, and what becomes of them is the caller's business.
+is an error, never an empty table; `Run.sql` runs reading statements only, in a DuckDB that is locked (see `locked`).
+Nothing here writes: results are DuckDB relations, and what becomes of them is the caller's business.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
+from collector import locked
 from collector.catalog import Query, Value, find_query, list_queries, query_folder, read_header, split_names
-from collector.storage import RUN, SUCCESS, TABLES, VOCAB, RunDirectory
+from collector.locked import PROTOCOL, one_line_errors
+from collector.storage import REJECTS, RUN, SUCCESS, TABLES, VOCAB, ObjectStore, RunDirectory
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     import pyarrow as pa
 
-__all__ = ["Query", "Run", "list_queries", "open_run", "views_sql"]
+__all__ = ["Query", "Run", "list_queries", "one_line_errors", "open_run", "views_sql"]
 
 _READS_ONLY = "only a single statement that reads (SELECT …) can run here"
 _SQL_TYPES = {
-    "uint8": "utinyint", "uint16": "usmallint", "uint32": "uinteger", "bool": "boolean", "string": "varchar",
-    "float": "float", "list<item: float>": "float[]", "list<element: float>": "float[]",
+    "uint8": "utinyint", "uint16": "usmallint", "uint32": "uinteger", "uint64": "ubigint", "bool": "boolean",
+    "string": "varchar", "float": "float", "list<item: float>": "float[]", "list<element: float>": "float[]",
 }  # fmt: skip
 
 
@@ -108,28 +111,34 @@ class Run:
 
 
 def open_run(root: str | os.PathLike[str]) -> Run:
-    """Opens a local run, complete or not.
+    """Opens a run, complete or not; local or on an object store.
 
     Args:
-        root: the run directory.
+        root: the run directory: a path, or the URL that it was collected to.
 
     Raises:
         FileNotFoundError: there is no run.
-        ValueError: the run is on an object store, or in the layout of an earlier version.
+        StoreError: the object store refuses or does not answer.
+        ValueError: a commit record is damaged, or the run is in the layout of an earlier version.
     """
     run = RunDirectory(root)
-    if "://" in run.root:
-        raise ValueError(f"remote runs cannot be queried yet: copy {run.root} to a local folder and open that")
-    info = _read_info(run)
-    connection = duckdb.connect(":memory:", config={"python_enable_replacements": False})
-    connection.execute(_script(run, info, prefix=_escape_glob(run.store.location("")).rstrip("/") + "/"))
+    info, files = _read_info(run), _committed_files(run)
+    sizes = {path: size for paths in files.values() for path, size in paths.items()}
+    if isinstance(run.store, ObjectStore):
+        prefix = f"{PROTOCOL}://"
+        connection = locked.connect_remote(run.store, sizes)
+    else:
+        prefix = run.store.location("").rstrip("/") + "/"
+        paths = {prefix + path for path in sizes}
+        connection = locked.connect(paths | {_escape_glob(path) for path in paths})
+    connection.execute(_script(files, info, prefix=_escape_glob(prefix)))
     return Run(connection, info, complete=run.read_or_none(SUCCESS) is not None)
 
 
 def views_sql(run_directory: RunDirectory) -> str:
     """Script that creates the views of a run, for a DuckDB that is started inside its folder."""
     head = "-- The views of this run, over its committed files. Inside its folder: duckdb -init views.sql\n\n"
-    return head + _script(run_directory, _read_info(run_directory), prefix="")
+    return head + _script(_committed_files(run_directory), _read_info(run_directory), prefix="")
 
 
 def _read_info(run: RunDirectory) -> dict[str, Any]:
@@ -146,11 +155,20 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
 # ---- the script that creates the views ----
 
 
-def _script(run: RunDirectory, info: dict[str, Any], prefix: str) -> str:
+def _committed_files(run: RunDirectory) -> dict[str, dict[str, int]]:
+    """Table -> path relative to the run directory -> bytes."""
+    files: dict[str, dict[str, int]] = {table: {} for table in (*TABLES, REJECTS, "vocab")}
+    for commit in run.commits():
+        for table in files.keys() & commit.files.keys():
+            files[table][commit.files[table].path] = commit.files[table].bytes
+    vocabulary = run.read_or_none(VOCAB)
+    if vocabulary is not None:
+        files["vocab"][VOCAB] = len(vocabulary)
+    return files
+
+
+def _script(files: Mapping[str, Mapping[str, int]], info: dict[str, Any], prefix: str) -> str:
     """Statements for all views; `prefix` goes before the paths that commit records name."""
-    commits = list(run.commits())
-    files = {table: [commit.files[table].path for commit in commits if table in commit.files] for table in TABLES}
-    files["vocab"] = [] if run.read_or_none(VOCAB) is None else [VOCAB]
     statements = {"layers": _layers_select(info["layers"])}
     for name, paths in files.items():
         statements[name] = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
@@ -202,7 +220,8 @@ def _schema(name: str, info: dict[str, Any]) -> pa.Schema:
         return records.routing_schema(layers, probabilities="probabilities" in stored)
     if name == "documents":
         return records.documents_schema(text="text" in stored, target=bool(info["config"].get("target_column")))
-    return {"tokens": records.TOKENS_SCHEMA, "vocab": records.VOCAB_SCHEMA}[name]
+    schemas = {"tokens": records.TOKENS_SCHEMA, REJECTS: records.REJECTS_SCHEMA, "vocab": records.VOCAB_SCHEMA}
+    return schemas[name]
 
 
 def _derived_views() -> dict[str, str]:

@@ -1,0 +1,105 @@
+"""Commit records: what makes an attempt's parts count, as JSON, one per shard.
+
+A record names the files of one attempt at a shard with their sizes and hashes, and says what they hold. Reading one
+that is cut short or of another make is a `DamagedRecordError`, never a wrong record. Where records are kept is the
+business of `storage`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class DamagedRecordError(ValueError):
+    """A commit record that cannot be read; says how the shard is collected again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One published file."""
+
+    path: str
+    """Relative to the run directory."""
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """Rows of one shard that became no document, for one reason."""
+
+    count: int
+    examples: tuple[str, ...]
+    """Where the first few of them are, without their text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Commit:
+    """A shard's commit record: the attempt whose parts count, and what they hold."""
+
+    shard: int
+    attempt: str
+    plan_hash: str
+    files: Mapping[str, Part]
+    """Table name -> part."""
+    documents: int
+    tokens: int
+    """Tokens that went through the model, those of the encoder and of the decoder together."""
+    rows: int
+    """Rows of the routing table: per recorded router the tokens of its stack."""
+    characters: int
+    truncated: int
+    """Documents cut at the maximum length, text or target."""
+    skipped: Mapping[str, Skipped]
+    """Reason -> rows that became no document."""
+    batches: int
+    padded_tokens: int
+    """Tokens that went through the model, padding included."""
+    halved: int = 0
+    """Batches that did not fit into memory and were halved."""
+    seconds: Mapping[str, float]
+    """Stage -> wall time."""
+    node: str
+
+    def to_json(self) -> bytes:
+        """The record as it is stored."""
+        return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str = "a commit record") -> Commit:
+        """Reads what `to_json` wrote.
+
+        Args:
+            data: the content of a record.
+            where: how an error calls it.
+
+        Raises:
+            DamagedRecordError: it is cut short, or has not the fields of a record.
+        """
+        try:
+            return cls.from_fields(json.loads(data))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedRecordError(
+                f"{where} is damaged ({type(error).__name__}: {error}): `collector verify RUN --recollect` sets it "
+                "aside, and the same collect command then collects the shard again"
+            ) from error
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Commit:
+        """The record with these fields, nested ones as dictionaries.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: they are not those of a record.
+        """
+        fields = dict(fields)
+        fields["files"] = {table: Part(**part) for table, part in fields["files"].items()}
+        fields["skipped"] = {
+            reason: Skipped(count=s["count"], examples=tuple(s["examples"])) for reason, s in fields["skipped"].items()
+        }
+        return cls(**fields)

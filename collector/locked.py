@@ -1,0 +1,104 @@
+"""A DuckDB that opens the files it is given and nothing else.
+
+Guarantees: no statement reads another file, lists a folder, goes to the network, loads an extension, sees a variable of
+Python or changes a setting; what does not fit into memory goes to a folder of its own below the system's temporary one.
+Files of an object store are read through `objectfiles`, which cannot write. Of local files one thing is left to a
+statement that means harm: to write over the very files that it may read; `Run.sql` refuses such statements.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import tempfile
+import uuid
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import duckdb
+
+from collector.objectfiles import PROTOCOL, RunFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from collector.storage import ObjectStore
+
+__all__ = ["PROTOCOL", "connect", "connect_remote", "one_line_errors"]
+
+_REMOTE_THREADS = 16
+"""At least: threads that read an object store wait most of the time."""
+_mounted: weakref.WeakSet[duckdb.DuckDBPyConnection] = weakref.WeakSet()
+
+
+def connect(paths: Iterable[str]) -> duckdb.DuckDBPyConnection:
+    """A locked DuckDB in memory.
+
+    Args:
+        paths: the files that it may open, spelled as statements spell them.
+    """
+    connection = _open()
+    _lock(connection, paths)
+    return connection
+
+
+def connect_remote(store: ObjectStore, sizes: Mapping[str, int]) -> duckdb.DuckDBPyConnection:
+    """A locked DuckDB in memory that reads files of an object store as `run://NAME`.
+
+    Args:
+        store: where they are.
+        sizes: name -> bytes of the files that it may open.
+    """
+    connection = _open(threads=_REMOTE_THREADS)
+    connection.execute("set enable_external_file_cache = false")  # `objectfiles` has one that knows they never change
+    connection.register_filesystem(RunFiles(store, sizes))
+    _mounted.add(connection)
+    _lock(connection, [f"{PROTOCOL}://{name}" for name in sizes])
+    return connection
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What DuckDB cannot do, as a ValueError of one line.
+
+    Raises:
+        ValueError: any error of DuckDB, or of reading an object store inside it.
+    """
+    try:
+        yield
+    except duckdb.Error as error:
+        lines = str(error).strip().splitlines()
+        # An error inside our file system arrives with its traceback, whose last line says what happened.
+        raise ValueError(lines[-1 if lines[0].startswith("Traceback") else 0]) from error
+
+
+def _open(threads: int = 1) -> duckdb.DuckDBPyConnection:
+    """A DuckDB in memory, with this many threads at least."""
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "python_enable_replacements": False,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "allow_community_extensions": False,
+        # By default it is `.tmp` in the current folder. DuckDB makes it when it needs it, and removes it.
+        "temp_directory": str(Path(tempfile.gettempdir(), f"collector-{uuid.uuid4().hex}")),
+    }
+    connection = duckdb.connect(":memory:", config=config)
+    if threads > connection.execute("select current_setting('threads')").fetchall()[0][0]:
+        connection.execute(f"set threads = {threads}")
+    return connection
+
+
+def _lock(connection: duckdb.DuckDBPyConnection, paths: Iterable[str]) -> None:
+    """From here on these files can be opened and nothing else, and no statement can change that."""
+    connection.execute("set allowed_paths = $paths", {"paths": sorted(paths)})
+    connection.execute("set enable_external_access = false")
+    connection.execute("set lock_configuration = true")
+
+
+@atexit.register
+def _unmount_all() -> None:
+    """Else DuckDB's binding complains of leaks on standard error when the interpreter ends."""
+    for connection in _mounted:
+        with contextlib.suppress(duckdb.Error):
+            connection.unregister_filesystem(PROTOCOL)

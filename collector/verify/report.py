@@ -1,0 +1,71 @@
+"""What verifying found, in lines for people, and how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LINES_PER_SHARD = 5
+
+
+@dataclasses.dataclass(kw_only=True)
+class Report:
+    """What was found."""
+
+    shards: int
+    """Of the plan."""
+    missing: list[int] = dataclasses.field(default_factory=list)
+    """Shards that nobody has committed."""
+    wrong: dict[int, list[str]] = dataclasses.field(default_factory=dict)
+    """Shard -> what is wrong with what was committed of it."""
+    run: list[str] = dataclasses.field(default_factory=list)
+    """What is wrong with the run's own files."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether what is there is right."""
+        return not self.wrong and not self.run
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is there."""
+        return not self.missing
+
+    def lines(self) -> Iterator[str]:
+        """The findings, one line each, and the verdict."""
+        yield from self.run
+        for shard, found in sorted(self.wrong.items()):
+            yield from (f"shard {shard}: {what}" for what in found[:_LINES_PER_SHARD])
+            if len(found) > _LINES_PER_SHARD:
+                yield f"shard {shard}: and {len(found) - _LINES_PER_SHARD} more"
+        checked = self.shards - len(self.missing)
+        if not self.sound:
+            yield f"unsound: {len(self.wrong):,} of {checked:,} committed shards are wrong"
+        if self.missing:
+            named = ", ".join(map(str, self.missing[:10])) + (" …" if len(self.missing) > 10 else "")
+            yield f"incomplete: {len(self.missing):,} of {self.shards:,} shards are not committed ({named})"
+        if self.sound:
+            yield f"sound: all of {checked:,} committed shards are what they must be"
+
+
+class Ticker:
+    """Progress on standard error: in place in a terminal, elsewhere a line a minute."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._told = time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        """Tells how many shards of how many are verified."""
+        now = time.monotonic()
+        if now - self._told < (0.2 if self._terminal else 60) and not (self._terminal and done == of):
+            return
+        self._told = now
+        line = f"verified {done:,}/{of:,} shards"
+        sys.stderr.write(f"\r{line}" + ("\n" if done == of else "") if self._terminal else f"{line}\n")
+        sys.stderr.flush()
