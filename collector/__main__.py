@@ -70,13 +70,17 @@ class Query:
             return 0
         if not (self.run_ and self.name):
             raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
-        show.relation(warehouse.open_run(self.run_).query(self.name, **dict(self.params)), self.format)
+        with warehouse.one_line_errors():
+            show.relation(warehouse.open_run(self.run_).query(self.name, **dict(self.params)), self.format)
         return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sql:
-    """Run one read-only SQL statement over a run's views."""
+    """Run one read-only SQL statement over a run's views.
+
+    It reads the run's committed files and nothing else: no other file, no network, no setting.
+    """
 
     run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
     """The run directory."""
@@ -89,7 +93,8 @@ class Sql:
         """Runs the statement."""
         from collector import show, warehouse
 
-        show.relation(warehouse.open_run(self.run_).sql(self.statement), self.format)
+        with warehouse.one_line_errors():
+            show.relation(warehouse.open_run(self.run_).sql(self.statement), self.format)
         return 0
 
 
@@ -99,13 +104,90 @@ class Status:
 
     run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
     """The run directory."""
+    watch: float | None = None
+    """Look again every so many seconds (5 if none are given), until the run is complete or all that is left failed."""
+    summary: bool = False
+    """Write a paragraph and a table for a paper's appendix instead, in Markdown."""
+
+    def __post_init__(self) -> None:
+        """Refuses a look that never comes."""
+        if self.watch is not None and self.watch <= 0:
+            raise ValueError(f"--watch takes seconds, got {self.watch}")
 
     def run(self) -> int:
         """Prints the status; 1 if the run is incomplete."""
-        from collector import show
+        from collector import show, summary
         from collector.storage import RunDirectory
 
-        return 0 if show.status(RunDirectory(self.run_)) else 1
+        run = RunDirectory(self.run_)
+        if self.summary:
+            text, complete = summary.summarize(run)
+            sys.stdout.write(text)
+        else:
+            complete = show.status(run) if self.watch is None else show.watch(run, self.watch)
+        return 0 if complete else 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Re-read everything that a run committed, and name each shard that is not what it must be.
+
+    Checks files by size and SHA-256, and tables by what they must hold: every token of every document once, and for
+    each recorded router a decision about each token of its stack. Run it after a copy, before a publication, or when a
+    disk is in doubt. A run that only lacks shards is incomplete, not unsound.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory: a path or an object store's URL, which is read as a whole."""
+    recollect: bool = False
+    """Set the commit records of wrong shards aside, so that the same collect command collects these shards again."""
+
+    def run(self) -> int:
+        """Prints the findings; 0 if the run is sound and complete, else 1."""
+        from collector import verify
+        from collector.storage import RunDirectory
+
+        run = RunDirectory(self.run_)
+        report = verify.verify(run, verify.Ticker())
+        sys.stdout.writelines(f"{line}\n" for line in report.lines())
+        if self.recollect and not report.sound:
+            aside = verify.recollect(run, report)
+            sys.stdout.writelines(f"set aside: {name}\n" for name in aside)
+            sys.stdout.write("Run the same collect command again.\n")
+        return 0 if report.sound and report.complete else 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gc:
+    """Remove the orphans of a run: files that no commit record names, left by replicas that died.
+
+    They count for nothing and only take room. What is committed stays, whatever its age. On object stores the parts of
+    uploads that were cut are out of sight: give the bucket a lifecycle rule that aborts incomplete uploads.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+    older_than: str = "1d"
+    """Only what was last written so long ago: 90m, 12h, 2d; an hour at least, so that shards in work are left alone.
+    0 takes everything, and is right only while nothing collects into the run."""
+    dry_run: bool = False
+    """Only tell what would be removed."""
+
+    def run(self) -> int:
+        """Prints what goes, and removes it."""
+        from collector import orphans
+        from collector.storage import RunDirectory
+
+        run, age = RunDirectory(self.run_), orphans.parse_age(self.older_than)
+        if age == 0:
+            sys.stderr.write("--older-than 0: a shard that is being collected now would lose its files\n")
+        found = orphans.find(run, age)
+        if not self.dry_run:
+            orphans.remove(run, found)
+        sys.stdout.writelines(f"{entry.size:>15,}  {entry.name}\n" for entry in found)
+        done = "to remove" if self.dry_run else "removed"
+        sys.stdout.write(f"{done}: {len(found):,} orphans, {sum(entry.size for entry in found):,} bytes\n")
+        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,6 +274,8 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "query": Query,
     "sql": Sql,
     "status": Status,
+    "verify": Verify,
+    "gc": Gc,
     "show": Show,
     "quantize": Quantize,
     "models": Models,
@@ -220,6 +304,16 @@ def split_query_params(arguments: list[str]) -> tuple[list[str], tuple[tuple[str
     return rest, tuple(params)
 
 
+def give_watch_its_seconds(arguments: list[str]) -> list[str]:
+    """Puts 5 behind a `--watch` without a number: parsers know options with a value and options without."""
+    given = []
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        given.append(argument)
+        if argument == "--watch" and not after.replace(".", "", 1).removeprefix("-").isdecimal():
+            given.append("5")
+    return given
+
+
 def parse(arguments: list[str]) -> Any:
     """Command-line arguments -> the command, ready to run.
 
@@ -230,23 +324,38 @@ def parse(arguments: list[str]) -> Any:
     params: tuple[tuple[str, str], ...] = ()
     if arguments[:1] == ["query"]:
         arguments, params = split_query_params(arguments)
+    if arguments[:1] == ["status"]:
+        arguments = give_watch_its_seconds(arguments)
     description = (__doc__ or "").splitlines()[0]
     command = tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="collector", args=arguments, description=description)
     return dataclasses.replace(command, params=params) if isinstance(command, Query) else command
 
 
+def _complain(command: Any, message: str, event: str) -> None:
+    """One line on standard error, in the form of the run's other lines."""
+    if isinstance(command, Collect) and command.launch.log_format == "json":
+        from collector.progress import json_line
+
+        sys.stderr.write(json_line(event, message=message))
+    else:
+        sys.stderr.write(f"collector: {message}\n")
+
+
 def main() -> None:
     """Entry point of the console script."""
+    command = None
     try:
-        status = parse(sys.argv[1:]).run()
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        sys.stderr.write(f"collector: {error}\n")
-        status = 2
-    except KeyboardInterrupt:
-        sys.stderr.write("collector: interrupted; the same command resumes the run\n")
-        status = 130
+        command = parse(sys.argv[1:])
+        status = command.run()
     except BrokenPipeError:
         status = 0
+    except (ValueError, OSError, RuntimeError) as error:
+        _complain(command, str(error), "error")
+        status = 2
+    except KeyboardInterrupt:
+        hint = "; the same command resumes the run" if isinstance(command, Collect) else ""
+        _complain(command, f"interrupted{hint}", "interrupted")
+        status = 130
     sys.exit(status)
 
 

@@ -9,7 +9,11 @@ next. Nothing here touches a file, a model or Ray; nothing changes after constru
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, Literal
+
+from collector import token_ids
+from collector.token_ids import TokenIds
 
 DEMO = "demo"
 """Names both the embedded model and the embedded corpus."""
@@ -31,7 +35,7 @@ class DataConfig:
     data: tuple[str, ...] = (DEMO,)
     """Where the documents are; several are read one after the other:
     `demo` (real sentences in 60 languages);
-    a file, glob or URL (.jsonl .csv .tsv .parquet .txt, local or s3:// gs:// az:// https://);
+    a file, glob or URL (.jsonl .csv .tsv .txt, also as .gz or .zst, and .parquet; local or s3:// gs:// az:// https://);
     `hf:NAME[:CONFIG][:SPLIT]` (a dataset of the Hugging Face hub, or a local folder of data files);
     a folder written by `Dataset.save_to_disk`."""
     text_column: str = "text"
@@ -107,6 +111,10 @@ class CaptureConfig:
     """Also store `text` (each document's text and target) or `probabilities` (of all experts, for every token and
     layer).
     Probabilities are 4 bytes each before compression."""
+    token_ids: TokenIds = "keep"
+    """What is recorded of each token's id: the id; `hash`, its place in a permutation of the vocabulary that only the
+    key in the environment variable COLLECTOR_TOKEN_KEY can undo; or nothing (`drop`).
+    Neither protects the text: the chosen experts alone give most of it back (arXiv 2602.04105)."""
 
     def __post_init__(self) -> None:
         """Refuses impossible geometry."""
@@ -134,8 +142,10 @@ class Spread:
 class LaunchConfig:
     """Where the replicas run. Only the device has a part in what is recorded."""
 
-    replicas: int | None = None
-    """Model replicas (default: as many as the GPUs hold; on CPUs one per node)."""
+    replicas: int | str = "auto"
+    """Model replicas. `auto`: as many as the nodes hold, while nodes come and go; on CPUs one per node.
+    N: up to N. MIN:MAX: up to MAX, but refused if the nodes hold fewer than MIN when the run starts.
+    What the nodes do not hold is asked of the autoscaler; 0:16 waits for the first node."""
     gpus_per_replica: float = 1.0
     """GPUs per replica; a fraction lets several share one, 2 and more hold a model that one has no room for.
     Ignored on CPUs."""
@@ -145,21 +155,31 @@ class LaunchConfig:
     host_memory: str | None = None
     """Host memory for a replica's weights with --offload, for example 24GB (default: what is free)."""
     cpus_per_replica: int | None = None
-    """CPU cores per replica (default: 1 beside a GPU; on CPUs all cores of the smallest node)."""
+    """CPU cores per replica (default: 1 beside a GPU; on CPUs all cores of its node)."""
+    accelerator_type: str | None = None
+    """Only on nodes with this accelerator, by Ray's name: A100, H100, L4 …"""
+    node_labels: tuple[str, ...] = ()
+    """Only on nodes whose Ray labels match all of these: KEY=VALUE, KEY='!VALUE' or KEY='in(A,B)'."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes GPUs where Ray sees some."""
     ray_address: str | None = None
     """Cluster to join (`auto`, host:port, ray://…). Default: RAY_ADDRESS, else a local Ray is started."""
     max_attempts: int = 3
-    """Attempts per shard before it is reported as failed and left out."""
+    """Attempts per shard, over all launches, before it is reported as failed and left out."""
+    retry_failed: bool = False
+    """Try the shards again that earlier launches left out."""
     part: str | None = None
     """Where this driver begins if several work on one run, for example 2/16: with every 16th shard from the second on.
     After these it helps the others, so every part ends with the whole run complete."""
+    log_format: Literal["text", "json"] = "text"
+    """How messages and progress go to standard error: for people, or one JSON object per line."""
 
     def __post_init__(self) -> None:
         """Refuses impossible placement."""
         self.share()
-        for name in ("replicas", "gpus_per_replica", "cpus_per_replica", "max_attempts"):
+        self.replica_range()
+        self.labels()
+        for name in ("gpus_per_replica", "cpus_per_replica", "max_attempts"):
             _require_positive(name, getattr(self, name))
         if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:
             raise ValueError(
@@ -180,6 +200,32 @@ class LaunchConfig:
         if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
             raise ValueError(f"--part takes I/N with I from 1 to N, for example 2/16, got {self.part!r}")
         return int(number) - 1, int(parts)
+
+    def replica_range(self) -> tuple[int, int | None]:
+        """`--replicas` as the fewest to start with and the most to ask for; None: what the nodes hold.
+
+        Raises:
+            ValueError: it is not `auto`, N or MIN:MAX.
+        """
+        if self.replicas == "auto":
+            return 1, None
+        least, given, most = str(self.replicas).partition(":")
+        if not given:
+            least, most = "1", least
+        if not (least.isdecimal() and most.isdecimal() and int(least) <= int(most) and int(most) > 0):
+            raise ValueError(f"--replicas takes auto, N or MIN:MAX, for example 0:16, got {self.replicas!r}")
+        return int(least), int(most)
+
+    def labels(self) -> dict[str, str]:
+        """`--node-labels` as Ray's label selector.
+
+        Raises:
+            ValueError: one is not KEY=VALUE.
+        """
+        pairs = [label.partition("=") for label in self.node_labels]
+        if wrong := [key for key, _, value in pairs if not (key and value)]:
+            raise ValueError(f"--node-labels takes KEY=VALUE, for example market-type=spot, got {wrong[0]!r}")
+        return {key: value for key, _, value in pairs}
 
     def spread(self, device: str) -> Spread | None:
         """How a replica's weights are spread; None if one device holds them all.
@@ -202,18 +248,32 @@ class RunConfig:
     model: ModelConfig
     capture: CaptureConfig
     device: Literal["cpu", "cuda"]
+    token_key: str | None = dataclasses.field(default=None, repr=False)
+    """The key of `--token-ids hash`, for the replicas; never stored."""
+
+    def __post_init__(self) -> None:
+        """Refuses to hash token ids without a key."""
+        if self.capture.token_ids == "hash":
+            token_ids.require_key(self.token_key)
 
     def to_dict(self) -> dict[str, Any]:
         """One flat dictionary of JSON values, as plan and run.json hold it."""
         sections = [dataclasses.asdict(section) for section in (self.data, self.model, self.capture)]
         flat = {key: value for section in sections for key, value in section.items()} | {"device": self.device}
+        if self.token_key is not None:
+            flat["token_key_fingerprint"] = token_ids.fingerprint(self.token_key)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
 
 
 def resolve(
     *, data: DataConfig, model: ModelConfig, capture: CaptureConfig, device: Literal["cpu", "cuda"]
 ) -> RunConfig:
-    """Fills in what depends on the device."""
+    """Fills in what depends on the device, and the key of `--token-ids hash` from the environment.
+
+    Raises:
+        ValueError: there is no such key.
+    """
     if capture.tokens_per_batch is None:
         capture = dataclasses.replace(capture, tokens_per_batch=32768 if device == "cuda" else 4096)
-    return RunConfig(data=data, model=model, capture=capture, device=device)
+    key = os.environ.get(token_ids.KEY_VARIABLE) if capture.token_ids == "hash" else None
+    return RunConfig(data=data, model=model, capture=capture, device=device, token_key=key)

@@ -6,9 +6,9 @@ sums of commit records.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from collector.plan import Plan
-from collector.storage import PLAN, RUN, SUCCESS, RunDirectory
+from collector.progress import shares
+from collector.storage import PLAN, RUN, SUCCESS
+from collector.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import duckdb
 
     from collector.families import Description
+    from collector.storage import RunDirectory
     from collector.warehouse import Query, Run
 
 MAX_ROWS = 40
@@ -36,41 +39,66 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(highlight=False, width=_WIDE)
 
 
-@dataclasses.dataclass(kw_only=True)
-class Totals:
-    """Sums over the commit records of a run."""
-
-    shards: int = 0
-    documents: int = 0
-    tokens: int = 0
-    rows: int = 0
-    characters: int = 0
-    truncated: int = 0
-    padded_tokens: int = 0
-    halved: int = 0
-    bytes: int = 0
-    seconds: Counter[str] = dataclasses.field(default_factory=Counter)
-    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
-    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, run: RunDirectory) -> Totals:
-        """Reads all commit records."""
-        totals = cls()
-        for commit in run.commits():
-            totals.shards += 1
-            for name in ("documents", "tokens", "rows", "characters", "truncated", "padded_tokens", "halved"):
-                setattr(totals, name, getattr(totals, name) + getattr(commit, name))
-            totals.bytes += sum(part.bytes for part in commit.files.values())
-            totals.seconds.update(commit.seconds)
-            for reason, skipped in commit.skipped.items():
-                totals.skipped[reason] += skipped.count
-                totals.examples.setdefault(reason, []).extend(skipped.examples)
-        return totals
-
-
-def status(run: RunDirectory) -> bool:
+def status(run: RunDirectory, totals: Totals | None = None) -> bool:
     """Prints how far a run is, what was left out and why; True if the run is complete.
+
+    Args:
+        run: the run.
+        totals: of its commit records, if they are read already.
+
+    Raises:
+        FileNotFoundError: there is no run.
+    """
+    plan = read_plan(run)
+    totals = totals or Totals.of(run)
+    complete = run.read_or_none(SUCCESS) is not None
+    out = console()
+    state = "complete" if complete else f"incomplete, {len(plan.shards) - len(totals.committed)} shards to go"
+    out.print(f"[bold]{run.root}[/]: {state}")
+    grid = Table.grid(padding=(0, 2))
+    for name, value in _facts(run, plan, totals):
+        grid.add_row(name, value)
+    out.print(grid)
+    failures = totals.failures(run)
+    for shard, failure in failures.items():
+        ending = "left out" if failure.get("left_out") else "to be tried again"
+        out.print(f"[red]shard {shard} failed[/] after {failure['attempts']} attempts, {ending} "
+                  f"({failure['source']}, rows from {failure['first_row']}):")  # fmt: skip
+        out.print(failure["traceback"].rstrip(), markup=False)
+    if not complete:
+        left_out = any(failure.get("left_out") for failure in failures.values())
+        again = "; with --retry-failed it tries again what was left out" if left_out else ""
+        out.print(f"Run the same collect command again to resume{again}.")
+    return complete
+
+
+def watch(run: RunDirectory, every: float) -> bool:
+    """Prints the status again and again, until the run is complete or nothing is left to do but what failed.
+
+    Args:
+        run: the run.
+        every: seconds between two looks; each reads the commit records that are new.
+
+    Raises:
+        FileNotFoundError: there is no run.
+    """
+    plan, totals, out, rate = read_plan(run), Totals.of(run), console(), ""
+    while True:
+        if out.is_terminal:
+            out.clear()
+        complete = status(run, totals)
+        out.print(rate, end="")
+        left_out = sum(bool(failure.get("left_out")) for failure in totals.failures(run).values())
+        if complete or (left_out and len(totals.committed) + left_out == len(plan.shards)):
+            return complete
+        tokens, since = totals.tokens, time.monotonic()
+        time.sleep(every)
+        totals.refresh(run)
+        rate = f"{(totals.tokens - tokens) / (time.monotonic() - since):,.0f} tokens/s since the last look\n"
+
+
+def read_plan(run: RunDirectory) -> Plan:
+    """The plan of a run.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -80,22 +108,7 @@ def status(run: RunDirectory) -> bool:
         raise FileNotFoundError(
             f"no run in {run.root}: there is no {PLAN}; collector collect --out {run.root} begins one"
         )
-    plan, totals, failures = Plan.from_parquet(stored), Totals.of(run), run.failures()
-    complete = run.read_or_none(SUCCESS) is not None
-    out = console()
-    state = "complete" if complete else f"incomplete, {len(plan.shards) - totals.shards} shards to go"
-    out.print(f"[bold]{run.root}[/]: {state}")
-    grid = Table.grid(padding=(0, 2))
-    for name, value in _facts(run, plan, totals):
-        grid.add_row(name, value)
-    out.print(grid)
-    for shard, failure in sorted(failures.items()):
-        out.print(f"[red]shard {shard} failed[/] after {failure['attempts']} attempts "
-                  f"({failure['source']}, rows from {failure['first_row']}):")  # fmt: skip
-        out.print(failure["traceback"].rstrip(), markup=False)
-    if not complete:
-        out.print("Run the same collect command again to resume.")
-    return complete
+    return Plan.from_parquet(stored)
 
 
 def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str]]:
@@ -103,27 +116,34 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
     stored = run.read_or_none(RUN)
     if stored is not None:
         card = json.loads(stored)
-        model, layers = card["model"], card["layers"]
-        geometry = sorted({(layer["n_experts"], layer["top_k"]) for layer in layers})
-        experts = ", ".join(f"top-{k} of {e}" for e, k in geometry)
-        by_stack = Counter(layer["stack"] for layer in layers)
-        counts = [f"{n} layers" if by_stack.keys() == {"decoder"} else f"{n} {s} layers" for s, n in by_stack.items()]
+        model = card["model"]
         facts.append(("model", f"{model['id']} ({model['model_type']}, {model['weights']} weights, "
                                f"{card['memory']['summary']})"))  # fmt: skip
-        facts.append(("routers", f"{', '.join(counts)}, {experts}"))
-    efficiency = totals.tokens / max(1, totals.padded_tokens)
+        facts.append(("routers", routers(card["layers"])))
     facts += [
-        ("shards", f"{totals.shards:,} of {len(plan.shards):,}"),
+        ("shards", f"{len(totals.committed):,} of {len(plan.shards):,}"),
         ("documents", f"{totals.documents:,} of {plan.documents:,} planned, {totals.truncated:,} truncated"),
-        ("tokens", f"{totals.tokens:,} ({totals.rows:,} routing rows), padding efficiency {efficiency:.3f}"),
+        ("tokens", f"{totals.tokens:,} ({totals.rows:,} routing rows), "
+                   f"padding efficiency {totals.padding_efficiency:.3f}"),
         ("size", f"{totals.bytes / 1e6:,.1f} MB, {totals.bytes / max(1, totals.tokens):.0f} bytes/token"),
-    ]
+    ]  # fmt: skip
+    if time_shares := shares(totals.seconds):
+        facts.append(("time", time_shares))
     if totals.halved:
         facts.append(("memory", f"{totals.halved:,} batches did not fit and were halved; a lower --tokens-per-batch "
                                 "would save the attempts"))  # fmt: skip
     for reason, count in sorted(totals.skipped.items()):
         facts.append(("skipped", f"{count:,} rows: {reason} (e.g. {', '.join(totals.examples[reason][:3])})"))
     return facts
+
+
+def routers(layers: Sequence[Mapping[str, Any]]) -> str:
+    """How many routers were recorded, and how many experts they choose from, in words."""
+    geometry = sorted({(layer["n_experts"], layer["top_k"]) for layer in layers})
+    experts = ", ".join(f"top-{k} of {e}" for e, k in geometry)
+    by_stack = Counter(layer["stack"] for layer in layers)
+    counts = [f"{n} layers" if by_stack.keys() == {"decoder"} else f"{n} {s} layers" for s, n in by_stack.items()]
+    return f"{', '.join(counts)}, {experts}"
 
 
 def top_experts_by_layer(run: Run, labels: Sequence[str] | None, beside: Run | None = None) -> None:

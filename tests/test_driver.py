@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import socket
@@ -125,34 +127,51 @@ def test_an_interrupted_driver_leaves_a_resumable_run_and_no_process(tmp_path, j
     assert_same_content(run, job[2])
 
 
-def test_a_shard_that_cannot_be_read_is_left_out_named_and_the_status_says_so(tmp_path, job):
+def test_a_shard_that_cannot_be_read_is_left_out_and_told_until_it_is_tried_again(tmp_path, job):
     data, model, quiet = job
-    source = tmp_path / "texts.jsonl"
-    source.write_bytes(Path(data.data[0]).read_bytes())
-    moved = DataConfig(data=(str(source),), docs_per_shard=PER_SHARD)
-    root = tmp_path / "run"
-    launch = LaunchConfig(replicas=1, cpus_per_replica=1, max_attempts=2)
+    source, root = tmp_path / "texts.jsonl", tmp_path / "run"
+    whole = Path(data.data[0]).read_bytes()
+    source.write_bytes(whole)
+    stamp = source.stat()
+    arguments = command((dataclasses.replace(data, data=(str(source),)), model, quiet), root)
+    arguments += ["--max-attempts", "2", "--log-format", "json"]
 
     def spoil_the_source():
         wait_for_commits(root, 10)
-        source.write_bytes(source.read_bytes()[:-100])
+        source.write_bytes(whole[:-100])
 
     spoiler = threading.Thread(target=spoil_the_source)
     spoiler.start()
-    run = driver.collect(str(root), data=moved, model=model, capture=CaptureConfig(), launch=launch)
+    first = subprocess.run(arguments, capture_output=True, text=True, check=False)
     spoiler.join()
+    assert first.returncode == 1, first.stderr
+    run = RunDirectory(root)
     failures = run.failures()
     assert failures
     assert set(failures) == set(range(DOCUMENTS // PER_SHARD)) - run.committed_shards()
     assert not (root / SUCCESS).exists()
-    failure = next(iter(failures.values()))
-    assert failure["attempts"] == 2
+    failure = failures[min(failures)]
+    assert (failure["attempts"], failure["left_out"], failure["node"]) == (2, True, socket.gethostname())
     assert "source changed" in failure["error"]
-    status = subprocess.run([sys.executable, "-m", "collector", "status", str(root)], capture_output=True, text=True,
-                            check=False)  # fmt: skip
-    assert status.returncode == 1
-    assert f"shard {min(failures)} failed" in status.stdout
-    assert quiet.failures() == {}
+    assert f"shard {min(failures)} failed after 2 attempts, left out" in first.stdout
+    assert "raise ValueError" in first.stdout, "with its traceback"
+    events = [json.loads(line) for line in first.stderr.splitlines()]
+    told = [event for event in events if event["event"] == "shard_failed" and event["shard"] == min(failures)]
+    assert [(event["attempt"], event["left_out"]) for event in told] == [(1, False), (2, True)]
+    assert all(event["time"] and "source changed" in event["error"] for event in told)
+    assert events[-1]["event"] == "progress"
+    assert events[-1]["shards_failed"] == len(failures)
+
+    source.write_bytes(whole)
+    os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    again = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert again.returncode == 1, "what was left out stays out"
+    assert [json.loads(line)["event"] for line in again.stderr.splitlines()].count("shard_left_out") == len(failures)
+    assert set(run.failures()) == set(failures)
+    retried = subprocess.run([*arguments, "--retry-failed"], capture_output=True, text=True, check=False)
+    assert retried.returncode == 0, retried.stderr
+    assert run.failures() == {}
+    assert_same_content(run, quiet)
 
 
 def test_another_plan_is_refused_and_the_fields_named(tmp_path, job):
@@ -193,13 +212,17 @@ def test_two_replicas_on_a_cluster_that_was_there_before(tmp_path, job, cluster_
     assert_same_content(RunDirectory(root), job[2])
 
 
-def test_a_cluster_without_gpus_says_so(tmp_path, job):
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_cluster_without_gpus_says_so(tmp_path, job, log_format):
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         pytest.skip("this machine has GPUs")
-    process = subprocess.run([*command(job, tmp_path / "run"), "--device", "cuda"], capture_output=True, text=True,
-                             check=False)  # fmt: skip
+    arguments = [*command(job, tmp_path / "run"), "--device", "cuda", "--log-format", log_format]
+    process = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert process.returncode == 2
-    assert "Ray sees no GPU" in process.stderr
+    (line,) = process.stderr.splitlines()
+    said = json.loads(line) if log_format == "json" else {"event": "error", "message": line}
+    assert said["event"] == "error"
+    assert "Ray sees no GPU" in said["message"]
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path, job):

@@ -1,0 +1,343 @@
+"""How the collector scales: with actors, with shards, with cores.
+
+    python -m benchmarks.scaling --parts actors memory opening cores
+
+- `actors`: replicas whose model is a pause of fixed length, 1 to 64 of them on this machine. They load no torch, but
+  write a part and commit each shard for real, in the three stages of a replica. Counted from when all are ready:
+  shards per second against ideal (one per pause and actor), and CPU seconds of the driver per 1,000 shards.
+- `memory`: resident memory of plan and dispatcher, for so many shards, each in a process of its own.
+- `opening`: seconds until a finished run answers its first count, with its manifest and without.
+- `cores`: the demo model in two replicas of one core against one of two cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from collector.fleet import Actor
+from collector.plan import Plan, Shard
+from collector.stages import Pipeline, Stage
+from collector.storage import PLAN, Commit, RunDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from collector.config import LaunchConfig, RunConfig
+    from collector.dispatch import Dispatcher
+
+Part = Literal["actors", "memory", "opening", "cores"]
+CARD = {"memory": {"summary": "a pause"}, "model": {}, "layers": [], "tokenizer": {}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How the collector scales: with actors, with shards, with cores."""
+
+    parts: tuple[Part, ...] = ("actors", "memory", "opening", "cores")
+    """What to measure."""
+    actors: tuple[int, ...] = (1, 4, 16, 64)
+    """Numbers of replicas."""
+    pause: float = 1.0
+    """Seconds that a shard takes at a replica's device."""
+    window: float = 30.0
+    """Seconds that are counted, once all replicas are ready."""
+    shards: int = 1_000_000
+    """Shards of the plan that `memory` holds."""
+    finished_shards: int = 100_000
+    """Shards of the run that `opening` opens."""
+    documents: int = 6_000
+    """Of the demo, for `cores`."""
+    child: Literal["plan", "dispatcher", "open"] | None = None
+    """Used by the benchmark itself, in a process of its own."""
+    root: str = ""
+    """Of the run that a child opens."""
+
+
+# -- actors ------------------------------------------------------------------------------------------
+
+
+class PauseActor(Actor):
+    """A replica whose model is a pause; everything around it is real."""
+
+    def load(self, root: str, config: RunConfig, plan_hash: str, *_: Any) -> dict[str, Any]:
+        """Opens the run; the length of the pause comes as the model's name."""
+        assert "torch" not in sys.modules, "it is to be light"
+        self.run, self.plan_hash = RunDirectory(root), plan_hash
+        self.seconds = float(config.model.model)
+        self.pipeline = Pipeline(
+            Stage(name="read", step=lambda shard: shard),
+            Stage(name="device", step=self.pause),
+            Stage(name="write", step=self.write),
+        )
+        return CARD
+
+    def collect(self, shard: Shard) -> Commit:
+        """One shard through the three stages."""
+        return self.pipeline.submit(shard).result()
+
+    def pause(self, shard: Shard) -> Shard:
+        """What a model would do."""
+        time.sleep(self.seconds)
+        return shard
+
+    def write(self, shard: Shard) -> Commit:
+        """Publishes a small part and commits it."""
+        attempt = uuid.uuid4().hex[:12]
+        with self.run.scratch() as scratch:
+            path = Path(scratch) / "routing"
+            path.write_bytes(b"0" * 4096)
+            part = self.run.publish_part(path, shard.shard, attempt, "routing", 1)
+        return self.run.commit(commit_of(shard.shard, attempt, self.plan_hash, {"routing": part}))
+
+
+def commit_of(shard: int, attempt: str, plan_hash: str, files: dict[str, Any]) -> Commit:
+    """A commit record of one document and ten tokens."""
+    return Commit(
+        shard=shard, attempt=attempt, plan_hash=plan_hash, files=files, documents=1, tokens=10, rows=1, characters=1,
+        truncated=0, skipped={}, batches=1, padded_tokens=10, seconds={"forward": 1.0, "idle": 0.0}, node="here",
+    )  # fmt: skip
+
+
+def plan_of(shards: int) -> Plan:
+    """A plan of one document per shard."""
+    return Plan(
+        config={},
+        shards=tuple(
+            Shard(shard=number, source="s", name="s", kind="text", first_row=number, rows=1, offset=number, keep=None,
+                  fingerprint="f")
+            for number in range(shards)
+        ),
+    )  # fmt: skip
+
+
+class WindowOver(Exception):  # noqa: N818 - not an error
+    """Enough was counted."""
+
+
+class Window:
+    """Counts from when all replicas are ready, for so many seconds."""
+
+    def __init__(self, replicas: int, seconds: float) -> None:
+        self.replicas, self.seconds = replicas, seconds
+        self.began: tuple[float, float, int] | None = None
+        self.found: tuple[float, float, int] = (0.0, 0.0, 0)
+
+    def __call__(self, dispatcher: Dispatcher) -> None:
+        """Looks at the dispatcher after each of its rounds."""
+        now = time.monotonic(), time.process_time(), dispatcher.view.tally.shards_done
+        if self.began is None:
+            if dispatcher.fleet.count("ready") == self.replicas:
+                self.began = now
+        elif now[0] - self.began[0] >= self.seconds:
+            self.found = now[0] - self.began[0], now[1] - self.began[1], now[2] - self.began[2]
+            raise WindowOver
+
+
+@contextlib.contextmanager
+def local_ray(cpus: int) -> Iterator[None]:
+    """A Ray with so many cores, whatever the machine has."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False,
+             logging_level=logging.ERROR)  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def actors(bench: Scaling) -> None:
+    """Shards per second of 1 … 64 replicas, against ideal."""
+    print(f"\n### Actors ({bench.pause:g} s per shard and actor, {bench.window:g} s each)\n")
+    print("| actors | shards/s | ideal | of ideal | driver CPU s per 1,000 shards |")
+    print("|---|---|---|---|---|")
+    with local_ray(max(bench.actors)):
+        for count in bench.actors:
+            seconds, cpu, shards = pauses(count, bench)
+            rate, ideal = shards / seconds, count / bench.pause
+            print(f"| {count} | {rate:.2f} | {ideal:.2f} | {rate / ideal:.3f} | {1000 * cpu / max(1, shards):.2f} |",
+                  flush=True)  # fmt: skip
+
+
+def pauses(count: int, bench: Scaling) -> tuple[float, float, int]:
+    """Wall seconds, CPU seconds of the driver, and shards, in the window of `count` replicas."""
+    from collector.config import CaptureConfig, DataConfig, ModelConfig, RunConfig
+    from collector.dispatch import Dispatcher
+    from collector.fleet import RayFleet
+    from collector.placement import Need
+
+    config = RunConfig(data=DataConfig(), model=ModelConfig(model=str(bench.pause)), capture=CaptureConfig(),
+                       device="cpu")  # fmt: skip
+    # More than can be done while replicas come and in the window.
+    made = plan_of(int(count * (bench.window + 30 + 3 * count) / bench.pause))
+    window = Window(count, bench.window)
+    with tempfile.TemporaryDirectory() as root:
+        run = RunDirectory(root)
+        fleet = RayFleet(root=root, config=config, plan_hash=made.hash, need=Need(cpus=1), most=count,
+                         actor_class=PauseActor)  # fmt: skip
+        try:
+            with quiet_view(made) as view, contextlib.suppress(WindowOver):
+                Dispatcher(run=run, plan=made, fleet=fleet, view=view, max_attempts=1, observe=window).dispatch()
+        finally:
+            fleet.stop()
+    if not window.found[2]:
+        raise RuntimeError(f"the work of {count} replicas was over before the window was")
+    return window.found
+
+
+def quiet_view(made: Plan) -> Any:
+    """Progress that nobody sees."""
+    from rich.console import Console
+
+    from collector.progress import ProgressView, Tally
+
+    return ProgressView(Tally(shards=len(made.shards), documents=made.documents), Console(file=io.StringIO()))
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+
+def memory(bench: Scaling) -> None:
+    """Resident memory of a driver by what it holds."""
+    print(f"\n### Driver memory, {bench.shards:,} shards\n\n| process holds | peak memory | seconds |\n|---|---|---|")
+    for child, shards in (("plan", 1), ("plan", bench.shards), ("dispatcher", bench.shards)):
+        megabytes, seconds = in_child("--child", child, "--shards", str(shards))
+        print(f"| {child} of {shards:,} shards | {megabytes:,.0f} MB | {seconds:.1f} |", flush=True)
+
+
+def in_child(*arguments: str) -> tuple[float, float]:
+    """Peak memory in MB, and the seconds, of this benchmark's child."""
+    output = subprocess.run([sys.executable, "-m", "benchmarks.scaling", *arguments], check=True, capture_output=True,
+                            text=True).stdout  # fmt: skip
+    megabytes, seconds = output.splitlines()[-1].split()
+    return float(megabytes), float(seconds)
+
+
+def child(bench: Scaling) -> None:
+    """Does one thing and prints peak memory in MB, and seconds."""
+    if bench.child == "open":
+        seconds = opened(bench.root)
+    else:
+        started = time.perf_counter()
+        made = plan_of(bench.shards)
+        if bench.child == "dispatcher":
+            dispatcher_over(made)
+        seconds = time.perf_counter() - started
+    # Not ru_maxrss: it begins with what the parent held.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 1000, seconds)
+
+
+def dispatcher_over(made: Plan) -> Dispatcher:
+    """A dispatcher of a run that has not begun."""
+    from collector.dispatch import Dispatcher
+
+    fleet: Any = None
+    with tempfile.TemporaryDirectory() as root, quiet_view(made) as view:
+        return Dispatcher(run=RunDirectory(root), plan=made, fleet=fleet, view=view, max_attempts=3)
+
+
+# -- opening -----------------------------------------------------------------------------------------
+
+
+def opening(bench: Scaling) -> None:
+    """Seconds until a run of many shards answers, with its manifest and without."""
+    print(f"\n### Opening a finished run of {bench.finished_shards:,} shards\n")
+    print("| commit records read from | seconds | peak memory |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        run = finished_run(Path(folder) / "run", bench.finished_shards)
+        for name, prepare in (("the manifest", lambda: None), ("their own files", run.reopen)):
+            prepare()
+            megabytes, seconds = in_child("--child", "open", "--root", run.root)
+            print(f"| {name} | {seconds:.2f} | {megabytes:,.0f} MB |", flush=True)
+
+
+def finished_run(root: Path, shards: int) -> RunDirectory:
+    """A run of one real shard whose commit record is there so many times, under other numbers."""
+    from collector import driver
+    from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
+
+    config = resolve(data=DataConfig(limit=8), model=ModelConfig(), capture=CaptureConfig(), device="cpu")
+    run = driver.collect_in_process(str(root), config)
+    run.reopen()
+    (commit,) = run.commits()
+    for number in range(1, shards):  # without the care of a real commit, which is not what is measured
+        path = root / "commits" / f"{number:06d}.json"
+        path.write_bytes(dataclasses.replace(commit, shard=number).to_json())
+    made = plan_of(shards)
+    run.store.put(PLAN, made.to_parquet())
+    run.finish(made.hash, shards)
+    return run
+
+
+def opened(root: str) -> float:
+    """Seconds from nothing to the number of commit records and open views."""
+    from collector import open_run
+
+    started = time.perf_counter()
+    open_run(root)
+    return time.perf_counter() - started
+
+
+# -- cores -------------------------------------------------------------------------------------------
+
+
+def cores(bench: Scaling) -> None:
+    """Two replicas of one core against one of two, through the whole collector."""
+    from collector.config import LaunchConfig
+
+    print(f"\n### Cores (demo model, {bench.documents:,} documents)\n\n| replicas | tokens/s |\n|---|---|")
+    for replicas, each in ((1, 1), (1, 2), (2, 1)):
+        launch = LaunchConfig(replicas=replicas, cpus_per_replica=each)
+        print(f"| {replicas} of {each} cores | {demo_rate(launch, bench.documents):,.0f} |", flush=True)
+
+
+def demo_rate(launch: LaunchConfig, documents: int) -> float:
+    """Tokens per second, counted from when the first replica is ready."""
+    from collector import driver
+    from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
+    from collector.placement import Need
+
+    config = resolve(data=DataConfig(limit=documents, docs_per_shard=128), model=ModelConfig(),
+                     capture=CaptureConfig(), device="cpu")  # fmt: skip
+    root = tempfile.mkdtemp()
+    try:
+        run = RunDirectory(root)
+        made = driver.freeze_plan(run, config)
+        with local_ray(2), quiet_view(made) as view:
+            driver.work_off(run, made, config, launch, view, need=Need.of(launch, "cpu"))
+            return view.tally.tokens_per_second
+    finally:
+        shutil.rmtree(root)
+
+
+def main(bench: Scaling) -> None:
+    """Runs the parts asked for."""
+    if bench.child:
+        child(bench)
+        return
+    print(f"python -m benchmarks.scaling {' '.join(sys.argv[1:])}\n{os.cpu_count()} cores", flush=True)
+    run: dict[str, Callable[[Scaling], None]] = {
+        "actors": actors, "memory": memory, "opening": opening, "cores": cores,
+    }  # fmt: skip
+    for part in bench.parts:
+        run[part](bench)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Scaling))

@@ -1,0 +1,137 @@
+"""Which shards of a run wait, are in work, are committed or are left out.
+
+Two bytes-per-shard structures and not one object per shard: a plan of a million shards takes a few
+megabytes here. Whoever hands out work asks for the next shard; a shard under suspicion of having
+killed its replica is asked for apart, because it has to run alone.
+
+Knows numbers only: no store, no replica, no Ray.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from array import array
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class State(enum.IntEnum):
+    """What is known of a shard."""
+
+    WAITING = 0
+    WORKING = 1
+    COMMITTED = 2
+    FAILED = 3
+
+
+class Worklist:
+    """The shards 0 … N - 1, each in one state."""
+
+    def __init__(
+        self, shards: int, *, committed: Iterable[int] = (), failed: Iterable[int] = (), share: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Puts every shard that is neither committed nor failed in line.
+
+        Args:
+            shards: N.
+            committed: shards that are done.
+            failed: shards that are left out.
+            share: remainder and divisor of the numbers that this driver begins with.
+        """
+        self.share = share
+        self._state = bytearray(shards)
+        self._counts = [shards, 0, 0, 0]
+        for state, numbers in ((State.COMMITTED, committed), (State.FAILED, failed)):
+            for number in numbers:
+                self._set(number, state)
+        self._line = array("I", _in_order([n for n in range(shards) if not self._state[n]], share)[::-1])
+        self._again: deque[int] = deque()
+        self._suspects: deque[int] = deque()
+
+    def count(self, state: State) -> int:
+        """How many shards are in `state`."""
+        return self._counts[state]
+
+    @property
+    def waiting(self) -> int:
+        """Shards that nobody has in work, suspects included."""
+        return self._counts[State.WAITING]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a shard waits or is in work."""
+        return bool(self._counts[State.WAITING] or self._counts[State.WORKING])
+
+    @property
+    def suspects(self) -> int:
+        """Shards waiting to be tried alone."""
+        return len(self._suspects)
+
+    def is_own(self, number: int) -> bool:
+        """Whether this driver begins with the shard, and no other."""
+        remainder, parts = self.share
+        return number % parts == remainder
+
+    def take(self) -> int | None:
+        """The next shard in line, now in work; those that failed before come last."""
+        while self._line or self._again:
+            number = self._line.pop() if self._line else self._again.popleft()
+            if self._state[number] == State.WAITING:
+                self._set(number, State.WORKING)
+                return number
+        return None
+
+    def take_suspect(self) -> int | None:
+        """The next shard that has to run alone, now in work."""
+        while self._suspects:
+            number = self._suspects.popleft()
+            if self._state[number] == State.WAITING:
+                self._set(number, State.WORKING)
+                return number
+        return None
+
+    def shuffle(self) -> None:
+        """Takes the rest of the line in an order that no other driver has."""
+        random.Random().shuffle(self._line)
+
+    def put_back(self, number: int, *, suspect: bool = False) -> None:
+        """Puts a shard in line again; `suspect`: to run alone."""
+        self._set(number, State.WAITING)
+        (self._suspects if suspect else self._again).append(number)
+
+    def commit(self, number: int) -> None:
+        """Notes that a shard is done."""
+        self._set(number, State.COMMITTED)
+
+    def leave_out(self, number: int) -> None:
+        """Notes that a shard is given up."""
+        self._set(number, State.FAILED)
+
+    def found(self, committed: Iterable[int]) -> list[int]:
+        """Takes out of the line what others have committed; returns those that were news."""
+        news = [number for number in committed if self._state[number] == State.WAITING]
+        for number in news:
+            self._set(number, State.COMMITTED)
+        return news
+
+    def _set(self, number: int, state: State) -> None:
+        self._counts[self._state[number]] -= 1
+        self._counts[state] += 1
+        self._state[number] = state
+
+
+def _in_order(numbers: list[int], share: tuple[int, int]) -> list[int]:
+    """This driver's own shards first, then everybody else's.
+
+    The others' come shuffled, differently in each driver: in the same order, all that help would take the same
+    shard at the same time, again and again.
+    """
+    remainder, parts = share
+    own = [number for number in numbers if number % parts == remainder]
+    others = [number for number in numbers if number % parts != remainder]
+    random.Random(remainder).shuffle(others)
+    return own + others
