@@ -8,6 +8,7 @@
 Arrays are per router, see `key`: experts, weights and drops [T, k], probabilities [T, E]; T tokens of
 the shard, in document order. A special token is marked by `is_special` [T]. Where there are routers
 of an encoder and of a decoder, both see the same T tokens, which then are in the tokens table twice.
+What else a document or token has, ids for example, has defaults, see `Shard`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +54,14 @@ class Shard:
     dropped: Mapping[Key, np.ndarray]
     """Of routers with a capacity only."""
     probabilities: Mapping[Key, np.ndarray] | None = None
+    token_ids: np.ndarray | None = None
+    """[T], or all ids in turn."""
+    characters: np.ndarray | None = None
+    """[documents], or 4 per token."""
+    truncated: np.ndarray | None = None
+    """[documents], or none."""
+    parallel_ids: Sequence[str | None] | None = None
+    """[documents], or none."""
 
     @classmethod
     def of_picks(
@@ -93,9 +103,24 @@ class Shard:
         return dataclasses.replace(picks, statistics=statistics, probabilities=p_te)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """[documents] tokens of each."""
+        return np.array([length for _, length in self.documents])
+
+    @property
     def labels(self) -> np.ndarray:
         """[T] each token's label."""
-        return np.repeat([label for label, _ in self.documents], [length for _, length in self.documents])
+        return np.repeat([label for label, _ in self.documents], self.lengths)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[T] each token's id."""
+        return np.arange(len(self.is_special)) % VOCABULARY if self.token_ids is None else self.token_ids
+
+    @property
+    def character_counts(self) -> np.ndarray:
+        """[documents] characters of each."""
+        return 4 * self.lengths if self.characters is None else self.characters
 
 
 def _statistics(p_te: np.ndarray, k: int) -> dict[str, np.ndarray]:
@@ -110,9 +135,19 @@ def _statistics(p_te: np.ndarray, k: int) -> dict[str, np.ndarray]:
 
 
 def random_shard(
-    rng: np.random.Generator, layers: Sequence[Layer], documents: Documents, special: float = 0.1
-) -> Shard:
-    """Router probabilities that depend on the label; picks in random order, as some models leave them."""
+    rng: np.random.Generator, layers: Sequence[Layer], documents: Documents, special: float = 0.1,
+    vocabulary: int | None = None,
+) -> Shard:  # fmt: skip
+    """Router probabilities that depend on the label; picks in random order, as some models leave them.
+
+    Args:
+        rng: source of everything random.
+        layers: geometry of the routers.
+        documents: label and tokens of each.
+        special: share of special tokens.
+        vocabulary: random token ids below it, random numbers of characters and truncated documents, and
+            parallel ids; without it the defaults of `Shard`.
+    """
     labels = [label for label, _ in documents]
     lengths = [length for _, length in documents]
     probabilities = {}
@@ -129,7 +164,18 @@ def random_shard(
         experts={layer: np.take_along_axis(e_tk, order[layer], axis=1) for layer, e_tk in shard.experts.items()},
         weights={layer: np.take_along_axis(w_tk, order[layer], axis=1) for layer, w_tk in shard.weights.items()},
         dropped={layer: rng.random(d_tk.shape) < 0.2 for layer, d_tk in shard.dropped.items()},
+        **({} if vocabulary is None else _random_texts(rng, documents, vocabulary)),
     )
+
+
+def _random_texts(rng: np.random.Generator, documents: Documents, vocabulary: int) -> dict[str, Any]:
+    lengths = np.array([length for _, length in documents])
+    return {
+        "token_ids": rng.integers(0, vocabulary, lengths.sum()),
+        "characters": rng.integers(1, 6 * lengths + 1),
+        "truncated": rng.random(len(documents)) < 0.3,
+        "parallel_ids": [None if rng.random() < 0.2 else f"sentence {rng.integers(3)}" for _ in documents],
+    }
 
 
 def write_run(
@@ -218,7 +264,7 @@ def _tokens(number: int, shard: Shard, stacks: Sequence[str]) -> pa.Table:
         "tok": np.arange(len(each) * len(stacks)),
         "doc": np.tile(np.repeat(np.arange(len(lengths)), lengths), len(stacks)),
         "position": np.tile(np.concatenate([np.arange(n) for n in lengths]) if lengths else each, len(stacks)),
-        "token_id": np.tile(each % VOCABULARY, len(stacks)),
+        "token_id": np.tile(shard.ids, len(stacks)),
         "is_special": np.tile(shard.is_special, len(stacks)),
     }
     return _table(columns, records.TOKENS_SCHEMA)
@@ -226,18 +272,17 @@ def _tokens(number: int, shard: Shard, stacks: Sequence[str]) -> pa.Table:
 
 def _documents(number: int, shard: Shard) -> pa.Table:
     count = len(shard.documents)
-    lengths = np.array([length for _, length in shard.documents])
     columns = {
         "shard": np.full(count, number),
         "doc": np.arange(count),
         "doc_id": [f"synthetic#{number}-{doc}" for doc in range(count)],
         "label": [label for label, _ in shard.documents],
         "source": ["synthetic"] * count,
-        "parallel_id": [None] * count,
-        "tokens": lengths,
+        "parallel_id": shard.parallel_ids or [None] * count,
+        "tokens": shard.lengths,
         "target_tokens": [None] * count,
-        "characters": 4 * lengths,
-        "truncated": np.zeros(count, bool),
+        "characters": shard.character_counts,
+        "truncated": np.zeros(count, bool) if shard.truncated is None else shard.truncated,
     }
     return _table(columns, records.documents_schema(text=False))
 

@@ -1,19 +1,25 @@
-"""Every query against cases worked out by hand, an independent implementation, and invariants."""
+"""Every query against cases worked out by hand; the frequency family against numpy and its invariants.
+
+The other families have files of their own, `test_queries_*.py`.
+"""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+import itertools
 import json
 import math
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from query_runs import assert_same, few_examples, keyed, opened, random_runs
+from reference import frequency
+from reference.base import groups
 from synthetic import Shard, random_shard, write_run
 from synthetic import key as router_key
 
@@ -50,7 +56,7 @@ def case_layers(case: Path) -> list[Layer]:
 
 
 def case_shards(case: Path) -> list[Shard]:
-    """Every row is a document of one token; routers repeat the same tokens."""
+    """Rows are tokens, and documents of their own unless a column `doc` says which; routers repeat the tokens."""
     layers, rows = case_layers(case), read_csv(case / "picks.csv")
     return [
         case_shard(layers, [row for row in rows if row["shard"] == number])
@@ -70,12 +76,28 @@ def case_shard(layers: list[Layer], rows: list[dict[str, str]]) -> Shard:
         if name in tokens[0]
     }
     build = Shard.of_probabilities if "probabilities" in given else Shard.of_picks
-    documents = [(row["label"], 1) for row in tokens]
-    return build(layers, documents=documents, is_special=[row["special"] == "1" for row in tokens], **given)
+    groups = itertools.groupby(enumerate(tokens), key=lambda numbered: numbered[1].get("doc", numbered[0]))
+    texts = [[row for _, row in group] for _, group in groups]
+    shard = build(
+        layers, documents=[(rows[0]["label"], len(rows)) for rows in texts],
+        is_special=[row["special"] == "1" for row in tokens], **given,
+    )  # fmt: skip
+    return dataclasses.replace(
+        shard,
+        token_ids=np.array([int(row["token_id"]) for row in tokens]) if "token_id" in tokens[0] else None,
+        characters=np.array([int(rows[0]["characters"]) for rows in texts]) if "characters" in tokens[0] else None,
+        truncated=np.array([rows[0].get("truncated") == "1" for rows in texts]),
+        parallel_ids=[rows[0].get("parallel_id") for rows in texts],
+    )
 
 
 def same(actual: object, expected: str, rounding: float) -> bool:
-    """A cell of expected.csv: a fraction, a number to six places, a text, or nothing for null."""
+    """A cell of expected.csv: a fraction, a number to six places, a text, nothing for null, or a list of these."""
+    if isinstance(actual, list):
+        cells = expected.split()
+        return len(actual) == len(cells) and all(same(*each, rounding) for each in zip(actual, cells, strict=True))
+    if isinstance(actual, bool):
+        return str(actual).lower() == expected
     if expected == "" or actual is None or isinstance(actual, str):
         return (actual or "") == expected
     return math.isclose(actual, Fraction(expected), abs_tol=1e-6, rel_tol=rounding)
@@ -83,7 +105,9 @@ def same(actual: object, expected: str, rounding: float) -> bool:
 
 @pytest.mark.parametrize("case", sorted(CASES.glob("*/*")), ids=lambda case: f"{case.parent.name}/{case.name}")
 def test_a_case_worked_out_by_hand(case: Path, tmp_path: Path) -> None:
-    run = open_run(write_run(tmp_path / "run", case_layers(case), case_shards(case)))
+    layers, shards = case_layers(case), case_shards(case)
+    stored = shards[0].probabilities is not None
+    run = open_run(write_run(tmp_path / "run", layers, shards, probabilities=stored))
     relation = run.query(case.parent.name, **json.loads((case / "params.json").read_text()))
     actual = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
     expected = read_csv(case / "expected.csv")
@@ -101,62 +125,23 @@ def test_every_query_has_a_case() -> None:
 # ---- an independent implementation ----
 
 
-@st.composite
-def geometries(draw: st.DrawFn) -> list[Layer]:
-    stacks = st.sampled_from(["decoder", "decoder.mlp", "encoder"])
-    routers = draw(st.lists(st.tuples(stacks, st.integers(0, 255)), min_size=1, max_size=3, unique=True))
-    sizes = [draw(st.integers(1, 12)) for _ in routers]
-    return [
-        Layer(
-            stack=stack, layer=number, n_experts=size, top_k=draw(st.integers(1, size)),
-            has_capacity=draw(st.booleans()),
-        )
-        for (stack, number), size in zip(routers, sizes, strict=True)
-    ]  # fmt: skip
-
-
-DOCUMENTS = st.lists(
-    st.tuples(st.sampled_from(["en", "ko", "o'brien", "zh-Hant"]), st.integers(1, 9)), min_size=1, max_size=6
-)
-
-
-def keyed(run: Run, name: str, keys: int, **params: object) -> dict:
-    rows = run.query(name, **params).fetchall()
-    found = {row[:keys]: row[keys:] for row in rows}
-    assert len(found) == len(rows), "keys repeat"
-    assert list(found) == sorted(found), "not ordered by the keys"
-    return found
-
-
-def assert_same(actual: dict, expected: dict) -> None:
-    assert set(actual) == set(expected)
-    for key, values in expected.items():
-        for got, wanted in zip(actual[key], values, strict=True):
-            assert got == (wanted if wanted is None else pytest.approx(wanted, rel=1e-9, abs=1e-9)), (key, values)
-
-
-@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(
-    layers=geometries(), shards=st.lists(DOCUMENTS, min_size=1, max_size=3), seed=st.integers(0, 2**32 - 1),
-    include_special=st.booleans(), m=st.none() | st.integers(1, 14), n=st.integers(1, 14),
-)  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(layers, shards, seed, include_special, m, n) -> None:
-    rng = np.random.default_rng(seed)
-    written = [random_shard(rng, layers, documents, special=0.3) for documents in shards]
-    with tempfile.TemporaryDirectory() as folder:
-        run = open_run(write_run(Path(folder, "run"), layers, written))
-        found = list(reference.groups(layers, written, include_special=include_special))
+@few_examples
+@given(random=random_runs(), include_special=st.booleans(), m=st.none() | st.integers(1, 14), n=st.integers(1, 14))
+def test_agrees_with_numpy_on_random_runs(random, include_special, m, n) -> None:
+    layers, shards = random
+    with opened(layers, shards) as run:
+        found = list(groups(layers, shards, include_special=include_special))
         special = {"include_special": include_special}
-        assert_same(keyed(run, "selection_frequency", 5, **special), reference.selection_frequency(found))
-        assert_same(keyed(run, "domain_specialization", 5, **special), reference.domain_specialization(found))
-        assert_same(keyed(run, "language_overlap", 5, m=m, **special), reference.language_overlap(found, m))
-        assert_same(keyed(run, "router_entropy", 4, **special), reference.router_entropy(found))
-        assert_same(keyed(run, "top_experts", 5, n=n, **special), reference.top_experts(found, n))
-        assert_same(keyed(run, "effective_experts", 4, **special), reference.effective_experts(found))
-        assert_same(keyed(run, "dropped_tokens", 4, **special), reference.dropped_tokens(found))
+        assert_same(keyed(run, "selection_frequency", 5, **special), frequency.selection_frequency(found))
+        assert_same(keyed(run, "domain_specialization", 5, **special), frequency.domain_specialization(found))
+        assert_same(keyed(run, "language_overlap", 5, m=m, **special), frequency.language_overlap(found, m))
+        assert_same(keyed(run, "router_entropy", 4, **special), frequency.router_entropy(found))
+        assert_same(keyed(run, "top_experts", 5, n=n, **special), frequency.top_experts(found, n))
+        assert_same(keyed(run, "effective_experts", 4, **special), frequency.effective_experts(found))
+        assert_same(keyed(run, "dropped_tokens", 4, **special), frequency.dropped_tokens(found))
         stack = layers[0].stack
         one_stack = [group for group in found if group.geometry.stack == stack]
-        assert_same(keyed(run, "effective_experts", 4, stack=stack, **special), reference.effective_experts(one_stack))
+        assert_same(keyed(run, "effective_experts", 4, stack=stack, **special), frequency.effective_experts(one_stack))
 
 
 @pytest.mark.parametrize(("e", "a", "b"), [(64, 8, 8), (512, 10, 10), (6, 6, 6), (5, 1, 1), (9, 7, 4)])
@@ -164,7 +149,7 @@ def test_expected_jaccard_is_the_mean_over_random_sets(e: int, a: int, b: int) -
     rng = np.random.default_rng(0)
     draws = [(set(rng.permutation(e)[:a].tolist()), set(rng.permutation(e)[:b].tolist())) for _ in range(3000)]
     mean = np.mean([len(x & y) / len(x | y) for x, y in draws])
-    assert reference.expected_jaccard(e, a, b) == pytest.approx(mean, abs=0.02)
+    assert frequency.expected_jaccard(e, a, b) == pytest.approx(mean, abs=0.02)
 
 
 # ---- invariants ----

@@ -1,14 +1,18 @@
 -- Question: How did each router decide about each token?
 -- Formula: expert = the one with the highest weight (not every model sorts them; ties: the first
---   in the model's own order); weight_entropy = H(w / sum w) over the k weights, in nats;
---   dropped_picks = how many of the k a capacity limit kept from their expert, 0 without a limit.
+--   in the model's own order); experts, weights = the k chosen in the model's own order, null beyond the k
+--   of a layer that chooses fewer than others; probabilities = p over all E experts where the run stored
+--   it, else null; weight_entropy = H(w / sum w) over the k weights, in nats; dropped_picks = how many of
+--   the k a capacity limit kept from their expert, 0 without a limit.
 -- Grain: one row per (router, token): (shard, stack, layer, tok).
 -- Reads: routing
 with limited as (
     select
         *,
         -- matched below, because a run without a capacity limit has no d0 …
-        false as never_dropped
+        false as never_dropped,
+        -- … and one that does not store them has no probabilities
+        null::float[] as never_stored
     from routing
 ),
 
@@ -23,6 +27,7 @@ routed as (
         [*columns('^e[0-9]+$')] as experts,
         [*columns('^w[0-9]+$')] as weights,
         [*columns('^(d[0-9]+|never_dropped)$')] as drops,
+        [*columns('^(probabilities|never_stored)$')] as stored,
         entropy,
         topk_mass,
         margin
@@ -44,6 +49,9 @@ select
     label,
     is_special,
     experts[list_position(weights, list_max(weights))]::integer as expert,
+    experts,
+    weights,
+    stored[1] as probabilities,
     entropy as router_entropy,
     list_sum(
         list_transform(weights, lambda w: if(w > 0, -w / weight_sum * ln(w / weight_sum), 0))

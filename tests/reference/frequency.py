@@ -1,83 +1,14 @@
-"""The queries once more, in numpy and from their definitions, to compare with the SQL.
-
-Every function takes the shards of a run and gives {keys of a row: (value, baseline, n, …)}.
-"""
+"""How often experts are chosen, how alike labels are in it, and how decided the router is."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-from synthetic import Shard, key
 
-from collector.records import STATISTICS, Layer, round_statistic
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
-    """The counted tokens of one label at one router, all shards together."""
-
-    geometry: Layer
-    label: str
-    experts_tk: np.ndarray
-    weights_tk: np.ndarray
-    statistics: dict[str, np.ndarray]
-    dropped_tk: np.ndarray
-
-    @property
-    def router(self) -> tuple[str, int]:
-        """Stack and layer."""
-        return self.geometry.stack, self.geometry.layer
-
-    @property
-    def tokens(self) -> int:
-        return len(self.experts_tk)
-
-    @property
-    def picks(self) -> np.ndarray:
-        """[E] times each expert was chosen."""
-        return np.bincount(self.experts_tk.ravel(), minlength=self.geometry.n_experts)
-
-    @property
-    def top1(self) -> np.ndarray:
-        """[E] times each expert had the highest weight."""
-        best = np.take_along_axis(self.experts_tk, self.weights_tk.argmax(1)[:, None], axis=1)
-        return np.bincount(best.ravel(), minlength=self.geometry.n_experts)
-
-    @property
-    def weight_sums(self) -> np.ndarray:
-        """[E] sum of each expert's weights."""
-        weights = self.weights_tk.astype(np.float64).ravel()
-        return np.bincount(self.experts_tk.ravel(), weights, minlength=self.geometry.n_experts)
-
-
-def groups(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool) -> Iterator[Group]:
-    """Every label with tokens to count, in every layer."""
-    for one in layers:
-        for label in sorted({str(label) for shard in shards for label in shard.labels}):
-            kept = [(shard.labels == label) & (include_special | ~shard.is_special) for shard in shards]
-            if not np.concatenate(kept).any():
-                continue
-
-            def gather(arrays, kept=kept):
-                return np.concatenate([array[keep] for array, keep in zip(arrays, kept, strict=True)])
-
-            yield Group(
-                geometry=one,
-                label=label,
-                experts_tk=gather([shard.experts[key(one)] for shard in shards]),
-                weights_tk=gather([shard.weights[key(one)] for shard in shards]),
-                dropped_tk=gather(
-                    [s.dropped.get(key(one), np.zeros((len(s.labels), one.top_k), bool)) for s in shards]
-                ),
-                statistics={
-                    name: gather([round_statistic(shard.statistics[key(one)][name]) for shard in shards])
-                    for name in STATISTICS
-                },
-            )
+from reference.base import Group, entropy
 
 
 def selection_frequency(found: Sequence[Group]) -> dict:
@@ -122,7 +53,7 @@ def language_overlap(found: Sequence[Group], m: int | None) -> dict:
             f_a, f_b = a.picks / a.tokens, b.picks / b.tokens
             set_a, set_b = _most_used(a, size), _most_used(b, size)
             s_a, s_b = f_a / f_a.sum(), f_b / f_b.sum()
-            jsd = _entropy((s_a + s_b) / 2) - (_entropy(s_a) + _entropy(s_b)) / 2
+            jsd = entropy((s_a + s_b) / 2) - (entropy(s_a) + entropy(s_b)) / 2
             metrics = {
                 "jaccard": (len(set_a & set_b) / len(set_a | set_b), expected_jaccard(e, len(set_a), len(set_b))),
                 "weighted_jaccard": (np.minimum(f_a, f_b).sum() / np.maximum(f_a, f_b).sum(), None),
@@ -149,16 +80,12 @@ def _most_used(group: Group, m: int) -> set[int]:
     return {expert for expert in order[:m] if group.picks[expert]}
 
 
-def _entropy(p: np.ndarray) -> float:
-    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
-
-
 def router_entropy(found: Sequence[Group]) -> dict:
     rows = {}
     for g in found:
         e, k = g.geometry.n_experts, g.geometry.top_k
         weights = g.weights_tk.astype(np.float64)
-        weight_entropy = np.array([_entropy(w / w.sum()) for w in weights])
+        weight_entropy = np.array([entropy(w / w.sum()) for w in weights])
         metrics = {
             "router_entropy": (g.statistics["entropy"], math.log(e)),
             "weight_entropy": (weight_entropy, math.log(k)),
@@ -187,11 +114,11 @@ def effective_experts(found: Sequence[Group]) -> dict:
     rows = {}
     for g in found:
         e = g.geometry.n_experts
-        entropy = _entropy(g.picks / g.picks.sum())
+        load_entropy = entropy(g.picks / g.picks.sum())
         running = np.cumsum(np.sort(g.picks)[::-1])
         half = int(np.argmax(2 * running >= g.picks.sum())) + 1
         key = ("effective_experts", *g.router, g.label)
-        rows[key] = (math.exp(entropy), e, g.tokens, entropy, np.count_nonzero(g.picks), half, half / e)
+        rows[key] = (math.exp(load_entropy), e, g.tokens, load_entropy, np.count_nonzero(g.picks), half, half / e)
     return rows
 
 
