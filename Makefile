@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_LABELS := eng_Latn deu_Latn fra_Latn spa_Latn pol_Latn tur_Latn vie_Latn rus_Cyrl bul_Cyrl \
 	ukr_Cyrl ell_Grek arb_Arab heb_Hebr hin_Deva tha_Thai kor_Hang jpn_Jpan zho_Hani
 
-.PHONY: demo test check format bench figure clean
+.PHONY: demo test chaos check format bench figure clean
 
 demo: $(INSTALLED)
 	$(BIN)/collector collect --out runs/demo
@@ -18,6 +18,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not gpu"
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
