@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -230,24 +231,25 @@ def local(tmp_path) -> RunDirectory:
     return RunDirectory(tmp_path / "run")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_room():
-    """Within: files of this process end at 100 bytes, as on a disk that is full."""
+    """Within: files of this process end at 100 bytes, as on a disk that is full; those of pytest itself, too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def everything(run: RunDirectory) -> set[str]:
     return {str(path.relative_to(run.root)) for path in Path(run.root).rglob("*") if path.is_file()}
 
 
-@pytest.mark.usefixtures("no_room")
 def test_a_full_disk_leaves_nothing_half_written(local):
     local.store.put("failures/000001.json", b"old")
     for change in (local.store.put, local.store.put_new):
-        with pytest.raises(OSError, match=r"nothing of it was kept; free some space") as caught:
+        with pytest.raises(OSError, match=r"nothing of it was kept; free some space") as caught, no_room():
             change("failures/000001.json", bytes(1000))
         assert caught.value.errno == errno.EFBIG
         assert "failures/000001.json" in str(caught.value)
@@ -255,10 +257,9 @@ def test_a_full_disk_leaves_nothing_half_written(local):
     assert local.store.read("failures/000001.json") == b"old"
 
 
-def test_a_full_disk_at_a_commit_costs_no_commit(local, request):
+def test_a_full_disk_at_a_commit_costs_no_commit(local):
     record = attempt(local, 0, "a")
-    request.getfixturevalue("no_room")
-    with pytest.raises(OSError, match="free some space"):
+    with pytest.raises(OSError, match="free some space"), no_room():
         local.commit(record)
     assert local.committed_shards() == set()
     assert everything(local) == {record.files["routing"].path}
