@@ -18,6 +18,9 @@ float32 on a CPU that only emulates bfloat16.
 (e) collector through Ray, one replica; counted from the replica's being ready
 
 Of d and e the table also says how long the model waited for a shard, as a share of its time.
+
+Everything that computes does so in a thread that ends with it: OpenMP keeps a team of threads for each thread
+that ever computed, and slows all of them down once there are more than the machine has cores.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -203,6 +207,12 @@ def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
         return Collected.of(seconds, run.commits())
 
 
+def apart(function: Callable[[], Any]) -> Any:
+    """What `function` returns, in a thread of its own."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(function).result()
+
+
 # -- one model ---------------------------------------------------------------------------------------
 
 
@@ -226,7 +236,7 @@ def compare(
     data = DataConfig(per_label=max(1, documents // 60))
     config = resolve(data=data, model=model_config, capture=CaptureConfig(), device="cpu")
     made = plan.make_plan(config)
-    loaded = models.load(model_config, "cpu")
+    loaded = apart(lambda: models.load(model_config, "cpu"))
     texts = [row.text for s in made.shards for row in plan.read_shard(s, data) if isinstance(row, Document)]
     shuffled = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     prepared = prepare(loaded, config, made)
@@ -246,7 +256,7 @@ def compare(
         "e": lambda: collect_through_ray(config, made),
     }
     variants = {name: variant for name, variant in variants.items() if name in chosen}
-    forward_all(loaded.model, prepared[:1])
+    apart(lambda: forward_all(loaded.model, prepared[:1]))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     stages: dict[str, Counter[str]] = {name: Counter() for name in variants}
     for number in range(rounds):
@@ -254,7 +264,7 @@ def compare(
             if number and name in once:
                 continue
             started = time.perf_counter()
-            own = variant()
+            own = apart(variant)
             seconds[name].append(time.perf_counter() - started if own is None else own.seconds)
             if own is not None:
                 stages[name].update(own.stages)
@@ -405,14 +415,14 @@ def main(bench: Bench) -> None:
 
     print(f"python -m benchmarks.collect {' '.join(sys.argv[1:])}\n{machine()}", flush=True)
     if "wide" in bench.parts:
-        lm, model_config, folder = wide_model(bench.wide_dtype)
+        lm, model_config, folder = apart(lambda: wide_model(bench.wide_dtype))
         with folder:
             title = f"OLMoE at full width, 4 layers, {bench.wide_dtype}, random weights"
             compare(title, lm, model_config, documents=bench.wide_documents, rounds=bench.rounds, chosen=bench.variants,
                     once=("a", "b"))  # fmt: skip
         del lm
     if "demo" in bench.parts:
-        lm = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto").eval()
+        lm = apart(lambda: AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto").eval())
         compare("Demo model", lm, ModelConfig(), documents=bench.demo_documents, rounds=bench.rounds,
                 chosen=bench.variants)  # fmt: skip
     if "memory" in bench.parts:

@@ -186,7 +186,7 @@ def pauses(count: int, bench: Scaling) -> tuple[float, float, int]:
     # More than can be done while replicas come and in the window.
     made = plan_of(int(count * (bench.window + 30 + 3 * count) / bench.pause))
     window = Window(count, bench.window)
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:  # actors that were killed may still write
         run = RunDirectory(root)
         fleet = RayFleet(root=root, config=config, plan_hash=made.hash, need=Need(cpus=1), most=count,
                          actor_class=PauseActor)  # fmt: skip

@@ -61,11 +61,9 @@ class ReplicaActor(Actor):
         self, root: str, config: RunConfig, plan_hash: str, threads: int | None, spread: Spread | None
     ) -> dict[str, Any]:
         """Loads the replica; returns its card for run.json."""
-        from collector import models
         from collector.replica import Replica
 
-        loaded = models.load(config.model, config.device, spread)
-        self.replica = Replica(root, config, plan_hash, threads=threads, loaded=loaded)
+        self.replica = Replica(root, config, plan_hash, threads=threads, spread=spread)
         self.replica.write_vocabulary()
         return self.replica.card()
 
@@ -246,7 +244,8 @@ class RayFleet:
             if call.method == "where":
                 member.node, member.name = answer
                 self._names[call.replica] = member.name
-                member.state = "loading"
+                if member.state == "requested":  # the two calls run at once, and a small model may be the first
+                    member.state = "loading"
             elif call.method == "load":
                 member.state = "ready"
                 self._refusals[member.node] = 0

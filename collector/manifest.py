@@ -1,8 +1,8 @@
 """All commit records of a complete run in one Parquet file, `_MANIFEST.parquet`: a row per shard, by shard.
 
-Guarantees: `decode(encode(commits)) == commits`, floats to the last bit; the same records give the same bytes with the
-same pyarrow. `_SUCCESS` holds the SHA-256 of the file; a manifest that does not have it is not read. The records
-themselves stay what counts: this file only spares readers of a finished run the opening of every one of them.
+Guarantees: `decode` gives back what `encode` was given, floats to the last bit; the same records give the same bytes
+with the same pyarrow. `_SUCCESS` holds the SHA-256 of the file; a manifest that does not have it is not read. The
+records themselves stay what counts: this file only spares readers of a finished run the opening of every one of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from collector.commits import Commit, DamagedRecordError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 MANIFEST = "_MANIFEST.parquet"
 _PART = pa.struct({"path": pa.string(), "rows": pa.int64(), "bytes": pa.int64(), "sha256": pa.string()})
@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         pa.field("node", pa.string(), nullable=False),
     ]
 )
+_ROWS = 1024
 _MAPPINGS = ("files", "skipped", "seconds")
 
 
@@ -54,15 +55,15 @@ def encode(commits: Sequence[Commit]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def decode(data: bytes) -> list[Commit]:
-    """The records of a manifest.
+def decode(data: bytes) -> Iterator[Commit]:
+    """The records of a manifest, a thousand of them in memory at a time.
 
     Raises:
         DamagedRecordError: it is no manifest, or one of another version.
     """
     try:
-        # Not read_table: its scanner's threads may outlive the interpreter and then abort the process.
-        rows = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).to_pylist()
-        return [Commit.from_fields(row | {name: dict(row[name]) for name in _MAPPINGS}) for row in rows]
+        for rows in pq.ParquetFile(pa.BufferReader(data)).iter_batches(_ROWS, use_threads=False):
+            for row in rows.to_pylist():
+                yield Commit.from_fields(row | {name: dict(row[name]) for name in _MAPPINGS})
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedRecordError(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error

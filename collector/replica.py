@@ -5,6 +5,10 @@ is read and tokenized, run batch by batch, and written, published and committed;
 exists nothing of it counts, so a replica may die anywhere. Each of these three stages has a thread of its
 own, so that the device computes one shard while the next is read and the one before is written. What a
 shard's parts hold is a function of the shard alone, whatever else is in work.
+
+All that torch computes, loading included, it computes in the device's thread: OpenMP keeps a team of threads
+for each thread that calls it, and a second team makes both wait for each other asleep, which on a CPU costs a
+small model half its speed.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from collector.config import RunConfig
+    from collector.config import RunConfig, Spread
     from collector.passes import Passes
     from collector.records import LayerRouting
 
@@ -67,7 +71,7 @@ class Replica:
 
     def __init__(
         self, root: str, config: RunConfig, plan_hash: str, *, threads: int | None = None,
-        loaded: models.LoadedModel | None = None,
+        loaded: models.LoadedModel | None = None, spread: Spread | None = None,
     ) -> None:  # fmt: skip
         """Loads tokenizer and model and hooks the routers.
 
@@ -77,16 +81,30 @@ class Replica:
             plan_hash: of the plan that the shards come from; every commit record names it.
             threads: CPU threads for the model (None: torch's default).
             loaded: what `models.load` gave for this config, if it is there already.
+            spread: over which devices the weights go, if not on one.
 
         Raises:
             ValueError: the model cannot be loaded, has no such routers, or no room for `max_length`.
         """
         self._threads = threads
-        self._use_threads()
         self.run = RunDirectory(root)
         self.config = config
         self.plan_hash = plan_hash
-        self.loaded = loaded or models.load(config.model, config.device)
+        self._device_busy_until: float | None = None
+        self._pipeline = Pipeline(
+            Stage(name="read", step=self._read),
+            Stage(name="device", step=self._forward, prepare=self._use_threads),
+            Stage(name="write", step=self._write),
+        )
+        try:
+            self._pipeline.call("device", self._load, loaded, spread)
+        except BaseException:
+            self._pipeline.close()
+            raise
+
+    def _load(self, loaded: models.LoadedModel | None, spread: Spread | None) -> None:
+        config = self.config
+        self.loaded = loaded or models.load(config.model, config.device, spread)
         self._check_length()
         two_stacks = bool(getattr(self.loaded.model.config, "is_encoder_decoder", False))
         stacks = config.capture.stacks or (("encoder",) if two_stacks else None)
@@ -109,12 +127,6 @@ class Replica:
             documents=records.documents_schema(text=self._stores("text"), target=config.data.target_column is not None),
             token_ids=config.capture.token_ids,
             hashed_ids=self._hashed_ids(),
-        )
-        self._device_busy_until: float | None = None
-        self._pipeline = Pipeline(
-            Stage(name="read", step=self._read),
-            Stage(name="device", step=self._forward, prepare=self._use_threads),
-            Stage(name="write", step=self._write),
         )
 
     def close(self) -> None:
@@ -165,6 +177,9 @@ class Replica:
 
     def card(self) -> dict[str, Any]:
         """What run.json says of model, routers and versions; equal for all replicas of a run."""
+        return cast("dict[str, Any]", self._pipeline.call("device", self._card))
+
+    def _card(self) -> dict[str, Any]:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         memory = footprint.describe(model, self.loaded.compute_dtype)
         return {

@@ -78,6 +78,7 @@ class Pipeline:
             ThreadPoolExecutor(max_workers=1, thread_name_prefix=stage.name, initializer=stage.prepare)
             for stage in stages
         ]
+        self._by_name = {stage.name: thread for stage, thread in zip(stages, self._threads, strict=True)}
         self._free = threading.Semaphore(room)
         self._closed = False
 
@@ -92,6 +93,10 @@ class Pipeline:
         result.add_done_callback(lambda _: self._free.release())
         self._hand_on(0, piece, result)
         return result
+
+    def call(self, stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function in a stage's thread, between two pieces, and waits for what it returns."""
+        return self._by_name[stage].submit(function, *arguments).result()
 
     def map(self, pieces: Iterable[Any]) -> Iterator[Any]:
         """The results of all pieces, in order; the first exception is raised where its result would be."""

@@ -137,7 +137,7 @@ class RunDirectory:
             DamagedRecordError: a record cannot be read.
         """
         complete = self._manifest()
-        return self.records() if complete is None else iter(complete)
+        return self.records() if complete is None else manifest.decode(complete)
 
     def records(self) -> Iterator[Commit]:
         """All commit records, by shard, each from its own file.
@@ -225,8 +225,8 @@ class RunDirectory:
         self.store.delete(SUCCESS)
         self.store.delete(MANIFEST)
 
-    def _manifest(self) -> list[Commit] | None:
-        """The records of a complete run; None unless `_SUCCESS` holds the manifest's hash."""
+    def _manifest(self) -> bytes | None:
+        """The manifest of a complete run; None unless `_SUCCESS` holds its hash."""
         success = self.read_or_none(SUCCESS)
         if success is None:
             return None
@@ -235,7 +235,7 @@ class RunDirectory:
             expected = mark.get("manifest") if isinstance(mark, dict) else None
             data = self.read_or_none(MANIFEST) if expected else None
             if data is not None and hashlib.sha256(data).hexdigest() == expected:
-                return _decoded(data)
+                return data
         return None
 
     # ---- failures ----
@@ -258,6 +258,6 @@ class RunDirectory:
 
 def _decoded(data: bytes) -> list[Commit] | None:
     try:
-        return manifest.decode(data)
+        return list(manifest.decode(data))
     except DamagedRecordError:
         return None

@@ -176,6 +176,20 @@ def test_a_replica_that_lost_its_device_is_replaced_and_its_shard_not_blamed_bes
     assert_same_content(watched.run, quiet)
 
 
+def test_a_replica_that_is_ready_before_its_node_is_known_finishes_its_shards(tmp_path, job, nodes):
+    class ReplicaActor(fleet.ReplicaActor):
+        def where(self):
+            while not hasattr(self, "replica"):
+                time.sleep(0.05)
+            time.sleep(1)
+            return super().where()
+
+    nodes()
+    watched = Watched(tmp_path, job[0])
+    watched.collect(actor_class=ReplicaActor)
+    assert_same_content(watched.run, job[1])
+
+
 def test_nodes_with_different_numbers_of_cores_get_what_fits_them(tmp_path, job, nodes):
     config, quiet = job
     small, large = nodes(1), nodes(2)

@@ -144,7 +144,7 @@ def _check_marks(run: RunDirectory, plan: Plan, report: Report) -> None:
 
 def _lists_the_records(stored: bytes, run: RunDirectory) -> bool:
     try:
-        return manifest.decode(stored) == list(run.records())
+        return list(manifest.decode(stored)) == list(run.records())
     except DamagedRecordError:
         return False
 
