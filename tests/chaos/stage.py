@@ -165,7 +165,8 @@ class Stage:
         self.audited = True
         self._ask_the_oracle()
         unfired = self.board.unfired()
-        self.verdict.demand(not unfired, f"faults that never happened: {unfired}")
+        # A process that is killed from outside may take with it the fault that it had just come to.
+        self.verdict.demand(len(unfired) <= self.kills.total(), f"faults that never happened: {unfired}")
         self.no_process_is_left()
         if not self.never_complete:
             left = sorted(path.name for path in (self.root / "failures").glob("*.json"))
