@@ -15,14 +15,22 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   mode varchar = paper: paper, or released
-with chosen as (
+with ordered as (
+    select
+        *,
+        -- grading the weights alone would leave the order of equal ones open; missing ones go last
+        list_grade_up(
+            list_zip(list_transform(weights, lambda w: coalesce(-w, 'infinity'::float)), range(len(weights)))
+        ) as weight_order
+    from decisions
+),
+
+chosen as (
     select
         stack,
         layer,
-        if(
-            $mode = 'released', list_select(experts, list_grade_up(weights, 'desc', 'nulls last')), experts
-        ) as experts
-    from decisions
+        if($mode = 'released', list_select(experts, weight_order), experts) as experts
+    from ordered
     where
         ($stack is null or stack = $stack)
         and ($layer is null or layer = $layer)

@@ -117,6 +117,20 @@ def test_counts_of_coactivation_are_symmetric(partial: Run) -> None:
         assert all(counts[layer, j, i] == count for (layer, i, j), count in counts.items())
 
 
+def test_neighbours_of_equal_weight_keep_the_models_order(tmp_path: Path) -> None:
+    """With a layer of smaller k beside it, whose missing weights come last."""
+    layers = [Layer(layer=0, n_experts=40, top_k=30), Layer(layer=1, n_experts=5, top_k=3)]
+    rng = np.random.default_rng(0)
+    experts = {
+        one.layer: rng.permuted(np.tile(range(one.n_experts), (20, 1)), axis=1)[:, : one.top_k] for one in layers
+    }
+    weights = {one.layer: rng.choice([0.25, 0.5], (20, one.top_k)) for one in layers}
+    shard = Shard.of_picks(layers, documents=[("en", 20)], experts=experts, weights=weights)
+    run = open_run(write_run(tmp_path / "run", layers, [shard]))
+    expected = structure.coactivation(decisions(layers, [shard], include_special=False), "released")
+    assert_same(keyed(run, "coactivation", 5, mode="released"), expected)
+
+
 def test_another_mode_is_refused(partial: Run) -> None:
     with pytest.raises(Exception, match="mode takes paper or released"):
         partial.query("coactivation", mode="pairs").fetchall()
