@@ -82,6 +82,14 @@ distributions as (
     from summed
 ),
 
+halves as (
+    select
+        *,
+        q / 2 as half,
+        q / 2 * ln(q / 2) as half_log
+    from distributions
+),
+
 entropies as (
     select
         id,
@@ -95,12 +103,9 @@ common as (
     select
         a.id as id_a,
         b.id as id_b,
-        sum(
-            a.q / 2 * ln(a.q / 2) + b.q / 2 * ln(b.q / 2)
-            - (a.q + b.q) / 2 * ln((a.q + b.q) / 2)
-        ) as shared
-    from distributions as a
-    inner join distributions as b
+        sum(a.half_log + b.half_log - (a.half + b.half) * ln(a.half + b.half)) as shared
+    from halves as a
+    inner join halves as b
         on
             a.sentence = b.sentence
             and a.expert = b.expert

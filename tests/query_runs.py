@@ -20,8 +20,8 @@ LABELS = ("en", "ko", "o'brien", "zh-Hant")
 VOCABULARY = 7
 """Few ids, so that they repeat."""
 
-few_examples = settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-"""Bounded in time, and without shrinking, which would take minutes: the run of a failure is small."""
+few_examples = settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+"""The same in every run, bounded in time, and without shrinking, which would take minutes: failures are small."""
 
 documents = st.lists(st.tuples(st.sampled_from(LABELS), st.integers(1, 9)), min_size=1, max_size=6)
 

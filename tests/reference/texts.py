@@ -22,6 +22,8 @@ def fertility(shards: Sequence[Shard], *, include_special: bool) -> dict:
         ):
             if own.any():
                 texts.append((label, own.sum(), characters, cut))
+    if not texts:
+        return {}
     everything = _measure(texts)
     labels = grouped(texts, lambda text: text[0])
     rows = {}
