@@ -99,6 +99,26 @@ class Sql:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Views:
+    """Write the SQL script that creates the run's views in any DuckDB: `duckdb -init <(collector views RUN)`.
+
+    It names every file by its full path or URL. For a run on an object store, DuckDB needs its extension httpfs (azure
+    for az://) and the credentials; `collector query` and `sql` need neither.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+
+    def run(self) -> int:
+        """Writes the script to standard output."""
+        from collector.storage import RunDirectory
+        from collector.warehouse import views_sql
+
+        sys.stdout.write(views_sql(RunDirectory(self.run_), in_place=True))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
     """Tell how far a run is, what it skipped and what failed."""
 
@@ -273,6 +293,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect,
     "query": Query,
     "sql": Sql,
+    "views": Views,
     "status": Status,
     "verify": Verify,
     "gc": Gc,

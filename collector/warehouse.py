@@ -135,10 +135,18 @@ def open_run(root: str | os.PathLike[str]) -> Run:
     return Run(connection, info, complete=run.read_or_none(SUCCESS) is not None)
 
 
-def views_sql(run_directory: RunDirectory) -> str:
-    """Script that creates the views of a run, for a DuckDB that is started inside its folder."""
-    head = "-- The views of this run, over its committed files. Inside its folder: duckdb -init views.sql\n\n"
-    return head + _script(_committed_files(run_directory), _read_info(run_directory), prefix="")
+def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
+    """Script that creates the views of a run in any DuckDB.
+
+    Args:
+        run_directory: the run.
+        in_place: whether files have their full path or URL, so that DuckDB may start anywhere (its extension httpfs
+            reads s3:// and gs://, azure reads az://); else it is for a DuckDB that is started inside the run's folder.
+    """
+    prefix = _escape_glob(run_directory.store.location("").rstrip("/") + "/") if in_place else ""
+    start = "" if in_place else " Inside its folder: duckdb -init views.sql"
+    head = f"-- The views of this run, over its committed files.{start}\n\n"
+    return head + _script(_committed_files(run_directory), _read_info(run_directory), prefix=prefix)
 
 
 def _read_info(run: RunDirectory) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import boto3
 import duckdb
+import fsspec
 import numpy as np
+import obstore.fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -162,6 +164,17 @@ def test_every_value_arrives(run, local):
     for table in ("routing", "tokens", "documents", "rejects", "vocab"):
         rows = f"select * from {table} order by all"
         assert open_run(run.root).sql(rows).fetchall() == open_run(local.root).sql(rows).fetchall(), table
+
+
+def test_the_script_of_views_serves_any_duckdb_that_reads_the_store(run, local, capsys):
+    """Which is DuckDB with its extension httpfs, or, as here, with a file system of fsspec."""
+    assert collector("views", run.root) == 0
+    obstore.fsspec.register("s3")
+    connection = duckdb.connect()
+    connection.register_filesystem(fsspec.filesystem("s3"))
+    connection.execute(capsys.readouterr().out)
+    rows = "from assignments order by all"
+    assert connection.execute(rows).fetchall() == open_run(local.root).sql(rows).fetchall()
 
 
 def test_status_verify_and_gc_take_the_url(run, capsys):

@@ -197,6 +197,9 @@ def test_views_sql_gives_the_same_in_any_duckdb(run: Run, folder: Path) -> None:
     printed = subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, text=True)
     assert printed.stdout.strip() == str(run.sql("from assignments order by all").fetchall())
     assert str(folder) not in (folder / "views.sql").read_text()
+    anywhere = duckdb.connect()
+    anywhere.execute(views_sql(RunDirectory(folder), in_place=True))
+    assert str(anywhere.sql("from assignments order by all").fetchall()) == printed.stdout.strip()
 
 
 # ---- what is refused ----
