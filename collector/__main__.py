@@ -18,7 +18,7 @@ from collector.config import CaptureConfig, DataConfig, Dtype, LaunchConfig, Mod
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_QUERY_FLAGS = ("list", "format", "help")
+_QUERY_FLAGS = ("list", "format", "help", "beside")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Collect:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Query:
-    """Answer a question about a run: `collector query RUN NAME [--param value …]`.
+    """Answer a question about a run, or about two: `collector query RUN NAME [--beside OTHER] [--param value …]`.
 
     `collector query --list` tells every query's question, parameters and rows.
     """
@@ -55,23 +55,33 @@ class Query:
     """The run directory."""
     name: tyro.conf.Positional[str] = ""
     """The query."""
+    beside: str | None = None
+    """Another run of the same tokens, for example of the quantized or the untrained model.
+    A query that compares two runs needs it; of any other, the other run's rows stand beside the first's."""
     list: bool = False
     """Tell which queries there are."""
-    format: Literal["table", "csv", "json", "parquet"] = "table"
+    format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
     """How the rows are written to standard output."""
     params: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
 
     def run(self) -> int:
         """Runs the query, or lists them."""
-        from collector import show, warehouse
+        from collector import comparison, show, warehouse
 
         if self.list:
-            show.queries(warehouse.list_queries())
+            show.queries([*warehouse.list_queries(), *comparison.list_comparisons()])
             return 0
         if not (self.run_ and self.name):
             raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
+        params = dict(self.params)
         with warehouse.one_line_errors():
-            show.relation(warehouse.open_run(self.run_).query(self.name, **dict(self.params)), self.format)
+            if self.beside is None:
+                show.relation(warehouse.open_run(self.run_).query(self.name, **params), self.format)
+                return 0
+            pair = comparison.open_runs(self.run_, self.beside)
+            rows = pair.query(self.name, **params)
+            sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
+            show.relation(rows, self.format)
         return 0
 
 

@@ -186,6 +186,8 @@ def queries(available: Sequence[Query]) -> None:
     out = console()
     for query in available:
         out.print(f"[bold]{query.name}[/]  {query.question}", soft_wrap=True)
+        if query.of_two_runs:
+            out.print(f"  of two runs: collector query RUN {query.name} --beside OTHER", soft_wrap=True)
         out.print(f"  one row per {query.grain}", markup=False, soft_wrap=True)
         for param in query.params:
             default = "" if param.default is None else f" = {str(param.default).lower()}"
@@ -226,9 +228,13 @@ def models(descriptions: Sequence[Description], style: str) -> None:
     from transformers import __version__
 
     captured = sum(not each.reason for each in descriptions)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     introduction = _MODELS_INTRODUCTION.format(version=__version__, captured=captured, all=len(rows))
-    sys.stdout.write("\n".join([introduction, *lines, ""]))
+    sys.stdout.write(f"{introduction}\n{markdown_table(header, rows)}")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines of a table in Markdown."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
 
 
 def _count(number: int | None) -> str:
@@ -236,9 +242,11 @@ def _count(number: int | None) -> str:
 
 
 def relation(result: duckdb.DuckDBPyRelation, style: str) -> None:
-    """Writes a result to standard output as `table`, `csv`, `json` or `parquet`."""
+    """Writes a result to standard output as `table`, `markdown`, `csv`, `json` or `parquet`."""
     if style == "table":
         _print_table(result)
+    elif style == "markdown":
+        sys.stdout.write(markdown_table(result.columns, [[_text(value) for value in row] for row in result.fetchall()]))
     elif style == "json":
         rows = [dict(zip(result.columns, row, strict=True)) for row in result.fetchall()]
         sys.stdout.write(json.dumps(rows, default=str, ensure_ascii=False) + "\n")

@@ -20,12 +20,14 @@ import duckdb
 
 from collector import locked
 from collector.catalog import Query, Value, find_query, list_queries, query_folder, read_header, split_names
-from collector.locked import PROTOCOL, one_line_errors
+from collector.locked import one_line_errors
+from collector.objectfiles import RunFiles
 from collector.storage import REJECTS, RUN, SUCCESS, TABLES, VOCAB, ObjectStore, RunDirectory
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+    from pathlib import Path
 
     import pyarrow as pa
 
@@ -41,13 +43,17 @@ _SQL_TYPES = {
 class Run:
     """An opened run: views over its committed files, in a DuckDB of its own."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, info: dict[str, Any], *, complete: bool) -> None:
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, info: dict[str, Any], *, complete: bool, schema: str = "main"
+    ) -> None:
         self.connection = connection
         """In-memory DuckDB that holds the views."""
         self.info = info
         """What run.json says."""
         self.complete = complete
         """Whether every shard was committed when the run was opened."""
+        self.schema = schema
+        """Where in the connection the views are."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
         """Asks a question of `queries/`.
@@ -61,14 +67,31 @@ class Run:
             `.to_arrow_table()`).
 
         Raises:
-            ValueError: unknown query or parameter, a bad value, or a stack, layer or label that the
-                run does not have.
+            ValueError: unknown query or parameter, a bad value, a stack, layer or label that the
+                run does not have, or a query that compares two runs.
         """
         query = find_query(name)
+        if query.of_two_runs:
+            raise ValueError(f"{name} compares two runs: name the other one with --beside, in Python with open_runs")
+        return self.cursor().sql(query.sql, params=self.bind(query, params))
+
+    def bind(self, query: Query, params: Mapping[str, object]) -> dict[str, Value]:
+        """Values for all parameters of a query, which make sense for this run.
+
+        Raises:
+            ValueError: unknown parameter, a bad value, or a stack, layer or label that the run does not have.
+        """
         values = query.bind(params)
         self._check_router(values.get("stack"), values.get("layer"))
         self._check_labels(values.get("labels"))
-        return self.connection.cursor().sql(query.sql, params=values)
+        return values
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """A connection to the same DuckDB, in which the bare names are the views of this run."""
+        cursor = self.connection.cursor()
+        if self.schema != "main":
+            cursor.execute(f"use {self.schema}")
+        return cursor
 
     def sql(self, statement: str) -> duckdb.DuckDBPyRelation:
         """Runs one reading statement over the views.
@@ -77,7 +100,7 @@ class Run:
             ValueError: it is not one SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE …), it
                 writes, or it has a mistake.
         """
-        cursor = self.connection.cursor()
+        cursor = self.cursor()
         try:
             kinds = [parsed.type.name for parsed in duckdb.extract_statements(statement)]
             if kinds != ["SELECT"]:
@@ -103,7 +126,7 @@ class Run:
     def _check_labels(self, labels: Value) -> None:
         if not isinstance(labels, list):
             return
-        known = [row[0] for row in self.connection.cursor().sql("select label from labels order by label").fetchall()]
+        known = [row[0] for row in self.cursor().sql("select label from labels order by label").fetchall()]
         if unknown := [label for label in labels if label not in known]:
             raise ValueError(
                 f"no document of this run has the label {unknown[0]!r}; it has {', '.join(known) or 'none'}"
@@ -121,18 +144,57 @@ def open_run(root: str | os.PathLike[str]) -> Run:
         StoreError: the object store refuses or does not answer.
         ValueError: a commit record is damaged, or the run is in the layout of an earlier version.
     """
+    located = locate(root)
+    connection = locked.connect(located.paths, located.mounts)
+    connection.execute(located.script)
+    return Run(connection, located.info, complete=located.complete)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Located:
+    """What it takes to open a run in a DuckDB."""
+
+    info: dict[str, Any]
+    """What run.json says."""
+    complete: bool
+    """Whether every shard is committed."""
+    paths: frozenset[str]
+    """The files that the script opens, as it spells them."""
+    mounts: tuple[RunFiles, ...]
+    """The file system that has them, if it is not the local one."""
+    script: str
+    """Creates the views."""
+
+
+def locate(root: str | os.PathLike[str], *, schema: str = "main", files_of: type[RunFiles] = RunFiles) -> Located:
+    """Finds the committed files of a run.
+
+    Args:
+        root: the run directory.
+        schema: where the views go; there they read one another.
+        files_of: the file system of a remote run.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        StoreError: the object store refuses or does not answer.
+        ValueError: a commit record is damaged, or the run is in the layout of an earlier version.
+    """
     run = RunDirectory(root)
     info, files = _read_info(run), _committed_files(run)
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
+    mounts: tuple[RunFiles, ...] = ()
     if isinstance(run.store, ObjectStore):
-        prefix = f"{PROTOCOL}://"
-        connection = locked.connect_remote(run.store, sizes)
+        mounts = (files_of(run.store, sizes),)
+        prefix = f"{files_of.protocol}://"
+        paths = {prefix + path for path in sizes}
     else:
         prefix = run.store.location("").rstrip("/") + "/"
         paths = {prefix + path for path in sizes}
-        connection = locked.connect(paths | {_escape_glob(path) for path in paths})
-    connection.execute(_script(files, info, prefix=_escape_glob(prefix)))
-    return Run(connection, info, complete=run.read_or_none(SUCCESS) is not None)
+        paths |= {_escape_glob(path) for path in paths}
+    return Located(
+        info=info, complete=run.read_or_none(SUCCESS) is not None, paths=frozenset(paths), mounts=mounts,
+        script=_script(files, info, prefix=_escape_glob(prefix), schema=schema),
+    )  # fmt: skip
 
 
 def views_sql(run_directory: RunDirectory) -> str:
@@ -167,13 +229,14 @@ def _committed_files(run: RunDirectory) -> dict[str, dict[str, int]]:
     return files
 
 
-def _script(files: Mapping[str, Mapping[str, int]], info: dict[str, Any], prefix: str) -> str:
-    """Statements for all views; `prefix` goes before the paths that commit records name."""
+def _script(files: Mapping[str, Mapping[str, int]], info: dict[str, Any], prefix: str, schema: str = "main") -> str:
+    """Statements for all views of a schema; `prefix` goes before the paths that commit records name."""
     statements = {"layers": _layers_select(info["layers"])}
     for name, paths in files.items():
         statements[name] = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
-    statements |= _derived_views()
-    return "\n".join(f"create or replace view {name} as\n{select};\n" for name, select in statements.items())
+    statements |= derived_views(query_folder() / "views")
+    within = "" if schema == "main" else f"{schema}."
+    return "\n".join(f"create or replace view {within}{name} as\n{select};\n" for name, select in statements.items())
 
 
 def _literal(text: str) -> str:
@@ -224,8 +287,8 @@ def _schema(name: str, info: dict[str, Any]) -> pa.Schema:
     return schemas[name]
 
 
-def _derived_views() -> dict[str, str]:
-    """Name -> select of `queries/views/`, each after those that it reads."""
-    selects = {path.stem: path.read_text(encoding="utf-8").strip() for path in (query_folder() / "views").glob("*.sql")}
+def derived_views(folder: Path) -> dict[str, str]:
+    """Name -> select of the views in a folder, each after those that it reads."""
+    selects = {path.stem: path.read_text(encoding="utf-8").strip() for path in folder.glob("*.sql")}
     reads = {name: split_names(read_header(select)["reads"]) for name, select in sorted(selects.items())}
     return {name: selects[name] for name in graphlib.TopologicalSorter(reads).static_order() if name in selects}

@@ -29,6 +29,7 @@ from collector.storage import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
 VOCABULARY = 50
+VOCABULARY_TOKENS = [f"token {i}" for i in range(VOCABULARY)]
 Key = int | tuple[str, int]
 
 
@@ -62,6 +63,8 @@ class Shard:
     """[documents], or none."""
     parallel_ids: Sequence[str | None] | None = None
     """[documents], or none."""
+    document_ids: Sequence[str] | None = None
+    """[documents], or synthetic#SHARD-DOC."""
 
     @classmethod
     def of_picks(
@@ -185,15 +188,17 @@ def write_run(
     *,
     probabilities: bool = False,
     complete: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    vocabulary: Sequence[str] = VOCABULARY_TOKENS,
 ) -> Path:
-    """Writes and commits all shards; returns the run's folder."""
+    """Writes and commits all shards; returns the run's folder. `settings` are some of run.json's config."""
     run = RunDirectory(folder)
     routers = [dataclasses.asdict(one) | {"router": f"layers.{one.layer}.mlp.gate"} for one in layers]
-    config = {"model": "synthetic", "store": ["probabilities"] if probabilities else []}
+    config = {"model": "synthetic", "store": ["probabilities"] if probabilities else [], **(settings or {})}
     info = {"format": 1, "config": config, "plan_hash": "0", "plan": {"shards": len(shards)}, "layers": routers}
     run.store.put_new(RUN, json.dumps(info).encode())
     with run.scratch() as scratch:
-        records.write_table(Path(scratch, VOCAB), _vocabulary())
+        records.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
         run.store.publish(Path(scratch, VOCAB), VOCAB)
     for number, shard in enumerate(shards):
         commit_shard(run, number, publish_shard(run, layers, number, shard, probabilities=probabilities), shard)
@@ -275,7 +280,7 @@ def _documents(number: int, shard: Shard) -> pa.Table:
     columns = {
         "shard": np.full(count, number),
         "doc": np.arange(count),
-        "doc_id": [f"synthetic#{number}-{doc}" for doc in range(count)],
+        "doc_id": shard.document_ids or [f"synthetic#{number}-{doc}" for doc in range(count)],
         "label": [label for label, _ in shard.documents],
         "source": ["synthetic"] * count,
         "parallel_id": shard.parallel_ids or [None] * count,
@@ -287,9 +292,9 @@ def _documents(number: int, shard: Shard) -> pa.Table:
     return _table(columns, records.documents_schema(text=False))
 
 
-def _vocabulary() -> pa.Table:
-    ids = range(VOCABULARY)
-    columns = {"token_id": ids, "token": [f"token {i}" for i in ids], "is_special": [i == 0 for i in ids]}
+def _vocabulary(tokens: Sequence[str]) -> pa.Table:
+    ids = range(len(tokens))
+    columns = {"token_id": ids, "token": tokens, "is_special": [i == 0 for i in ids]}
     return _table(columns, records.VOCAB_SCHEMA)
 
 
