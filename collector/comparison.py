@@ -52,7 +52,7 @@ class Comparison:
 
         Args:
             name: of a query. One that compares two runs is run as it is. Of any other the rows of both runs: those
-                with the same keys in one row, the columns of the second as `other_…`, and `difference`, the second's
+                with the same keys in one row, the columns of the second as `…_beside`, and `difference`, the second's
                 value less the first's.
             **params: values, or their text as a command line gives it.
 
@@ -102,7 +102,7 @@ class Comparison:
         same = " and ".join(f"ours.{key} is not distinct from theirs.{key}" for key in keys)
         selected = [f"coalesce(ours.{key}, theirs.{key}) as {key}" for key in keys]
         for column in (column for column in columns if column not in keys):
-            selected += [f"ours.{column}", f"theirs.{column} as other_{column}"]
+            selected += [f"ours.{column}", f"theirs.{column} as {column}_beside"]
             if column == "value":
                 selected.append("theirs.value - ours.value as difference")
         places = ", ".join(str(place) for place in range(1, len(keys) + 1))

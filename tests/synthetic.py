@@ -171,6 +171,29 @@ def random_shard(
     )
 
 
+def joined(shards: Sequence[Shard]) -> Shard:
+    """The documents of several shards in one; each has all ids of its own."""
+
+    def join(name: str) -> Any:
+        return np.concatenate([getattr(shard, name) for shard in shards])
+
+    def join_routing(name: str) -> dict[Key, Any]:
+        return {one: np.concatenate([getattr(s, name)[one] for s in shards]) for one in getattr(shards[0], name)}
+
+    statistics = {
+        one: {name: np.concatenate([shard.statistics[one][name] for shard in shards]) for name in STATISTICS}
+        for one in shards[0].statistics
+    }
+    return Shard(
+        documents=[document for shard in shards for document in shard.documents],
+        document_ids=[name for shard in shards for name in shard.document_ids or ()],
+        parallel_ids=[name for shard in shards for name in shard.parallel_ids or ()],
+        **{name: join(name) for name in ("is_special", "token_ids", "characters", "truncated")},
+        **{name: join_routing(name) for name in ("experts", "weights", "dropped", "probabilities")},
+        statistics=statistics,
+    )
+
+
 def _random_texts(rng: np.random.Generator, documents: Documents, vocabulary: int) -> dict[str, Any]:
     lengths = np.array([length for _, length in documents])
     return {

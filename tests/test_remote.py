@@ -26,7 +26,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from collector import __main__ as cli
-from collector import objectstore, verify
+from collector import objectstore, open_runs, verify
 from collector.config import DataConfig, ModelConfig
 from collector.objectfiles import BLOCK, BlockCache, RangeFile, RunFiles
 from collector.storage import ObjectStore, RunDirectory, StoreError
@@ -156,6 +156,13 @@ def collector(*arguments: str) -> int:
 @pytest.mark.parametrize(("name", "params"), QUERIES)
 def test_a_remote_run_answers_as_a_local_one(run, local, name, params):
     assert open_run(run.root).query(name, **params).fetchall() == open_run(local.root).query(name, **params).fetchall()
+
+
+def test_runs_compare_wherever_they_are(run, local):
+    for here, there in ((run.root, local.root), (local.root, run.root), (run.root, run.root)):
+        pair = open_runs(here, there)
+        assert {row[4] for row in pair.query("router_saturation").fetchall()} == {1}
+        assert pair.other.query("effective_experts").fetchall() == open_run(there).query("effective_experts").fetchall()
 
 
 def test_every_value_arrives(run, local):
