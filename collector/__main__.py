@@ -59,7 +59,8 @@ class Query:
     """Another run of the same tokens, for example of the quantized or the untrained model.
     A query that compares two runs needs it; of any other, the other run's rows stand beside the first's."""
     list: bool = False
-    """Tell which queries there are."""
+    """Tell which queries there are; with --format markdown everything about them, and with RUN and --beside OTHER, runs
+    of the demo, also an example of each one's rows."""
     format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
     """How the rows are written to standard output."""
     params: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
@@ -69,8 +70,7 @@ class Query:
         from collector import comparison, show, warehouse
 
         if self.list:
-            show.queries([*warehouse.list_queries(), *comparison.list_comparisons()])
-            return 0
+            return self._list()
         if not (self.run_ and self.name):
             raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
         params = dict(self.params)
@@ -82,6 +82,16 @@ class Query:
             rows = pair.query(self.name, **params)
             sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
             show.relation(rows, self.format)
+        return 0
+
+    def _list(self) -> int:
+        from collector import comparison, manual, show
+
+        if self.format == "markdown":
+            runs = (self.run_, self.beside) if self.run_ and self.beside else None
+            sys.stdout.write(manual.page(runs))
+        else:
+            show.queries([*comparison.list_queries(), *comparison.list_comparisons()])
         return 0
 
 

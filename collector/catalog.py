@@ -2,7 +2,8 @@
 
 A query is one SQL file with one select; those that compare two runs are in `queries/compare/`, and the views of the
 second run are in a schema of their own there, `other`. Its header, the leading comments, tells the question, the
-formula with its denominators, the source, what a row is, the views it reads, and its parameters:
+formula with its denominators, the source, what a row is, the views it reads, parameters for an example, and its
+parameters:
 
     -- Params:
     --   m integer >= 1 = null: size of the sets (default: the layer's k)
@@ -78,6 +79,8 @@ class Query:
     """What a row is, and its keys."""
     reads: tuple[str, ...]
     """Views that the statement reads."""
+    example: str
+    """Parameters, as a command line gives them, of a question to the demo run."""
     params: tuple[Param, ...]
     sql: str
     of_two_runs: bool
@@ -157,7 +160,7 @@ def _read_query(path: Path) -> Query:
     query = Query(
         name=path.stem, sql=sql, params=params, reads=split_names(header.pop("reads")),
         of_two_runs=path.parent == comparison_folder(),
-        **{key: header[key] for key in ("question", "formula", "source", "grain")},
+        **{key: header[key] for key in ("question", "formula", "source", "grain", "example")},
     )  # fmt: skip
     used = duckdb.extract_statements(sql)[0].named_parameters
     # An undeclared parameter could take its value from elsewhere in the session.

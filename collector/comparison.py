@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from collector import locked
 from collector.agreement import compare_routers, compare_texts, uncomparable
-from collector.catalog import OTHER, Query, comparison_folder, find_query, list_comparisons
+from collector.catalog import OTHER, Query, comparison_folder, find_query, list_comparisons, list_queries
 from collector.objectfiles import OtherRunFiles
 from collector.warehouse import Run, derived_views, locate
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import duckdb
 
-__all__ = ["Comparison", "list_comparisons", "open_runs"]
+__all__ = ["Comparison", "list_comparisons", "list_queries", "open_runs"]
 
 _EXPERTS = ("expert", "other_expert", "next_expert")
 """Keys of rows that are an expert's number."""

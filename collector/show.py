@@ -246,7 +246,7 @@ def relation(result: duckdb.DuckDBPyRelation, style: str) -> None:
     if style == "table":
         _print_table(result)
     elif style == "markdown":
-        sys.stdout.write(markdown_table(result.columns, [[_text(value) for value in row] for row in result.fetchall()]))
+        sys.stdout.write(markdown_table(result.columns, [[cell(value) for value in row] for row in result.fetchall()]))
     elif style == "json":
         rows = [dict(zip(result.columns, row, strict=True)) for row in result.fetchall()]
         sys.stdout.write(json.dumps(rows, default=str, ensure_ascii=False) + "\n")
@@ -262,11 +262,12 @@ def _print_table(result: duckdb.DuckDBPyRelation) -> None:
     rows = result.limit(MAX_ROWS + 1).fetchall()
     table = Table(*result.columns, box=None)
     for row in rows[:MAX_ROWS]:
-        table.add_row(*(_text(value) for value in row))
+        table.add_row(*(cell(value) for value in row))
     console().print(table)
     if len(rows) > MAX_ROWS:
         sys.stderr.write(f"only the first {MAX_ROWS} rows are shown; --format csv, json or parquet gives all\n")
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def cell(value: Any, digits: int = 4) -> str:
+    """A value as a table shows it, numbers with this many significant digits."""
+    return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -353,7 +353,7 @@ def test_a_session_variable_never_stands_in_for_a_parameter(run: Run) -> None:
 
 
 def test_an_undeclared_parameter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    header = "".join(f"-- {key}: x\n" for key in ("Question", "Formula", "Source", "Grain", "Reads"))
+    header = "".join(f"-- {key}: x\n" for key in ("Question", "Formula", "Source", "Grain", "Reads", "Example"))
     (tmp_path / "sly.sql").write_text(f"{header}select $layer\n")
     monkeypatch.setattr("collector.catalog.query_folder", lambda: tmp_path)
     with pytest.raises(ValueError, match="other parameters than the statement uses: layer"):

@@ -13,6 +13,7 @@
 -- Source: the measures of this package; DS as in OLMoE, arXiv 2409.02060, section 5.
 -- Grain: metric, stack, layer, label (null if pooled), decile. n = tokens.
 -- Reads: aligned_decisions, assignments, other.assignments, layers
+-- Example: --layer 4 --pooled true
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

@@ -4,6 +4,7 @@
 -- Source: OLMoE, arXiv 2409.02060, section 5 (router saturation: a checkpoint against the last one).
 -- Grain: metric, stack, layer, label (null if pooled). n = N_D, tokens.
 -- Reads: aligned_decisions, layers
+-- Example: --layer 4 --labels eng_Latn,kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
