@@ -2,20 +2,17 @@
 -- Formula: picks = N_eD, dropped or not; top1 = tokens whose highest-weight expert is e;
 --   weight_sum = sum of w_e; tokens = N_D, the same in all rows of a group.
 -- Grain: one row per (stack, layer, label, is_special, expert), with zeros for experts never chosen.
--- Reads: selections, routing, experts, layers
+-- Reads: selections, decisions, routing, experts, layers
 with present as (
-    select
+    select distinct
         stack,
         layer,
         label,
-        is_special,
-        count(*) as tokens
+        is_special
     from routing
-    group by stack, layer, label, is_special
 ),
 
--- A union, because conditions on its keys reach the files through it; through joins they would not. One pass over
--- the picks, of which a query that reads neither top1 nor weight_sum needs no weights.
+-- a union, because conditions on its keys reach the files through it; through joins they would not
 counted as (
     select
         stack,
@@ -23,11 +20,22 @@ counted as (
         label,
         is_special,
         expert,
-        0 as tokens,
         count(*) as picks,
-        count_if(is_top1) as top1,
+        0 as top1,
         sum(weight) as weight_sum
     from selections
+    group by stack, layer, label, is_special, expert
+    union all
+    select
+        stack,
+        layer,
+        label,
+        is_special,
+        expert,
+        0 as picks,
+        count(*) as top1,
+        0 as weight_sum
+    from decisions
     group by stack, layer, label, is_special, expert
     union all
     select
@@ -36,7 +44,6 @@ counted as (
         present.label,
         present.is_special,
         experts.expert,
-        present.tokens,
         0 as picks,
         0 as top1,
         0 as weight_sum
@@ -51,7 +58,6 @@ summed as (
         label,
         is_special,
         expert,
-        sum(tokens)::bigint as tokens,
         sum(picks)::bigint as picks,
         sum(top1)::bigint as top1,
         sum(weight_sum) as weight_sum
@@ -67,7 +73,10 @@ select
     summed.expert,
     layers.n_experts,
     layers.top_k,
-    summed.tokens,
+    -- a token has one highest-weight expert
+    (sum(summed.top1) over (
+        partition by summed.stack, summed.layer, summed.label, summed.is_special
+    ))::bigint as tokens,
     summed.picks,
     summed.top1,
     summed.weight_sum

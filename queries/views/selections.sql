@@ -1,8 +1,7 @@
 -- Question: Which experts did each token get, and with which weight?
 -- Grain: one row per pick, (shard, stack, layer, tok, rank). `rank` is the place in the model's own order:
---   0 for e0, 1 for e1 …; a layer that chooses fewer experts than others has fewer ranks. `is_top1`: the
---   pick with the token's highest weight (ties: the first). `dropped`: chosen, but kept from its expert by
---   a capacity limit; false where there is none.
+--   0 for e0, 1 for e1 …; a layer that chooses fewer experts than others has fewer ranks. `dropped`:
+--   chosen, but kept from its expert by a capacity limit; false where there is none.
 -- Reads: routing, layers
 with limited as (
     select
@@ -26,14 +25,6 @@ routed as (
     from limited
 ),
 
--- once per token, not per pick
-led as (
-    select
-        *,
-        list_position(weights, list_max(weights)) - 1 as top_rank
-    from routed
-),
-
 ranks as (
     select unnest(range(max(top_k)))::integer as rank
     from layers
@@ -41,17 +32,16 @@ ranks as (
 
 -- indexing by rank costs nothing where a query does not read it; generate_subscripts would
 select
-    led.shard,
-    led.stack,
-    led.layer,
-    led.tok,
-    led.label,
-    led.is_special,
+    routed.shard,
+    routed.stack,
+    routed.layer,
+    routed.tok,
+    routed.label,
+    routed.is_special,
     ranks.rank,
-    led.experts[ranks.rank + 1]::integer as expert,
-    led.weights[ranks.rank + 1] as weight,
-    ranks.rank = led.top_rank as is_top1,
-    coalesce(led.drops[ranks.rank + 1], false) as dropped
-from led
+    routed.experts[ranks.rank + 1]::integer as expert,
+    routed.weights[ranks.rank + 1] as weight,
+    coalesce(routed.drops[ranks.rank + 1], false) as dropped
+from routed
 cross join ranks
-where led.experts[ranks.rank + 1] is not null
+where routed.experts[ranks.rank + 1] is not null
