@@ -66,8 +66,7 @@ class Run:
         """
         query = find_query(name)
         values = query.bind(params)
-        self._check_router(values.get("stack"), values.get("layer"))
-        self._check_labels(values.get("labels"))
+        self.check(stack=values.get("stack"), layer=values.get("layer"), labels=values.get("labels"))
         return self.connection.cursor().sql(query.sql, params=values)
 
     def sql(self, statement: str) -> duckdb.DuckDBPyRelation:
@@ -89,6 +88,15 @@ class Run:
             hint = f"{_READS_ONLY}, without a CTE that writes: " if "must be at the top level" in reason else ""
             raise ValueError(hint + reason) from error
         return cursor.sql(statement)
+
+    def check(self, *, stack: Value = None, layer: Value = None, labels: Value = None) -> None:
+        """Refuses what would select nothing.
+
+        Raises:
+            ValueError: a stack, layer or label that the run does not have; names those that it has.
+        """
+        self._check_router(stack, layer)
+        self._check_labels(labels)
 
     def _check_router(self, stack: Value, layer: Value) -> None:
         stacks = list(dict.fromkeys(router["stack"] for router in self.info["layers"]))
