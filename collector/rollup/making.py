@@ -163,18 +163,12 @@ class _Labels:
     def table(self) -> pa.Table:
         """All sums, by router, label, kind of token and expert."""
         keys = sorted(self._sums, key=lambda key: (key[0].stack, key[0].layer, *key[1:]))
-        sums = np.concatenate([self._sums[key] for key in keys]) if keys else np.zeros((0, 3))
-        sizes = [layer.n_experts for layer, *_ in keys]
-        columns = {
-            "stack": np.repeat([layer.stack for layer, *_ in keys], sizes),
-            "layer": np.repeat([layer.layer for layer, *_ in keys], sizes),
-            "label": np.repeat([label for _, label, _ in keys], sizes),
-            "is_special": np.repeat([special for *_, special in keys], sizes),
-            "expert": [expert for size in sizes for expert in range(size)],
-            "picks": sums[:, 0], "top1": sums[:, 1], "weight_sum": sums[:, 2],
-        }  # fmt: skip
+        rows = [(layer.stack, layer.layer, *rest, e) for layer, *rest in keys for e in range(layer.n_experts)]
+        sums = np.concatenate([np.zeros((0, 3)), *(self._sums[key] for key in keys)])
         schema = SCHEMAS[LABELS]
-        return pa.Table.from_arrays([pa.array(columns[field.name]).cast(field.type) for field in schema], schema=schema)
+        named = [pa.array([row[i] for row in rows], schema.types[i]) for i in range(5)]
+        counted = [pa.array(column).cast(kind) for column, kind in zip(sums.T, schema.types[5:], strict=True)]
+        return pa.Table.from_arrays([*named, *counted], schema=schema)
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
