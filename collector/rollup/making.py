@@ -161,14 +161,15 @@ class _Labels:
             self._sums[key] = self._sums.get(key, 0) + sums[i, special]
 
     def table(self) -> pa.Table:
-        """All sums, by router, label, kind of token and expert."""
-        keys = sorted(self._sums, key=lambda key: (key[0].stack, key[0].layer, *key[1:]))
-        rows = [(layer.stack, layer.layer, *rest, e) for layer, *rest in keys for e in range(layer.n_experts)]
-        sums = np.concatenate([np.zeros((0, 3)), *(self._sums[key] for key in keys)])
+        """All sums that are not zero, by router, label, kind of token and expert."""
+        rows = sorted(
+            (layer.stack, layer.layer, label, special, expert, *sums[expert].tolist())
+            for (layer, label, special), sums in self._sums.items()
+            for expert in np.flatnonzero(sums[:, 0]).tolist()
+        )
         schema = SCHEMAS[LABELS]
-        named = [pa.array([row[i] for row in rows], schema.types[i]) for i in range(5)]
-        counted = [pa.array(column).cast(kind) for column, kind in zip(sums.T, schema.types[5:], strict=True)]
-        return pa.Table.from_arrays([*named, *counted], schema=schema)
+        arrays = [pa.array([row[i] for row in rows], kind) for i, kind in enumerate(schema.types)]
+        return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

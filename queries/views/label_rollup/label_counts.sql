@@ -1,5 +1,5 @@
--- Question: How much of each label's text did each expert get, as counted once?
--- Grain: one row per (stack, layer, label, is_special, expert), with zeros for experts never chosen.
+-- Question: Which experts did each label's tokens choose, as counted once?
+-- Grain: one row per (stack, layer, label, is_special, expert), for experts that were chosen.
 -- Reads: label_rollup
 select
     stack,
