@@ -1,7 +1,7 @@
 -- Question: In which script is the document written?
 -- Formula: the one that most letters of its tokens have, by its ISO 15924 code (first by name among equals):
 --   of its text, which the encoder reads of an encoder-decoder model. Japanese is Hira, Kana or Hani,
---   whichever has most. Zyyy where no token has a letter.
+--   whichever has most. Zyyy where no token has a letter of any.
 -- Groups: documents
 -- Reads: recorded_documents, tokens, vocab, vocab_characters
 -- Needs: vocab
@@ -22,7 +22,7 @@ letters as (
     where
         not tokens.is_special
         and not vocab.is_special
-        and vocab_characters.class not in ('digit', 'punctuation')
+        and vocab_characters.class not in ('digit', 'punctuation', 'Zyyy')
         and tokens.stack = (select stacks.stack from stacks)
     group by tokens.shard, tokens.doc, vocab_characters.class
 ),

@@ -11,7 +11,8 @@ with classes as (
         token_id,
         first(
             class
-            order by class = 'punctuation' asc, class = 'digit' asc, characters desc, class asc
+            order by
+                class = 'punctuation' asc, class = 'digit' asc, class = 'Zyyy' asc, characters desc, class asc
         ) as class
     from vocab_characters
     group by token_id

@@ -1,6 +1,6 @@
 -- Question: What is each entry of the vocabulary made of?
--- Formula: class = the script of a letter or mark, by its ISO 15924 code (Zzzz: of another script than
---   these); digit (Unicode N); punctuation (P and S: symbols too). Spaces, control characters, marks of no
+-- Formula: class = the script of a letter or mark, by its ISO 15924 code (Zyyy: a letter that several
+--   scripts have in common; Zzzz: of another script than these); digit (Unicode N); punctuation (P and S: symbols too). Spaces, control characters, marks of no
 --   script and bytes that are no whole character (spelled <E3><81>) have no class.
 -- Grain: one row per (token_id, class): characters of it.
 -- Reads: vocab
@@ -63,6 +63,7 @@ classed as (
             when regexp_matches(character, '\p{Tibetan}') then 'Tibt'
             when regexp_matches(character, '\p{Tifinagh}') then 'Tfng'
             when regexp_matches(character, '\p{Yi}') then 'Yiii'
+            when regexp_matches(character, '\p{Common}') and regexp_matches(character, '\p{L}') then 'Zyyy'
             when regexp_matches(character, '\p{L}') then 'Zzzz'
         end as class
     from alphabet
