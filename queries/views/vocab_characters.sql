@@ -1,7 +1,8 @@
 -- Question: What is each entry of the vocabulary made of?
 -- Formula: class = the script of a letter or mark, by its ISO 15924 code (Zyyy: a letter that several
---   scripts have in common; Zzzz: of another script than these); digit (Unicode N); punctuation (P and S: symbols too). Spaces, control characters, marks of no
---   script and bytes that are no whole character (spelled <E3><81>) have no class.
+--   scripts have in common; Zzzz: of another script than these); digit (Unicode N); punctuation (P and S:
+--   symbols too). Spaces, control characters, marks of no script and bytes that are no whole character
+--   (spelled <E3><81>) have no class.
 -- Grain: one row per (token_id, class): characters of it.
 -- Reads: vocab
 with pieces as (
