@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from collector import locked
 from collector.agreement import compare_routers, compare_texts, uncomparable
 from collector.catalog import OTHER, Query, comparison_folder, find_query, list_comparisons, list_queries
+from collector.groupings import LABEL, find_grouping, in_order, read_views
 from collector.objectfiles import OtherRunFiles
-from collector.warehouse import Run, derived_views, locate
+from collector.warehouse import Run, locate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -82,7 +83,10 @@ class Comparison:
 
     def _require_agreement(self, query: Query, values: Mapping[str, Any]) -> None:
         """Refuses runs that differ in what the query reads."""
-        differences = [*self._text_differences(values.get("labels"))]
+        grouping = find_grouping(self.run.by)
+        # Labels that are groups of tokens leave no document out.
+        labels = None if grouping is not None and grouping.of == "token" else values.get("labels")
+        differences = [*self._text_differences(labels)]
         if "stack" in values:
             # An expert's number means something only among as many experts.
             geometry = query.of_two_runs or bool(query.keys(_EXPERTS))
@@ -109,28 +113,33 @@ class Comparison:
         return cursor.sql(f"select {', '.join(selected)} from ours full join theirs on {same} order by {places}")
 
 
-def open_runs(root: str | os.PathLike[str], other: str | os.PathLike[str]) -> Comparison:
+def open_runs(
+    root: str | os.PathLike[str], other: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True
+) -> Comparison:
     """Opens two runs side by side; each local or on an object store.
 
     Args:
         root: the first run's directory: a path, or the URL that it was collected to.
         other: the second's.
+        by: what `label` means in all views and queries, see `open_run`.
+        rollup: whether to read counts from the runs' rollups, see `open_run`.
 
     Raises:
         FileNotFoundError: there is no run.
         StoreError: an object store refuses or does not answer.
-        ValueError: a commit record is damaged, or a run is in the layout of an earlier version.
+        ValueError: what `open_run` refuses.
     """
-    first, second = locate(root), locate(other, schema=OTHER, files_of=OtherRunFiles)
+    first = locate(root, by=by, rollup=rollup)
+    second = locate(other, by=by, rollup=rollup, schema=OTHER, files_of=OtherRunFiles)
     connection = locked.connect(first.paths | second.paths, (*first.mounts, *second.mounts))
     connection.execute(f"create schema {OTHER};\n{first.script}\n{second.script}\n{_aligning_views()}")
     runs = [
-        Run(connection, each.info, complete=each.complete, schema=schema)
+        Run(connection, each.info, complete=each.complete, by=by, schema=schema)
         for each, schema in ((first, "main"), (second, OTHER))
     ]
     return Comparison(runs[0], runs[1], (os.fspath(root), os.fspath(other)))
 
 
 def _aligning_views() -> str:
-    views = derived_views(comparison_folder() / "views")
+    views = in_order(read_views(comparison_folder() / "views"))
     return "\n".join(f"create view {name} as\n{select};" for name, select in views.items())

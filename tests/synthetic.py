@@ -29,7 +29,7 @@ from collector.storage import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
 VOCABULARY = 50
-VOCABULARY_TOKENS = [f"token {i}" for i in range(VOCABULARY)]
+VOCABULARY_ENTRIES = tuple((f"token {i}", i == 0) for i in range(VOCABULARY))
 Key = int | tuple[str, int]
 
 
@@ -65,6 +65,8 @@ class Shard:
     """[documents], or none."""
     document_ids: Sequence[str] | None = None
     """[documents], or synthetic#SHARD-DOC."""
+    sources: Sequence[str | None] | None = None
+    """[documents], or the same for all."""
 
     @classmethod
     def of_picks(
@@ -212,17 +214,26 @@ def write_run(
     probabilities: bool = False,
     complete: bool = True,
     settings: Mapping[str, Any] | None = None,
-    vocabulary: Sequence[str] = VOCABULARY_TOKENS,
+    vocabulary: Sequence[tuple[str, bool]] | None = VOCABULARY_ENTRIES,
 ) -> Path:
-    """Writes and commits all shards; returns the run's folder. `settings` are some of run.json's config."""
+    """Writes and commits all shards; returns the run's folder.
+
+    `settings` are some of run.json's config. `vocabulary` says of each token id its text and whether it is special;
+    None writes none, as a run that drops ids.
+    """
     run = RunDirectory(folder)
     routers = [dataclasses.asdict(one) | {"router": f"layers.{one.layer}.mlp.gate"} for one in layers]
-    config = {"model": "synthetic", "store": ["probabilities"] if probabilities else [], **(settings or {})}
-    info = {"format": 1, "config": config, "plan_hash": "0", "plan": {"shards": len(shards)}, "layers": routers}
+    token_ids = "drop" if vocabulary is None else "keep"
+    config = {"model": "synthetic", "store": ["probabilities"] if probabilities else [], "token_ids": token_ids}
+    info = {
+        "format": 1, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},
+        "layers": routers,
+    }  # fmt: skip
     run.store.put_new(RUN, json.dumps(info).encode())
-    with run.scratch() as scratch:
-        records.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
-        run.store.publish(Path(scratch, VOCAB), VOCAB)
+    if vocabulary is not None:
+        with run.scratch() as scratch:
+            records.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
+            run.store.publish(Path(scratch, VOCAB), VOCAB)
     for number, shard in enumerate(shards):
         commit_shard(run, number, publish_shard(run, layers, number, shard, probabilities=probabilities), shard)
     if complete:
@@ -305,7 +316,7 @@ def _documents(number: int, shard: Shard) -> pa.Table:
         "doc": np.arange(count),
         "doc_id": shard.document_ids or [f"synthetic#{number}-{doc}" for doc in range(count)],
         "label": [label for label, _ in shard.documents],
-        "source": ["synthetic"] * count,
+        "source": shard.sources or ["synthetic"] * count,
         "parallel_id": shard.parallel_ids or [None] * count,
         "tokens": shard.lengths,
         "target_tokens": [None] * count,
@@ -315,9 +326,9 @@ def _documents(number: int, shard: Shard) -> pa.Table:
     return _table(columns, records.documents_schema(text=False))
 
 
-def _vocabulary(tokens: Sequence[str]) -> pa.Table:
-    ids = range(len(tokens))
-    columns = {"token_id": ids, "token": tokens, "is_special": [i == 0 for i in ids]}
+def _vocabulary(entries: Sequence[tuple[str, bool]]) -> pa.Table:
+    tokens, special = zip(*entries, strict=True)
+    columns = {"token_id": range(len(entries)), "token": tokens, "is_special": special}
     return _table(columns, records.VOCAB_SCHEMA)
 
 

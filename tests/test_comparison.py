@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from query_runs import LABELS, VOCABULARY, assert_same, few_examples, geometries
 from reference import comparison as reference
-from synthetic import VOCABULARY_TOKENS, Shard, joined, random_shard, write_run
+from synthetic import VOCABULARY_ENTRIES, Shard, joined, random_shard, write_run
 
 from collector import open_run, open_runs
 from collector.comparison import Comparison, list_comparisons
@@ -253,14 +253,14 @@ def test_a_token_that_is_special_in_one_run(folder: Path, texts: Texts, tmp_path
 
 
 def test_a_vocabulary_that_differs(folder: Path, texts: Texts, tmp_path: Path) -> None:
-    vocabulary = [*VOCABULARY_TOKENS]
-    vocabulary[9:11] = ["x", "y"]
+    vocabulary = [*VOCABULARY_ENTRIES]
+    vocabulary[9:11] = [("x", False), ("y", False)]
     pair = beside(folder, tmp_path, texts, vocabulary=vocabulary)
     assert refusal(pair) == "vocabulary: 2 entries, first id 9, 'token 9' in A and 'x' in B"
 
 
 def test_everything_that_differs_is_named_at_once(folder: Path, texts: Texts, tmp_path: Path) -> None:
-    vocabulary = [*VOCABULARY_TOKENS, "more"]
+    vocabulary = [*VOCABULARY_ENTRIES, ("more", False)]
     message = refusal(
         beside(folder, tmp_path, changed(texts[1:], 0, is_special=~texts[1].is_special), vocabulary=vocabulary)
     )
@@ -317,6 +317,21 @@ def test_deciles_are_by_margin_or_by_lead(folder: Path) -> None:
         open_runs(folder, folder).query("quantization_fidelity", by="luck").fetchall()
 
 
+# ---- labels that are groups ----
+
+
+def test_groups_of_tokens_leave_no_document_unchecked(folder: Path, texts: Texts, tmp_path: Path) -> None:
+    write_run(tmp_path / "same", LAYERS, shards_of(routed_again(np.random.default_rng(9), LAYERS, texts), 3))
+    pair = open_runs(folder, tmp_path / "same", by="position")
+    rows = pair.query("router_saturation", include_special=True).project("label, n").distinct().fetchall()
+    alone = open_run(folder, by="position").query("router_entropy", include_special=True).project("label, n").distinct()
+    assert sorted(rows) == sorted(alone.fetchall())
+    assert pair.query("router_saturation", labels=[rows[0][0]]).fetchall()
+    write_run(tmp_path / "fewer", LAYERS, shards_of(texts[1:], 3))
+    fewer = open_runs(folder, tmp_path / "fewer", by="position")
+    assert refusal(fewer, labels=[rows[0][0]]) == "documents: 1 only in A, first 'text 0' (en)"
+
+
 # ---- runs without comparable token ids ----
 
 
@@ -335,19 +350,21 @@ def without_ids(texts: Texts) -> Texts:
     ],
 )
 def test_what_cannot_be_compared_is_told(settings, reason, folder: Path, texts: Texts, tmp_path: Path) -> None:
-    pair = beside(folder, tmp_path, without_ids(texts), settings=settings, vocabulary=[])
+    pair = beside(folder, tmp_path, without_ids(texts), settings=settings, vocabulary=None)
     assert pair.unchecked() == (reason.format(other=pair.names[1]),)
     assert {row[4] for row in pair.query("router_saturation").fetchall()} == {1}
     shutil.rmtree(tmp_path / "other")
     special = without_ids(changed(texts, 0, is_special=~texts[0].is_special))
-    assert "position 0: special only in" in refusal(beside(folder, tmp_path, special, settings=settings, vocabulary=[]))
+    assert "position 0: special only in" in refusal(
+        beside(folder, tmp_path, special, settings=settings, vocabulary=None)
+    )
 
 
 def test_ids_hashed_with_one_key_are_compared_and_with_two_are_not(texts: Texts, tmp_path: Path) -> None:
     roots = {}
     for key in ("a", "a again", "b"):
         settings = {"token_ids": "hash", "token_key_fingerprint": key[0]}
-        roots[key] = write_run(tmp_path / key, LAYERS, shards_of(texts, 1), settings=settings, vocabulary=[])
+        roots[key] = write_run(tmp_path / key, LAYERS, shards_of(texts, 1), settings=settings, vocabulary=None)
     assert open_runs(roots["a"], roots["a again"]).unchecked() == ()
     assert open_runs(roots["a"], roots["b"]).unchecked() == (
         "vocabulary and token ids, for they are hashed with different keys",
@@ -359,7 +376,7 @@ def test_tokenizers_of_other_sizes_differ_even_where_no_ids_are_stored(texts: Te
     for entries in (100, 2000):
         settings = {"token_ids": "drop"}
         root = write_run(
-            tmp_path / str(entries), LAYERS, shards_of(without_ids(texts), 1), settings=settings, vocabulary=[]
+            tmp_path / str(entries), LAYERS, shards_of(without_ids(texts), 1), settings=settings, vocabulary=None
         )
         info = json.loads((root / "run.json").read_text())
         (root / "run.json").write_text(json.dumps(info | {"tokenizer": {"entries": entries}}))

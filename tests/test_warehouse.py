@@ -199,6 +199,9 @@ def test_views_sql_gives_the_same_in_any_duckdb(run: Run, folder: Path) -> None:
     printed = subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, text=True)
     assert printed.stdout.strip() == str(run.sql("from assignments order by all").fetchall())
     assert str(folder) not in (folder / "views.sql").read_text()
+    anywhere = duckdb.connect()
+    anywhere.execute(views_sql(RunDirectory(folder), in_place=True))
+    assert str(anywhere.sql("from assignments order by all").fetchall()) == printed.stdout.strip()
 
 
 # ---- what is refused ----
@@ -298,7 +301,7 @@ def test_headers_tell_everything() -> None:
     for query in (*list_queries(), *list_comparisons()):
         assert query.question.endswith("?"), query.name
         assert all((query.formula, query.source, query.grain)), query.name
-        of_routers = {"decisions", "selections", "assignments", "aligned_decisions"}
+        of_routers = {"decisions", "selections", "assignments", "document_counts", "aligned_decisions"}
         of_router = {"stack", "layer"} if of_routers & set(query.reads) else set()
         assert {param.name for param in query.params} >= {"labels", "include_special"} | of_router
         assert all(param.help for param in query.params)
@@ -330,7 +333,9 @@ def test_queries_read_only_views_and_say_which() -> None:
 
 
 def test_views_say_what_they_read() -> None:
-    for name, sql in (VIEWS | ALIGNING).items():
+    variants = [*QUERY_FOLDER.glob("views/*/*.sql"), *QUERY_FOLDER.glob("groupings/*.sql")]
+    assert variants
+    for name, sql in [*(VIEWS | ALIGNING).items(), *((str(path), path.read_text()) for path in variants)]:
         reads = {each.strip() for each in read_header(sql)["reads"].split(",")}
         assert reads == tables_of(sql), name
 
