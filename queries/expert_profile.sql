@@ -11,6 +11,7 @@
 --   by N_ae, labels by value, the first $n of each; positions in their order, all. n = N_a, but N_e for the
 --   aspect expert; count = N_ae. No tokens where the run dropped their ids.
 -- Reads: token_decisions
+-- Example: --layer 4 --expert 55 --n 2
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
