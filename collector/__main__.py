@@ -18,7 +18,7 @@ from collector.config import CaptureConfig, DataConfig, Dtype, LaunchConfig, Mod
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_QUERY_FLAGS = ("list", "format", "help")
+_QUERY_FLAGS = ("list", "format", "help", "interval", "column", "resamples", "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,14 @@ class Query:
     """Tell which queries there are."""
     format: Literal["table", "csv", "json", "parquet"] = "table"
     """How the rows are written to standard output."""
+    interval: float | None = None
+    """Give each row an interval of this level, as 95: a bootstrap over documents."""
+    column: str = "value"
+    """What the interval is for, of the query's columns."""
+    resamples: int = 1000
+    """Bootstrap samples."""
+    seed: int = 0
+    """Of the bootstrap's draws."""
     params: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
 
     def run(self) -> int:
@@ -71,7 +79,78 @@ class Query:
         if not (self.run_ and self.name):
             raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
         with warehouse.one_line_errors():
-            show.relation(warehouse.open_run(self.run_).query(self.name, **dict(self.params)), self.format)
+            run = warehouse.open_run(self.run_)
+            if self.interval is None:
+                show.relation(run.query(self.name, **dict(self.params)), self.format)
+            else:
+                from collector import inference
+
+                draws = {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
+                table = inference.intervals(run, self.name, column=self.column, **draws, **dict(self.params))
+                show.uncertain(table, self.format)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Test:
+    """Test which experts specialize in which label, by shuffling the labels of documents.
+
+    For every router, label and expert: is the share of the label's tokens that choose the expert larger than that of
+    all documents together? Tokens of a document are correlated, so documents are what is shuffled; q values keep the
+    rate of false discoveries over all rows (Benjamini-Hochberg). Most certain first.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+    alternative: Literal["greater", "less", "two-sided"] = "greater"
+    """Look for experts that a label chooses more than the pooled documents do, less, or either."""
+    level: float = 0.05
+    """The rate of false discoveries among the significant rows."""
+    resamples: int = 1000
+    """Shuffles of the labels; of the split halves, splits; of the curve, bootstrap samples at each size."""
+    seed: int = 0
+    """Of the shuffles."""
+    stack: str | None = None
+    """Only the routers of this stack."""
+    layer: int | None = None
+    """Only this layer, by the model's own number."""
+    labels: tuple[str, ...] | None = None
+    """Only the documents with these labels."""
+    include_special: bool = False
+    """Also count the tokens that the tokenizer added itself."""
+    split_half: bool = False
+    """Instead: do two random halves of each label's documents agree about the experts?"""
+    sample_size_curve: bool = False
+    """Instead: how do domain specialization and its 95 % interval change with the number of documents?"""
+    format: Literal["table", "csv", "json", "parquet"] = "table"
+    """How the rows are written to standard output."""
+
+    def __post_init__(self) -> None:
+        """Refuses two questions at once."""
+        if self.split_half and self.sample_size_curve:
+            raise ValueError("--split-half and --sample-size-curve are two questions: ask one at a time")
+
+    def run(self) -> int:
+        """Prints one row per cell."""
+        from collector import inference, show, warehouse
+        from collector.counts import document_counts
+
+        where = {
+            "stack": self.stack, "layer": self.layer, "labels": self.labels, "include_special": self.include_special,
+        }  # fmt: skip
+        with warehouse.one_line_errors():
+            run = warehouse.open_run(self.run_)
+            if self.sample_size_curve:
+                table = inference.sample_size_curve(run, resamples=self.resamples, seed=self.seed, **where)
+            elif self.split_half:
+                table = inference.split_half(document_counts(run, **where), splits=self.resamples, seed=self.seed)
+            else:
+                table = inference.specialization_test(
+                    document_counts(run, **where), resamples=self.resamples, seed=self.seed, level=self.level,
+                    alternative=self.alternative,
+                )  # fmt: skip
+                sys.stderr.write(f"{inference.remark(table, self.resamples, self.level)}\n")
+            show.uncertain(table, self.format)
         return 0
 
 
@@ -292,6 +371,7 @@ class Models:
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect,
     "query": Query,
+    "test": Test,
     "sql": Sql,
     "views": Views,
     "status": Status,
