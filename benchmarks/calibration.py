@@ -120,10 +120,9 @@ def difference_alone(counts: DocumentCounts, resamples: int) -> NDArray[np.float
     return p_values(counts, resamples=resamples, seed=0, statistic=difference)[1]
 
 
-def difference(sums_SLC: NDArray[np.float64]) -> NDArray[np.float64]:
+def difference(sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]) -> NDArray[np.float64]:  # noqa: ARG001
     """[S, L, E] domain specialization beyond the pooled share."""
-    residuals_SLE = np.split(sums_SLC[:, :, 1:], 2, axis=2)[0]
-    return residuals_SLE / sums_SLC[:, :, :1]
+    return np.split(sums_SLC[:, :, 2:], 3, axis=2)[0] / sums_SLC[:, :, :1]
 
 
 def independent_tokens(counts: DocumentCounts, resamples: int) -> NDArray[np.float64]:  # noqa: ARG001

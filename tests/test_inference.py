@@ -97,9 +97,13 @@ def test_a_sample_answers_as_a_run_of_the_drawn_documents(name: str, run: Run, s
 
 
 def test_there_is_a_label_level_query_of_every_kind() -> None:
-    assert {"domain_specialization", "selection_frequency", "top_experts", "language_overlap", "mutual_information"} <= {
-        *LABEL_LEVEL
-    }
+    assert {
+        "domain_specialization",
+        "selection_frequency",
+        "top_experts",
+        "language_overlap",
+        "mutual_information",
+    } <= {*LABEL_LEVEL}
 
 
 @pytest.mark.parametrize("name", LABEL_LEVEL)
@@ -187,12 +191,19 @@ def test_what_cannot_be_had_is_refused(name: str, given: dict, message: str, run
 
 
 def test_the_statistic_worked_out_by_hand() -> None:
-    # 20 tokens, 10 of them to expert 0: residuals of its picks are 4 - 2.5, 2 - 2.5, 1 - 2.5, 3 - 2.5
     counts = counts_of(["a", "a", "b", "b"], [5, 5, 5, 5], [[4, 1], [2, 3], [1, 4], [3, 2]])
     t, _ = permutation.p_values(counts, resamples=1, seed=0)
-    # a: 1 / 10 - (-1 / 10); its squares 1.5^2 + 0.5^2 = 2.5, those of b 1.5^2 + 0.5^2 = 2.5, over 10^2 each
-    expected = 0.2 / math.sqrt(0.025 + 0.025)
+    # expert 0: shares 6 / 10 and 4 / 10; picks beyond them 4 - 3, 2 - 3 and 1 - 2, 3 - 2; variances 2 / 1 * 2 / 10^2
+    expected = 0.2 / math.sqrt(0.04 + 0.04)
     assert t == pytest.approx(np.array([[expected, -expected], [-expected, expected]]))
+
+
+def test_labels_that_are_told_apart_by_every_document_have_the_smallest_p() -> None:
+    tokens = [3, 5, 7, 4, 6, 8, 9, 2]
+    picks = [[n, 0] if place < 4 else [0, n] for place, n in enumerate(tokens)]
+    _, p = permutation.p_values(counts_of(["a"] * 4 + ["b"] * 4, tokens, picks), resamples=20_000, seed=0)
+    # one of the 70 ways to choose four documents of eight
+    assert p[0] == pytest.approx([1 / 70, 1], abs=0.003)
 
 
 @pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
@@ -202,13 +213,14 @@ def test_p_values_are_those_of_scipys_exact_test(alternative: str) -> None:
     picks = rng.binomial(tokens, rng.beta(2, 3, 9))
     counts = counts_of(["a"] * 4 + ["b"] * 5, tokens, np.stack([picks, tokens - picks], axis=1))
     _, p = permutation.p_values(counts, resamples=20_000, seed=0, alternative=alternative)
-    residual = picks - tokens * picks.sum() / tokens.sum()
 
     def t_of_a(in_a: np.ndarray) -> float:
-        a, b = in_a.astype(int), np.setdiff1d(np.arange(9), in_a)
-        difference = picks[a].sum() / tokens[a].sum() - picks[b].sum() / tokens[b].sum()
-        variance = sum((residual[i] ** 2).sum() / tokens[i].sum() ** 2 for i in (a, b))
-        return abs(difference / math.sqrt(variance)) if alternative == "two-sided" else difference / math.sqrt(variance)
+        groups = in_a.astype(int), np.setdiff1d(np.arange(9), in_a)
+        shares = [picks[i].sum() / tokens[i].sum() for i in groups]
+        errors = [np.std(picks[i] - share * tokens[i], ddof=1) for i, share in zip(groups, shares, strict=True)]
+        variances = [len(i) * error**2 / tokens[i].sum() ** 2 for i, error in zip(groups, errors, strict=True)]
+        t = (shares[0] - shares[1]) / math.sqrt(sum(variances))
+        return abs(t) if alternative == "two-sided" else t
 
     exact = stats.permutation_test(
         (np.arange(4), np.arange(4, 9)), lambda in_a, _: t_of_a(in_a), n_resamples=np.inf, vectorized=False,

@@ -1,19 +1,20 @@
 """Is an expert chosen more for one label than for the others? A permutation test of the documents' labels.
 
 Null hypothesis, for every (stack, layer, expert, label): the label's domain specialization N_eD / N_D is that of the
-pooled documents. The labels of documents are shuffled, so that each label keeps its number of documents. With the
-residuals r = picks - pooled share x tokens of the documents, the difference DS - pooled is sum(r) / N_D, and
+other documents, and so that of all documents pooled. The labels of documents are shuffled, so that each label keeps its
+number of documents. The statistic is the difference of the two ratios in units of its standard error,
 
-    t = (R_D / N_D - R_O / N_O) / sqrt(Q_D / N_D^2 + Q_O / N_O^2),    R = sum of r, Q = sum of r^2,
+    t = (DS_D - DS_O) / sqrt(V_D + V_O),    V = m / (m - 1) * sum of (picks - DS * tokens)^2 / N^2,
 
-over the label's documents (D) and all others (O), compares the two ratios in units of the standard error of their
-difference (linearised ratio estimators). Without that unit the test is right only where documents of all labels are
-equally long and equally uniform; with it, it is so in large samples wherever the means agree (Chung and Romano 2013,
-"Exact and asymptotically robust permutation tests", arXiv 1304.5939). Where labels say nothing at all it is exact.
+over the m documents of the label (D) and those of all others (O): the linearised variance of a ratio of sums. Without
+the standard error the test is right only where documents of all labels are equally long and equally uniform; with it,
+it is so in large samples wherever the ratios agree (Chung and Romano 2013, "Exact and asymptotically robust permutation
+tests", arXiv 1304.5939). Where labels say nothing about documents at all it is exact.
 
-p = (1 + #{shuffles with t at least as large}) / (B + 1); q is Benjamini and Hochberg's over all rows.
+p = (1 + shuffles with t at least as large) / (shuffles + 1); q is Benjamini and Hochberg's over all rows.
 
 Guarantees: memory bounded to one router, in portions of shuffles; the same seed gives the same p.
+Shapes: S shuffles, D documents, L labels, E experts, C = 2 + 3 E columns of moments.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _SIGNED: dict[Alternative, Callable[[NDArray[np.float64]], NDArray[np.float64]]]
 _CACHED = 16
 """Portions are so much smaller than memory would allow, so that their sums stay in the processor's cache."""
 _TIE = 1e-9
-"""Sums in another order differ by this much less than two different sums do."""
+"""Sums in another order differ by less than this, relatively."""
+_ROUNDING = 1e-12
 
 
 def specialization_test(
@@ -129,20 +131,42 @@ def _test_router(counts: DocumentCounts, resamples: int, seed: int, alternative:
     return pa.table(columns)
 
 
-def studentized(sums_SLC: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[S, L, E] t of each label and expert, 0 where nothing varies.
+def moments(counts: DocumentCounts) -> NDArray[np.float64]:
+    """[D, C] of each document: tokens, tokens^2, and by expert r, r^2 and r * tokens.
+
+    r are its picks beyond the pooled share of its tokens: they make the same differences as picks, and small sums.
+    """
+    tokens_D1 = counts.tokens_D[:, None].astype(np.float64)
+    pooled_E = counts.picks_DE.sum(axis=0, dtype=np.float64) / tokens_D1.sum()
+    r_DE = counts.picks_DE - tokens_D1 * pooled_E
+    return np.concatenate([tokens_D1, tokens_D1**2, r_DE, r_DE**2, r_DE * tokens_D1], axis=1)
+
+
+def studentized(sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]) -> NDArray[np.float64]:
+    """[S, L, E] t of each label and expert; 0 where nothing varies.
 
     Args:
-        sums_SLC: [S, L, 1 + 2 E] each label's sums of tokens, residuals and squared residuals.
+        sums_SLC: the moments of each label's documents, summed up.
+        documents_L: how many they are.
     """
-    n_SL1 = sums_SLC[:, :, :1]
-    r_SLE, q_SLE = np.split(sums_SLC[:, :, 1:], 2, axis=2)
-    others_SL1 = n_SL1.sum(axis=1, keepdims=True) - n_SL1
-    rest_SLE = q_SLE.sum(axis=1, keepdims=True) - q_SLE
-    # the residuals of the others sum to -r
-    difference_SLE = r_SLE * (1 / n_SL1 + 1 / others_SL1)
-    variance_SLE = q_SLE / n_SL1**2 + rest_SLE / others_SL1**2
-    return np.divide(difference_SLE, np.sqrt(variance_SLE), out=np.zeros_like(r_SLE), where=variance_SLE > 0)
+    others_SLC = sums_SLC.sum(axis=1, keepdims=True) - sums_SLC
+    excess_SLE, variance_SLE = _ratio(sums_SLC, documents_L)
+    others_excess_SLE, others_variance_SLE = _ratio(others_SLC, documents_L.sum() - documents_L)
+    error_SLE = np.sqrt(variance_SLE + others_variance_SLE)
+    return np.divide(excess_SLE - others_excess_SLE, error_SLE, out=np.zeros_like(error_SLE), where=error_SLE > 0)
+
+
+def _ratio(
+    sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """DS - pooled share, and its variance, of groups of documents."""
+    n_SL1, nn_SL1 = sums_SLC[:, :, :1], sums_SLC[:, :, 1:2]
+    r_SLE, rr_SLE, rn_SLE = np.split(sums_SLC[:, :, 2:], 3, axis=2)
+    excess_SLE = r_SLE / n_SL1
+    squares_SLE = rr_SLE - 2 * excess_SLE * rn_SLE + excess_SLE**2 * nn_SL1
+    squares_SLE = np.maximum(squares_SLE, _ROUNDING * rr_SLE)  # documents that all agree differ by rounding alone
+    correction_L1 = (documents_L / np.maximum(documents_L - 1, 1))[:, None]
+    return excess_SLE, correction_L1 * squares_SLE / n_SL1**2
 
 
 def p_values(
@@ -151,7 +175,7 @@ def p_values(
     resamples: int,
     seed: int,
     alternative: Alternative = "greater",
-    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]] = studentized,
+    statistic: Callable[[NDArray[np.float64], NDArray[np.integer]], NDArray[np.float64]] = studentized,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A statistic and its p value, [L, E] each, of the labels that have documents in this router.
 
@@ -160,28 +184,21 @@ def p_values(
         resamples: shuffles of the labels.
         seed: of the shuffles.
         alternative: which values of the statistic are extreme.
-        statistic: from sums as `studentized` takes them.
+        statistic: of what `studentized` takes.
     """
-    present, label_D = np.unique(counts.label_D, return_inverse=True)
-    labels, label_D = len(present), label_D.astype(np.int32)
-    r_DE = residuals(counts)
-    values_DC = np.concatenate([counts.tokens_D[:, None], r_DE, r_DE**2], axis=1)
+    documents_L = np.bincount(counts.label_D)
+    label_D = (np.cumsum(documents_L > 0) - 1)[counts.label_D].astype(np.int32)
+    documents_L = documents_L[documents_L > 0]
+    labels, values_DC = len(documents_L), moments(counts)
     signed, rng = _SIGNED[alternative], np.random.default_rng(seed)
-    t_LE = statistic(group_sums(label_D[None], values_DC, labels))[0]
+    t_LE = statistic(group_sums(label_D[None], values_DC, labels), documents_L)[0]
     threshold_LE = signed(t_LE) - _TIE * np.abs(t_LE)
     reached_LE = np.zeros(t_LE.shape, np.int64)
     for samples in portions(resamples, max(len(label_D), _CACHED * labels * values_DC.shape[1])):
         shuffled_SD = rng.permuted(np.tile(label_D, (samples, 1)), axis=1)
-        t_SLE = statistic(group_sums(shuffled_SD, values_DC, labels))
+        t_SLE = statistic(group_sums(shuffled_SD, values_DC, labels), documents_L)
         reached_LE += (signed(t_SLE) >= threshold_LE).sum(axis=0)
     return t_LE, (1 + reached_LE) / (resamples + 1)
-
-
-def residuals(counts: DocumentCounts) -> NDArray[np.float64]:
-    """[D, E] picks of each document beyond the pooled share of its tokens; they sum to 0 over the documents."""
-    tokens_D = counts.tokens_D.astype(np.float64)
-    pooled_E = counts.picks_DE.sum(axis=0, dtype=np.float64) / tokens_D.sum()
-    return counts.picks_DE - tokens_D[:, None] * pooled_E
 
 
 def group_sums(label_SD: NDArray[np.integer], values_DC: NDArray[np.float64], labels: int) -> NDArray[np.float64]:
