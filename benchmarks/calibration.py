@@ -12,8 +12,11 @@ correlated and a label's domain specialization is known exactly. Lengths vary (l
 not in domain specialization; labels of which half have one expert more than the others. Tests: the one of
 `collector test`, the same without its standard error, and a z test that takes tokens for independent. For each: how
 many runs have a false discovery, the mean share of false ones among the discoveries, the share of p <= 0.05 where
-nothing is to be found, and the share of the planted effects that are found.
-(coverage) how often intervals hold the true value, at several numbers of documents per label.
+nothing is to be found (over all labels, and for the label where it is largest), and the share of the planted effects
+that are found.
+(coverage) how often intervals hold the true value, by metric and number of documents per label: where labels are alike
+but for planted effects, and where each has preferences of its own. Of pairs of labels only those that differ count: a
+divergence of 0 lies at the end of its range.
 """
 
 from __future__ import annotations
@@ -23,19 +26,19 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from scipy import stats
 
 from collector.catalog import find_query
 from collector.counts import DocumentCounts
 from collector.inference.answers import SampledQuery
-from collector.inference.bootstrap import interval, sampled_values
+from collector.inference.bootstrap import estimates, interval, sampled_values
 from collector.inference.permutation import group_sums, p_values
 from collector.inference.resampling import Sums, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pyarrow as pa
     from numpy.typing import NDArray
 
 EXPERTS, TOP_K = 16, 4
@@ -56,12 +59,17 @@ class World:
     """Of the Dirichlet distributions: two tokens of a document agree by 1 / (1 + it) more than by chance."""
     effect: float = 0.0
     """What labels of the first half have more of one expert each, in domain specialization."""
+    all_differ: bool = False
+    """Give each label preferences of its own."""
 
     @property
     def truth_LE(self) -> NDArray[np.float64]:
         """[L, E] domain specialization of each label; sums to k."""
         base_GX = np.random.default_rng(0).dirichlet(np.full(EXPERTS // TOP_K, 4.0), size=TOP_K)
         truth_LGX = np.tile(base_GX, (len(self.documents), 1, 1))
+        if self.all_differ:
+            truth_LGX = np.random.default_rng(1).standard_gamma(12 * truth_LGX)
+            truth_LGX /= truth_LGX.sum(axis=2, keepdims=True)
         for label in range(len(self.documents) // 2):
             group_X = truth_LGX[label, label % TOP_K]
             rest = 1 - group_X[0]
@@ -103,7 +111,7 @@ WORLDS = {
         documents=(80, 80, 40, 40, 20, 20, 12, 12), tokens=(20, 200, 20, 200, 20, 200, 20, 200),
         concentration=(2, 30, 30, 2, 30, 2, 2, 30),
     ),
-    "half of the labels, +0.10": World(effect=0.10),
+    "half of the labels, +0.15": World(effect=0.15),
 }  # fmt: skip
 
 
@@ -154,6 +162,8 @@ class Errors:
     """Mean share of false ones among the discoveries of a run."""
     small_p: float
     """Share of p <= 0.05 among cells where nothing is to be found."""
+    small_p_worst: float
+    """The same for the label where it is largest."""
     found: float
     """Share of the planted effects that are discoveries; NaN where there are none."""
 
@@ -165,18 +175,24 @@ def false_discoveries(world: World, test: Callable, runs: int, resamples: int) -
     p_RLE = np.array([test(world.run(np.random.default_rng([1, run])), resamples) for run in range(runs)])
     q_RLE = stats.false_discovery_control(p_RLE.reshape(runs, -1), axis=1, method="bh").reshape(p_RLE.shape)
     found_RLE = q_RLE <= LEVEL
+    small_LE = (p_RLE <= LEVEL).mean(axis=0)
     false_R = (found_RLE & nothing_LE).sum(axis=(1, 2))
     return Errors(
         any_false=float((false_R > 0).mean()),
         false_share=float((false_R / np.maximum(found_RLE.sum(axis=(1, 2)), 1)).mean()),
-        small_p=float((p_RLE[:, nothing_LE] <= LEVEL).mean()),
+        small_p=float(small_LE[nothing_LE].mean()),
+        small_p_worst=float(
+            max(small_E[nothing_E].mean() for small_E, nothing_E in zip(small_LE, nothing_LE, strict=True))
+        ),
         found=float(found_RLE[:, planted_LE].mean()) if world.effect else float("nan"),
     )
 
 
 def measure_tests(runs: int, resamples: int) -> None:
     """Prints a row per kind of run and test."""
-    print("| runs | test | with a false discovery | false share | p <= 0.05 | found |\n|---|---|---|---|---|---|")
+    print(
+        "| runs | test | with a false discovery | false share | p <= 0.05 | worst label | found |\n|---|---|---|---|---|---|---|"
+    )
     for kind, world in WORLDS.items():
         for name, test in TESTS.items():
             errors = false_discoveries(world, test, runs, resamples)
@@ -187,8 +203,15 @@ def measure_tests(runs: int, resamples: int) -> None:
 # -- coverage ----------------------------------------------------------------------------------------
 
 
-QUERIES = ("domain_specialization", "effective_experts", "language_overlap", "mutual_information")
-DOCUMENTS = (10, 20, 50, 200)
+FREQUENCY = ("domain_specialization",)
+QUERIES = (*FREQUENCY, "effective_experts", "language_overlap", "mutual_information")
+CASES = [
+    *(("alike", {"effect": 0.15}, documents, FREQUENCY) for documents in (10, 20, 200)),
+    ("alike", {"effect": 0.15}, 50, QUERIES),
+    ("all differ", {"all_differ": True}, 20, QUERIES),
+    ("all differ", {"all_differ": True}, 50, QUERIES),
+]
+"""Labels, how their world is made, documents of each, queries."""
 
 
 def true_sums(world: World) -> Sums:
@@ -200,21 +223,19 @@ def true_sums(world: World) -> Sums:
     return Sums(labels=labels, tokens_SL=tokens_SL, picks_SLE=picks_SLE, top1_SLE=picks_SLE, weight_sum_SLE=picks_SLE)
 
 
-def plain(values_RS: NDArray, estimate_R: NDArray, documents_R: NDArray) -> tuple[NDArray, NDArray]:
+def ours(values_RS: NDArray, documents_R: NDArray, estimate_R: NDArray) -> tuple[NDArray, NDArray]:
+    """What `collector query --interval 95` gives."""
+    found = interval(values_RS.copy(), documents_R, 100 * (1 - LEVEL), estimate_R)
+    return found.low_R, found.high_R
+
+
+def percentile(values_RS: NDArray, documents_R: NDArray, estimate_R: NDArray) -> tuple[NDArray, NDArray]:  # noqa: ARG001
+    """Quantiles of the samples as they are."""
     low_R, high_R = np.quantile(values_RS, [LEVEL / 2, 1 - LEVEL / 2], axis=1)
     return low_R, high_R
 
 
-def expanded(values_RS: NDArray, estimate_R: NDArray, documents_R: NDArray) -> tuple[NDArray, NDArray]:
-    return interval(values_RS, documents_R, 100 * (1 - LEVEL))[:2]
-
-
-def basic(values_RS: NDArray, estimate_R: NDArray, documents_R: NDArray) -> tuple[NDArray, NDArray]:
-    low_R, high_R = expanded(values_RS, estimate_R, documents_R)
-    return 2 * estimate_R - high_R, 2 * estimate_R - low_R
-
-
-METHODS = {"plain": plain, "expanded": expanded, "basic": basic}
+METHODS = {"ours": ours, "percentile": percentile}
 
 
 def coverage(world: World, query: str, runs: int, resamples: int) -> dict[tuple[str, str], float]:
@@ -223,16 +244,16 @@ def coverage(world: World, query: str, runs: int, resamples: int) -> dict[tuple[
     exemplar = world.run(np.random.default_rng(0))
     rows = asked.answer(exemplar, true_sums(world))
     rows = rows.filter(rows["value"].is_valid())
-    metrics, kept_R = np.array(rows["metric"].to_pylist()), kept_rows(rows)
+    metrics, kept_R = np.array(rows["metric"].to_pylist()), pairs_that_differ(rows)
     truth_R = rows["value"].to_numpy()
-    documents_R = np.full(rows.num_rows, world.documents[0])
+    documents_R, value = np.full(rows.num_rows, world.documents[0]), rows.column_names.index("value")
     held = {name: np.zeros(rows.num_rows) for name in METHODS}
     for run in range(runs):
         counts = world.run(np.random.default_rng([2, run]))
-        estimate_R = asked.values(rows, counts, whole(counts))[:, 0]
+        answer = rows.set_column(value, "value", pa.array(asked.values(rows, counts, whole(counts))[:, 0]))
         values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=run)
         for name, method in METHODS.items():
-            low_R, high_R = method(values_RS, estimate_R, documents_R)
+            low_R, high_R = method(values_RS, documents_R, estimates(answer, "value"))
             held[name] += (low_R <= truth_R) & (truth_R <= high_R)
     return {
         (metric, name): float(held[name][kept_R & (metrics == metric)].mean() / runs)
@@ -241,39 +262,33 @@ def coverage(world: World, query: str, runs: int, resamples: int) -> dict[tuple[
     }
 
 
-def kept_rows(rows: pa.Table) -> NDArray[np.bool_]:
-    """Each pair of labels once, and only where they differ: a divergence of 0 is the end of its range."""
+def pairs_that_differ(rows: pa.Table) -> NDArray[np.bool_]:
+    """Each pair of labels once, and only where they differ; all rows of other queries."""
     if "label_a" not in rows.column_names:
         return np.ones(rows.num_rows, bool)
-    pairs = zip(rows["label_a"].to_pylist(), rows["label_b"].to_pylist(), strict=True)
-    halves = (world_half(a) and a < b for a, b in pairs)
-    return np.fromiter(halves, bool)
-
-
-def world_half(label: str) -> bool:
-    return int(label.split()[1]) < 4
+    names = rows.select(["metric", "label_a", "label_b", "value"]).to_pylist()
+    differ = {(row["label_a"], row["label_b"]) for row in names if row["metric"] == "jsd" and row["value"] > 1e-9}
+    return np.array([(row["label_a"], row["label_b"]) in differ and row["label_a"] < row["label_b"] for row in names])
 
 
 def measure_coverage(runs: int, resamples: int) -> None:
-    """Prints a row per metric and number of documents."""
-    print("| documents | metric | " + " | ".join(METHODS) + " |")
-    for documents in DOCUMENTS:
-        world = World(documents=(documents,) * 8, effect=0.10)
-        for query in QUERIES:
+    """Prints a row per case and metric."""
+    print(f"| labels | documents | metric | {' | '.join(METHODS)} |\n|---|---|---|{'---|' * len(METHODS)}")
+    for kind, made, documents, queries in CASES:
+        world = World(documents=(documents,) * 8, **made)
+        for query in queries:
             held = coverage(world, query, runs, resamples)
             for metric in dict.fromkeys(metric for metric, _ in held):
-                print(
-                    f"| {documents} | {metric} | " + " | ".join(f"{held[metric, m]:.3f}" for m in METHODS) + " |",
-                    flush=True,
-                )
+                cells = " | ".join(f"{held[metric, method]:.3f}" for method in METHODS)
+                print(f"| {kind} | {documents} | {metric} | {cells} |", flush=True)
 
 
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--shuffles", type=int, default=4999)
-    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--shuffles", type=int, default=2999)
+    parser.add_argument("--resamples", type=int, default=400)
     parser.add_argument("--parts", nargs="+", choices=("tests", "coverage"), default=["tests", "coverage"])
     arguments = parser.parse_args()
     if "tests" in arguments.parts:

@@ -51,16 +51,17 @@ def synthetic(documents: int, experts: int, routers: int) -> Iterator[DocumentCo
 
 
 class Stopwatch:
-    """Seconds inside a `with`, summed up over all of them."""
+    """Seconds of the clock and of the processors inside a `with`, summed up over all of them."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.wall = self.cpu = 0.0
 
     def __enter__(self) -> None:
-        self._started = time.perf_counter()
+        self._started = time.perf_counter(), time.process_time()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self.wall += time.perf_counter() - self._started[0]
+        self.cpu += time.process_time() - self._started[1]
 
 
 def bootstrapped(query: str, routers: Iterable[DocumentCounts], resamples: int, watch: Stopwatch) -> int:
@@ -70,7 +71,7 @@ def bootstrapped(query: str, routers: Iterable[DocumentCounts], resamples: int, 
         with watch:
             answer = asked.answer(counts, whole(counts))
             values_RS = sampled_values(asked, answer, counts, resamples=resamples, seed=0)
-            interval(values_RS, np.full(len(values_RS), len(counts.label_D) // LABELS), 95)
+            interval(values_RS, np.full(len(values_RS), len(counts.label_D) // LABELS), 95, answer["value"].to_numpy())
         rows += answer.num_rows
     return rows
 
@@ -104,7 +105,10 @@ def main() -> None:
         else:
             rows = bootstrapped(part, routers, arguments.resamples, watch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{part:24} {watch.seconds:7.1f} s · {rows:,} rows · peak {peak:.2f} GiB so far", flush=True)
+        print(
+            f"{part:24} {watch.wall:7.1f} s, {watch.cpu:7.1f} s of processors · {rows:,} rows · peak {peak:.2f} GiB so far",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

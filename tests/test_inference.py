@@ -112,13 +112,22 @@ def test_intervals_keep_the_rows_of_the_query(name: str, run: Run) -> None:
     answer = run.query(name).to_arrow_table()
     for got, wanted in zip(table.select(answer.column_names).to_pylist(), answer.to_pylist(), strict=True):
         assert got == pytest.approx(wanted)  # sums of floats differ in their last digits from run to run
-    assert table.column_names[len(answer.column_names) :] == ["documents", "low", "high", "standard_error"]
+    assert table.column_names[len(answer.column_names) :] == ["documents", "low", "high", "standard_error", "bootstrap_bias"]
     assert set(table["documents"].to_pylist()) <= {2, 3}
 
 
-def test_intervals_hold_the_estimate_of_a_frequency_and_stay_in_its_range(run: Run) -> None:
+def test_intervals_hold_the_estimate(run: Run) -> None:
     for row in inference.intervals(run, "domain_specialization", resamples=300).to_pylist():
-        assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+        assert row["low"] <= row["value"] <= row["high"]
+
+
+def test_a_biased_answer_is_moved_back_and_an_unbiased_one_is_not() -> None:
+    values = np.random.default_rng(0).normal(1.0, 0.1, (2, 999))
+    low, high = np.quantile(values, [0.025, 0.975], axis=1)
+    found = interval(values.copy(), np.full(2, 10**9), 95, np.array([0.9, np.nan]))
+    assert found.bias_R[0] == pytest.approx(values[0].mean() - 0.9)
+    assert [found.low_R[0], found.high_R[0]] == pytest.approx([end[0] - 2 * found.bias_R[0] for end in (low, high)])
+    assert [found.low_R[1], found.high_R[1]] == pytest.approx([low[1], high[1]])
 
 
 def test_another_column_has_intervals_of_its_own(run: Run) -> None:
@@ -163,7 +172,8 @@ def test_the_spread_is_that_of_scipys_bootstrap() -> None:
 def test_quantiles_are_those_of_numpy_further_out_for_few_documents() -> None:
     values = np.random.default_rng(0).normal(size=(3, 999))
     documents = np.array([10**9, 10, 1])
-    low, high, error = interval(values.copy(), documents, 95)
+    found = interval(values.copy(), documents, 95)
+    low, high, error = found.low_R, found.high_R, found.standard_error_R
     assert [low[0], high[0]] == pytest.approx(np.quantile(values[0], [0.025, 0.975]), abs=1e-6)
     # t(0.975, 9) = 2.2622; times sqrt(10 / 9) = 2.3845; the normal tail beyond that is 0.00855
     assert [low[1], high[1]] == pytest.approx(np.quantile(values[1], [0.00855, 1 - 0.00855]), abs=1e-3)
@@ -346,7 +356,7 @@ def test_the_curve_passes_through_the_interval_and_narrows(run: Run) -> None:
     at = {(row["label"], row["expert"], row["documents"]): row for row in curve}
     for row in intervals:
         same, more = (at[row["label"], row["expert"], size] for size in (3, 300))
-        assert (same["low"], same["high"], same["available"]) == (row["low"], row["high"], 3)
+        assert (same["standard_error"], same["available"]) == (row["standard_error"], 3)
         assert more["value"] == pytest.approx(row["value"], abs=0.02)
         # ten times narrower, but for the quantiles further out at 3 documents
         assert more["standard_error"] <= same["standard_error"] / 5 + 1e-9

@@ -107,7 +107,7 @@ class SampledQuery:
     def answer(self, counts: DocumentCounts, sums: Sums) -> pa.Table:
         """All rows of all samples, with the number of the sample for a stack."""
         self._register(_tables(counts, sums))
-        return self._connection.execute(self.query.sql, self._params).to_arrow_table()
+        return self._connection.sql(self.query.sql, params=self._params).to_arrow_table()
 
     def _register(self, tables: Mapping[str, pa.Table]) -> None:
         for name, table in tables.items():

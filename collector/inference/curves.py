@@ -51,7 +51,8 @@ def sample_size_curve(
 
     Returns:
         The query's keys, `documents` drawn, `available` (of the label of the row that has the fewest), `value` the mean
-        over the samples, `low`, `high`, `width` (high - low) and `standard_error`; ordered by key, then documents.
+        over the samples, `low` and `high` what so many of them lie between, `width` (high - low) and `standard_error`;
+        ordered by key, then documents.
 
     Raises:
         ValueError: a size is below 2, and what `intervals` raises.
@@ -67,9 +68,11 @@ def sample_size_curve(
         for size in sizes or _sizes(int(available_R.min())):
             values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=seed, size=size)
             mean_R, documents_R = values_RS.mean(axis=1), np.full(len(place), size)
-            low_R, high_R, error_R = interval(values_RS, documents_R, level)
-            columns = {"row": place, "documents": documents_R, "available": available_R, "value": mean_R,
-                       "low": low_R, "high": high_R, "width": high_R - low_R, "standard_error": error_R}  # fmt: skip
+            found = interval(values_RS, documents_R, level)
+            columns = {
+                "row": place, "documents": documents_R, "available": available_R, "value": mean_R, "low": found.low_R,
+                "high": found.high_R, "width": found.high_R - found.low_R, "standard_error": found.standard_error_R,
+            }  # fmt: skip
             tables.append(_append(keys.take(place), columns))
     table = pa.concat_tables(tables)
     return table.sort_by([("row", "ascending"), ("documents", "ascending")]).drop_columns("row")
