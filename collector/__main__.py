@@ -18,7 +18,7 @@ from collector.config import CaptureConfig, DataConfig, Dtype, LaunchConfig, Mod
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_QUERY_FLAGS = ("list", "format", "help", "interval", "column", "resamples", "seed")
+_QUERY_FLAGS = ("list", "format", "by", "help", "interval", "column", "resamples", "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ class Query:
     """The query."""
     list: bool = False
     """Tell which queries there are."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
     format: Literal["table", "csv", "json", "parquet"] = "table"
     """How the rows are written to standard output."""
     interval: float | None = None
@@ -79,7 +81,7 @@ class Query:
         if not (self.run_ and self.name):
             raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
         with warehouse.one_line_errors():
-            run = warehouse.open_run(self.run_)
+            run = warehouse.open_run(self.run_, by=self.by)
             if self.interval is None:
                 show.relation(run.query(self.name, **dict(self.params)), self.format)
             else:
@@ -110,6 +112,8 @@ class Test:
     """Shuffles of the labels; of the split halves, splits; of the curve, bootstrap samples at each size."""
     seed: int = 0
     """Of the shuffles."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script or length; not groups of tokens."""
     stack: str | None = None
     """Only the routers of this stack."""
     layer: int | None = None
@@ -139,7 +143,7 @@ class Test:
             "stack": self.stack, "layer": self.layer, "labels": self.labels, "include_special": self.include_special,
         }  # fmt: skip
         with warehouse.one_line_errors():
-            run = warehouse.open_run(self.run_)
+            run = warehouse.open_run(self.run_, by=self.by)
             if self.sample_size_curve:
                 table = inference.sample_size_curve(run, resamples=self.resamples, seed=self.seed, **where)
             elif self.split_half:
@@ -165,6 +169,8 @@ class Sql:
     """The run directory."""
     statement: tyro.conf.Positional[str]
     """For example: select label, count(*) from documents group by all."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
     format: Literal["table", "csv", "json", "parquet"] = "table"
     """How the rows are written to standard output."""
 
@@ -173,7 +179,7 @@ class Sql:
         from collector import show, warehouse
 
         with warehouse.one_line_errors():
-            show.relation(warehouse.open_run(self.run_).sql(self.statement), self.format)
+            show.relation(warehouse.open_run(self.run_, by=self.by).sql(self.statement), self.format)
         return 0
 
 
@@ -233,7 +239,8 @@ class Verify:
 
     Checks files by size and SHA-256, and tables by what they must hold: every token of every document once, and for
     each recorded router a decision about each token of its stack. Run it after a copy, before a publication, or when a
-    disk is in doubt. A run that only lacks shards is incomplete, not unsound.
+    disk is in doubt. A run that only lacks shards is incomplete, not unsound. A rollup is compared with what the tables
+    give, counted by other means than those that made it.
     """
 
     run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
@@ -249,7 +256,7 @@ class Verify:
         run = RunDirectory(self.run_)
         report = verify.verify(run, verify.Ticker())
         sys.stdout.writelines(f"{line}\n" for line in report.lines())
-        if self.recollect and not report.sound:
+        if self.recollect and (report.wrong or report.run):
             aside = verify.recollect(run, report)
             sys.stdout.writelines(f"set aside: {name}\n" for name in aside)
             sys.stdout.write("Run the same collect command again.\n")
@@ -257,8 +264,37 @@ class Verify:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollup:
+    """Count a run once, per document and per label, so that questions about labels and documents are answered at once.
+
+    Writes two files into the run's folder `rollup`; from then on `query`, `sql` and `show` read them instead of
+    counting tokens. A rollup of other commits than the run has now is not read: make it anew when shards were added.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory: a path or an object store's URL, which is read as a whole."""
+    again: bool = False
+    """Count again although there is a rollup of exactly these commits."""
+
+    def run(self) -> int:
+        """Makes the rollup, unless it is there."""
+        from collector import verify
+        from collector.rollup import files, making
+        from collector.storage import RunDirectory
+
+        run = RunDirectory(self.run_)
+        if not self.again and (names := files.current(run)):
+            sys.stdout.write(f"{' and '.join(names.values())}: there already, and of all that is committed\n")
+            return 0
+        made = making.make(run, verify.Ticker("counted"))
+        sys.stdout.write(f"{' and '.join(made.files.values())}: {made.shards:,} shards, {made.tokens:,} tokens, "
+                         f"{made.bytes:,} bytes, {made.bytes / max(1, made.tokens):.1f} a token\n")  # fmt: skip
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gc:
-    """Remove the orphans of a run: files that no commit record names, left by replicas that died.
+    """Remove the orphans of a run: files that no commit record names, left by replicas that died, and old rollups.
 
     They count for nothing and only take room. What is committed stays, whatever its age. On object stores the parts of
     uploads that were cut are out of sight: give the bucket a lifecycle rule that aborts incomplete uploads.
@@ -299,13 +335,15 @@ class Show:
     """Another run, for example the same model with random weights."""
     labels: tuple[str, ...] | None = None
     """Which labels (default: all)."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
 
     def run(self) -> int:
         """Prints the table."""
         from collector import show, warehouse
 
-        beside = warehouse.open_run(self.beside) if self.beside else None
-        show.top_experts_by_layer(warehouse.open_run(self.run_), self.labels, beside)
+        beside = warehouse.open_run(self.beside, by=self.by) if self.beside else None
+        show.top_experts_by_layer(warehouse.open_run(self.run_, by=self.by), self.labels, beside)
         return 0
 
 
@@ -376,6 +414,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "views": Views,
     "status": Status,
     "verify": Verify,
+    "rollup": Rollup,
     "gc": Gc,
     "show": Show,
     "quantize": Quantize,

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import sparse, stats
 
-from collector.inference.resampling import documents_of, portions
+from collector.inference.resampling import documents_of, portions, require_document_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -102,6 +102,7 @@ def remark(table: pa.Table, resamples: int, level: float) -> str:
 
 
 def _test_router(counts: DocumentCounts, resamples: int, seed: int, alternative: Alternative) -> pa.Table:
+    require_document_labels(counts)
     members = documents_of(counts)
     if len(members) < 2:
         names = ", ".join(members) or "none"

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from collector.inference.resampling import documents_of, label_generators, portions
+from collector.inference.resampling import documents_of, label_generators, portions, require_document_labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -61,6 +61,7 @@ def split_half(counts: Iterable[DocumentCounts], *, splits: int = 200, seed: int
 
 
 def _of_router(counts: DocumentCounts, splits: int, seed: int) -> Iterator[dict[str, object]]:
+    require_document_labels(counts)
     members = {label: documents for label, documents in documents_of(counts).items() if len(documents) > 1}
     if not members:
         return

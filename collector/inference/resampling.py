@@ -62,6 +62,30 @@ def documents_of(counts: DocumentCounts) -> dict[str, NDArray[np.intp]]:
     return {name: documents for name, documents in members.items() if len(documents)}
 
 
+def document_numbers(counts: DocumentCounts) -> NDArray[np.intp]:
+    """[D] which document a row is of, from 0."""
+    names_D2 = np.stack([counts.shard_D, counts.doc_D], axis=1)
+    return np.unique(names_D2, axis=0, return_inverse=True)[1].ravel()
+
+
+def has_token_labels(counts: DocumentCounts) -> bool:
+    """Whether labels are groups of tokens, so that a document has several."""
+    return len(counts.label_D) > len(np.unique(document_numbers(counts)))
+
+
+def require_document_labels(counts: DocumentCounts) -> None:
+    """What shuffles or halves the documents of labels needs documents with one label each.
+
+    Raises:
+        ValueError: a document has several.
+    """
+    if has_token_labels(counts):
+        raise ValueError(
+            "documents have tokens of several labels here, so their labels cannot be shuffled or halved: choose labels "
+            "of documents, or compare the intervals of `collector query`"
+        )
+
+
 def portions(samples: int, numbers: int) -> Iterator[int]:
     """Sizes of portions of samples, each of which needs at most so many numbers a sample."""
     step = max(1, _PORTION // max(1, numbers))
@@ -89,6 +113,9 @@ def whole(counts: DocumentCounts) -> Sums:
 def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None) -> Iterator[Sums]:
     """Sums of bootstrap samples: each label's documents drawn with replacement.
 
+    Where labels are groups of tokens, a document has several: then all documents are drawn together, each with all
+    that it has.
+
     Args:
         counts: of one router.
         resamples: how many samples.
@@ -99,12 +126,17 @@ def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | 
         The samples in portions.
     """
     members, values_DC = documents_of(counts), columns(counts)
-    labels = tuple(members)
-    rngs = label_generators(labels, seed)
-    largest = max((max(len(documents), size or 0) for documents in members.values()), default=0)
+    labels, document_D = tuple(members), document_numbers(counts)
+    together = int(document_D.max()) + 1 if has_token_labels(counts) else 0
+    rngs = label_generators(("",) if together else labels, seed)
+    largest = max(together, size or 0, *map(len, members.values()))
     for samples in portions(resamples, max(largest, len(labels) * counts.n_experts)):
         sums_SLC = np.empty((samples, len(labels), values_DC.shape[1]))
-        for place, (documents, rng) in enumerate(zip(members.values(), rngs, strict=True)):
-            weights_SN = draw(rng, len(documents), size or len(documents), samples)
-            np.matmul(weights_SN, values_DC[documents], out=sums_SLC[:, place])
+        drawn_SN = draw(rngs[0], together, size or together, samples) if together else None
+        for place, rows in enumerate(members.values()):
+            if drawn_SN is None:
+                weights_SN = draw(rngs[place], len(rows), size or len(rows), samples)
+            else:
+                weights_SN = drawn_SN[:, document_D[rows]]
+            np.matmul(weights_SN, values_DC[rows], out=sums_SLC[:, place])
         yield Sums.of(labels, sums_SLC)
