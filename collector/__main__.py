@@ -18,7 +18,7 @@ from collector.config import CaptureConfig, DataConfig, Dtype, LaunchConfig, Mod
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_QUERY_FLAGS = ("list", "format", "by", "beside", "help")
+_QUERY_FLAGS = ("list", "format", "by", "beside", "interval", "column", "resamples", "seed", "help")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,19 @@ class Query:
     """What labels are: label (as recorded), source, script, length, position or token_class."""
     format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
     """How the rows are written to standard output."""
+    interval: float | None = None
+    """Give each row an interval of this level, as 95: a bootstrap over documents."""
+    column: str = "value"
+    """What the interval is for, of the query's columns."""
+    resamples: int = 1000
+    """Bootstrap samples."""
+    seed: int = 0
+    """Of the bootstrap's draws."""
     params: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
 
     def run(self) -> int:
         """Runs the query, or lists them."""
-        from collector import comparison, show, warehouse
+        from collector import show, warehouse
 
         if self.list:
             return self._list()
@@ -77,14 +85,30 @@ class Query:
             raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
         params = dict(self.params)
         with warehouse.one_line_errors():
-            if self.beside is None:
+            if self.beside is not None:
+                self._compare(params)
+            elif self.interval is not None:
+                self._resample(params)
+            else:
                 show.relation(warehouse.open_run(self.run_, by=self.by).query(self.name, **params), self.format)
-                return 0
-            pair = comparison.open_runs(self.run_, self.beside, by=self.by)
-            rows = pair.query(self.name, **params)
-            sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
-            show.relation(rows, self.format)
         return 0
+
+    def _compare(self, params: dict[str, str]) -> None:
+        from collector import comparison, show
+
+        if self.interval is not None:
+            raise ValueError("--interval resamples the documents of one run: give it without --beside")
+        pair = comparison.open_runs(self.run_, self.beside or "", by=self.by)
+        rows = pair.query(self.name, **params)
+        sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
+        show.relation(rows, self.format)
+
+    def _resample(self, params: dict[str, str]) -> None:
+        from collector import inference, show, warehouse
+
+        draws = {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
+        run = warehouse.open_run(self.run_, by=self.by)
+        show.uncertain(inference.intervals(run, self.name, column=self.column, **draws, **params), self.format)
 
     def _list(self) -> int:
         from collector import comparison, manual, show
@@ -94,6 +118,71 @@ class Query:
             sys.stdout.write(manual.page(runs))
         else:
             show.queries([*comparison.list_queries(), *comparison.list_comparisons()])
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Test:
+    """Test which experts specialize in which label, by shuffling the labels of documents.
+
+    For every router, label and expert: is the share of the label's tokens that choose the expert larger than that of
+    all documents together? Tokens of a document are correlated, so documents are what is shuffled; q values keep the
+    rate of false discoveries over all rows (Benjamini-Hochberg). Most certain first.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+    alternative: Literal["greater", "less", "two-sided"] = "greater"
+    """Look for experts that a label chooses more than the pooled documents do, less, or either."""
+    level: float = 0.05
+    """The rate of false discoveries among the significant rows."""
+    resamples: int = 1000
+    """Shuffles of the labels; of the split halves, splits; of the curve, bootstrap samples at each size."""
+    seed: int = 0
+    """Of the shuffles."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script or length; not groups of tokens."""
+    stack: str | None = None
+    """Only the routers of this stack."""
+    layer: int | None = None
+    """Only this layer, by the model's own number."""
+    labels: tuple[str, ...] | None = None
+    """Only the documents with these labels."""
+    include_special: bool = False
+    """Also count the tokens that the tokenizer added itself."""
+    split_half: bool = False
+    """Instead: do two random halves of each label's documents agree about the experts?"""
+    sample_size_curve: bool = False
+    """Instead: how do domain specialization and its 95 % interval change with the number of documents?"""
+    format: Literal["table", "csv", "json", "parquet"] = "table"
+    """How the rows are written to standard output."""
+
+    def __post_init__(self) -> None:
+        """Refuses two questions at once."""
+        if self.split_half and self.sample_size_curve:
+            raise ValueError("--split-half and --sample-size-curve are two questions: ask one at a time")
+
+    def run(self) -> int:
+        """Prints one row per cell."""
+        from collector import inference, show, warehouse
+        from collector.counts import document_counts
+
+        where = {
+            "stack": self.stack, "layer": self.layer, "labels": self.labels, "include_special": self.include_special,
+        }  # fmt: skip
+        with warehouse.one_line_errors():
+            run = warehouse.open_run(self.run_, by=self.by)
+            if self.sample_size_curve:
+                table = inference.sample_size_curve(run, resamples=self.resamples, seed=self.seed, **where)
+            elif self.split_half:
+                table = inference.split_half(document_counts(run, **where), splits=self.resamples, seed=self.seed)
+            else:
+                table = inference.specialization_test(
+                    document_counts(run, **where), resamples=self.resamples, seed=self.seed, level=self.level,
+                    alternative=self.alternative,
+                )  # fmt: skip
+                sys.stderr.write(f"{inference.remark(table, self.resamples, self.level)}\n")
+            show.uncertain(table, self.format)
         return 0
 
 
@@ -348,6 +437,7 @@ class Models:
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect,
     "query": Query,
+    "test": Test,
     "sql": Sql,
     "views": Views,
     "status": Status,
