@@ -37,7 +37,7 @@ from collector.inference.permutation import group_sums, p_values
 from collector.inference.resampling import Sums, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -186,13 +186,13 @@ def false_discoveries(world: World, test: Callable, runs: int, resamples: int) -
     )
 
 
-def measure_tests(runs: int, resamples: int) -> None:
+def measure_tests(runs: int, resamples: int, kinds: Sequence[str], tests: Sequence[str]) -> None:
     """Prints a row per kind of run and test."""
     heads = ("runs", "test", "with a false discovery", "false share", "p <= 0.05", "worst label", "found")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for kind, world in WORLDS.items():
-        for name, test in TESTS.items():
-            errors = false_discoveries(world, test, runs, resamples)
+    for kind in kinds:
+        for name in tests:
+            errors = false_discoveries(WORLDS[kind], TESTS[name], runs, resamples)
             cells = (f"{value:.3f}" if value == value else "–" for value in dataclasses.astuple(errors))
             print(f"| {kind} | {name} | {' | '.join(cells)} |", flush=True)
 
@@ -287,9 +287,11 @@ def main() -> None:
     parser.add_argument("--shuffles", type=int, default=2999)
     parser.add_argument("--resamples", type=int, default=400)
     parser.add_argument("--parts", nargs="+", choices=("tests", "coverage"), default=["tests", "coverage"])
+    parser.add_argument("--kinds", nargs="+", choices=list(WORLDS), default=list(WORLDS), help="of runs, for tests")
+    parser.add_argument("--tests", nargs="+", choices=list(TESTS), default=list(TESTS))
     arguments = parser.parse_args()
     if "tests" in arguments.parts:
-        measure_tests(arguments.runs, arguments.shuffles)
+        measure_tests(arguments.runs, arguments.shuffles, arguments.kinds, arguments.tests)
     if "coverage" in arguments.parts:
         measure_coverage(arguments.runs, arguments.resamples)
 
