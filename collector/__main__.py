@@ -83,7 +83,7 @@ class Query:
             return self._list()
         if not (self.run_ and self.name):
             raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
-        params = dict(self.params)
+        params: dict[str, Any] = dict(self.params)
         with warehouse.one_line_errors():
             if self.beside is not None:
                 self._compare(params)
@@ -93,7 +93,7 @@ class Query:
                 show.relation(warehouse.open_run(self.run_, by=self.by).query(self.name, **params), self.format)
         return 0
 
-    def _compare(self, params: dict[str, str]) -> None:
+    def _compare(self, params: dict[str, Any]) -> None:
         from collector import comparison, show
 
         if self.interval is not None:
@@ -103,10 +103,10 @@ class Query:
         sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
         show.relation(rows, self.format)
 
-    def _resample(self, params: dict[str, str]) -> None:
+    def _resample(self, params: dict[str, Any]) -> None:
         from collector import inference, show, warehouse
 
-        draws = {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
+        draws: dict[str, Any] = {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
         run = warehouse.open_run(self.run_, by=self.by)
         show.uncertain(inference.intervals(run, self.name, column=self.column, **draws, **params), self.format)
 
@@ -167,7 +167,7 @@ class Test:
         from collector import inference, show, warehouse
         from collector.counts import document_counts
 
-        where = {
+        where: dict[str, Any] = {
             "stack": self.stack, "layer": self.layer, "labels": self.labels, "include_special": self.include_special,
         }  # fmt: skip
         with warehouse.one_line_errors():

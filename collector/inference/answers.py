@@ -57,8 +57,14 @@ def ask(run: Run, name: str, params: Mapping[str, object], column: str = "value"
     numbers = [field.name for field in answer.schema if field.name not in KEYS and _is_number(field.type)]
     if column not in numbers:
         raise ValueError(f"{name} has no numbers {column!r}; it has {', '.join(numbers)}")
+    keys = answer.select(["stack", *_keys(answer)])
+    assert keys.group_by(keys.column_names).aggregate([]).num_rows == answer.num_rows, "KEYS lacks a key of this query"
     given = {view: run.connection.cursor().sql(f"from {view}").to_arrow_table() for view in _GIVEN & {*query.reads}}
     return answer, SampledQuery(query, params, column, given)
+
+
+def _keys(rows: pa.Table) -> list[str]:
+    return [key for key in KEYS if key in rows.column_names]
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -73,14 +79,18 @@ class SampledQuery:
     """One query with its parameters, over the samples of one router after the other."""
 
     def __init__(
-        self, query: Query, params: Mapping[str, object], column: str = "value", given: Mapping[str, pa.Table] = {}
+        self,
+        query: Query,
+        params: Mapping[str, object],
+        column: str = "value",
+        given: Mapping[str, pa.Table] | None = None,
     ) -> None:
         """Prepares a DuckDB of its own, where `given` are the views that are the same for all samples."""
         self.query = query
         self._column = column
         self._params = query.bind(params) | _EVERY_ROW.get(query.name, {}) | {"stack": None}
         self._connection = locked.connect(())
-        self._register(given)
+        self._register(given or {})
 
     def values(self, rows: pa.Table, counts: DocumentCounts, sums: Sums) -> NDArray[np.float64]:
         """[R, S] the wanted column of R rows in S samples; NaN where it is null.
@@ -90,12 +100,12 @@ class SampledQuery:
             counts: the router.
             sums: of S samples of its documents.
         """
-        keys = [key for key in KEYS if key in rows.column_names]
+        keys = _keys(rows)
         wanted = rows.select(keys).append_column("row", pa.array(np.arange(rows.num_rows)))
         self._register({"wanted": wanted, **_tables(counts, sums)})
         same = " and ".join(f"wanted.{key} is not distinct from answer.{key}" for key in keys)
         found = self._connection.execute(
-            f"select wanted.row, answer.stack as sample, answer.{self._column}::double as value "
+            f'select wanted.row, answer.stack as sample, answer."{self._column}"::double as value '
             f"from (\n{self.query.sql}\n) as answer inner join wanted on {same}",
             self._params,
         ).fetchnumpy()
