@@ -5,7 +5,7 @@
 --   all other queries.
 -- Source: expert capacity as in Switch Transformers, arXiv 2101.03961, section 2.2.
 -- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
--- Reads: document_counts, layers
+-- Reads: decisions, layers
 -- Example: --layer 4 --labels eng_Latn,kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -15,7 +15,7 @@
 --     language codes); they say nothing about the text
 with chosen as (
     select *
-    from document_counts
+    from decisions
     where
         ($stack is null or stack = $stack)
         and ($layer is null or layer = $layer)
@@ -28,9 +28,9 @@ counted as (
         stack,
         layer,
         label,
-        sum(tokens)::bigint as n,
-        sum(dropped_tokens)::bigint as tokens_with_drops,
-        sum(dropped_picks)::bigint as picks_dropped
+        count(*) as n,
+        count_if(dropped_picks > 0) as tokens_with_drops,
+        sum(dropped_picks) as picks_dropped
     from chosen
     group by stack, layer, label
 ),

@@ -110,12 +110,12 @@ class Shard:
     @property
     def lengths(self) -> np.ndarray:
         """[documents] tokens of each."""
-        return np.array([length for _, length in self.documents])
+        return np.array([length for _, length in self.documents], np.int64)
 
     @property
     def labels(self) -> np.ndarray:
         """[T] each token's label."""
-        return np.repeat([label for label, _ in self.documents], self.lengths)
+        return np.repeat(np.array([label for label, _ in self.documents], str), self.lengths)
 
     @property
     def ids(self) -> np.ndarray:

@@ -139,6 +139,14 @@ def test_every_query_runs_over_a_rollup(run) -> None:
         opened.query(query.name).fetchall()
 
 
+def test_a_shard_without_documents_adds_nothing(tmp_path) -> None:
+    none = Shard.of_picks(LAYERS, documents=[], experts={1: [], 4: []})
+    run = RunDirectory(write_run(tmp_path / "run", LAYERS, [none, shards(1)[0], none]))
+    making.make(run)
+    for view in VIEWS:
+        assert_rows(open_run(run.root), open_run(run.root, rollup=False), view)
+
+
 def test_a_run_without_a_commit_has_an_empty_rollup(tmp_path) -> None:
     run = RunDirectory(write_run(tmp_path / "run", LAYERS, [], complete=False))
     made = making.make(run)

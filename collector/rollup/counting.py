@@ -74,7 +74,8 @@ def count(shard: int, layer: Layer, routing: Path, doc_t: NDArray[np.int64]) -> 
         routing: the shard's routing file.
         doc_t: [T] each token's document.
     """
-    rows = pq.read_table(routing, filters=[("stack", "=", layer.stack), ("layer", "=", layer.layer)])
+    own = [("stack", "=", layer.stack), ("layer", "=", layer.layer)]
+    rows = pq.read_table(routing, columns=_columns(layer), filters=own)
     key_t = 2 * doc_t[rows["tok"].to_numpy()] + rows["is_special"].to_numpy()
     key_g, group_t = np.unique(key_t, return_inverse=True)
     experts_tk, weights_tk = _picks(rows, "e", layer), _picks(rows, "w", layer)
@@ -93,6 +94,11 @@ def count(shard: int, layer: Layer, routing: Path, doc_t: NDArray[np.int64]) -> 
         top1_n=np.bincount(top_t, minlength=size)[chosen_n],
         weight_sum_n=np.bincount(cells_tk.ravel(), weights_tk.ravel(), minlength=size)[chosen_n],
     )  # fmt: skip
+
+
+def _columns(layer: Layer) -> list[str]:
+    picks = [f"{letter}{i}" for letter in ("ewd" if layer.has_capacity else "ew") for i in range(layer.top_k)]
+    return ["tok", "is_special", *picks, *records.STATISTICS]
 
 
 def _picks(rows: pa.Table, letter: str, layer: Layer) -> NDArray:

@@ -7,6 +7,7 @@ counted. Both files appear whole or not at all, and the second makes the first c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections import defaultdict
@@ -60,22 +61,20 @@ def make(run: RunDirectory, progress: Callable[[int, int], None] = lambda _done,
         DamagedRecordError: a commit record cannot be read.
     """
     layers = records.recorded_layers(run.read_json(RUN))
-    covered, labels, shards, tokens = Covered(), _Labels(), len(run.committed_shards()), 0
+    covered, labels, of = Covered(), _Labels(), len(run.committed_shards())
+    shards = tokens = 0
     pipeline = Pipeline(Stage(name="fetch", step=lambda commit: _fetch(run, commit)),
                         Stage(name="count", step=lambda fetched: _count(fetched, layers)))  # fmt: skip
     with run.scratch() as scratch:
-        paths = {name: Path(scratch, name) for name in SCHEMAS}
-        try:
-            with _Documents(paths[DOCUMENTS]) as documents:
-                for done, (commit, label_d, counted) in enumerate(pipeline.map(run.commits()), 1):
-                    covered.add(commit)
-                    tokens += commit.tokens
-                    for counts in counted:
-                        documents.add(counts)
-                        labels.add(counts, label_d)
-                    progress(done, shards)
-        finally:
-            pipeline.close()
+        paths = {relation: Path(scratch, relation) for relation in SCHEMAS}
+        with contextlib.closing(pipeline), _Documents(paths[DOCUMENTS]) as documents:
+            for commit, label_d, counted in pipeline.map(run.commits()):
+                covered.add(commit)
+                for counts in counted:
+                    documents.add(counts)
+                    labels.add(counts, label_d)
+                shards, tokens = shards + 1, tokens + commit.tokens
+                progress(shards, of)
         _write(paths[LABELS], labels.table())
         size = sum(path.stat().st_size for path in paths.values())
         for relation, name in covered.names().items():  # in this order: see `files`
