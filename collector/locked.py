@@ -31,14 +31,19 @@ _mounted: weakref.WeakKeyDictionary[duckdb.DuckDBPyConnection, list[str]] = weak
 """Protocols of the file systems that a connection has."""
 
 
-def connect(paths: Iterable[str], mounts: Sequence[RunFiles] = ()) -> duckdb.DuckDBPyConnection:
+def connect(
+    paths: Iterable[str], mounts: Sequence[RunFiles] = (), memory_limit: str | None = None
+) -> duckdb.DuckDBPyConnection:
     """A locked DuckDB in memory.
 
     Args:
         paths: the files that it may open, spelled as statements spell them.
         mounts: file systems of those that are on an object store, `PROTOCOL://NAME`.
+        memory_limit: what it may take, for example 4GB (default: 80 % of the machine's memory).
     """
     connection = _open(threads=_REMOTE_THREADS if mounts else 1)
+    if memory_limit is not None:
+        connection.execute("set memory_limit = $limit", {"limit": memory_limit})
     if mounts:
         connection.execute(
             "set enable_external_file_cache = false"

@@ -153,7 +153,9 @@ class Run:
             )
 
 
-def open_run(root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True) -> Run:
+def open_run(
+    root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True, memory_limit: str | None = None
+) -> Run:
     """Opens a run, complete or not; local or on an object store.
 
     Args:
@@ -161,6 +163,8 @@ def open_run(root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = Tr
         by: what `label` means in all views and queries: the recorded label, or a grouping of
             `queries/groupings/`: source, script, length, position or token_class.
         rollup: whether to read counts from the run's rollup where there is a current one.
+        memory_limit: what DuckDB may take, for example 4GB (default: 80 % of the machine's memory); what does not fit
+            goes to the folder for temporary files.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -169,7 +173,7 @@ def open_run(root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = Tr
             grouping, or not of this run.
     """
     located = locate(root, by=by, rollup=rollup)
-    connection = locked.connect(located.paths, located.mounts)
+    connection = locked.connect(located.paths, located.mounts, memory_limit)
     connection.execute(located.script)
     return Run(connection, located.info, complete=located.complete, by=by)
 
