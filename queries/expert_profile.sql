@@ -10,7 +10,7 @@
 -- Grain: aspect, stack, layer, expert, rank; items that the expert never had are left out. Tokens and experts
 --   by N_ae, labels by value, the first $n of each; positions in their order, all. n = N_a, but N_e for the
 --   aspect expert; count = N_ae. No tokens where the run dropped their ids.
--- Reads: token_decisions
+-- Reads: decisions, labelled_tokens, documents
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
@@ -19,22 +19,51 @@
 --     language codes); they say nothing about the text
 --   expert integer >= 0 = 0: the expert, in each layer that has it
 --   n integer >= 1 = 10: items of each aspect
-with chosen as (
+--   every integer >= 1 = 1: only every so manieth shard, from the first on: a sample of a large run
+with sampled as (
+    select distinct shard
+    from documents
+    where shard % $every = 0
+),
+
+decided as (
     select
+        shard,
         stack,
         layer,
+        tok,
         label,
-        token_id,
-        token,
-        if(position = 0, 0, 2 ** floor(log2(position)))::bigint as first_position,
         experts,
         list_contains(experts, $expert) as is_own
-    from token_decisions
+    from decisions
     where
         ($stack is null or stack = $stack)
         and ($layer is null or layer = $layer)
         and ($labels is null or list_contains($labels, label))
         and ($include_special or not is_special)
+        and shard in (select sampled.shard from sampled)
+),
+
+-- asked for again: through the join it would not reach the files of the tokens
+words as (
+    select
+        shard,
+        tok,
+        token_id,
+        token,
+        if(position = 0, 0, 2 ** floor(log2(position)))::bigint as first_position
+    from labelled_tokens
+    where shard in (select sampled.shard from sampled)
+),
+
+chosen as (
+    select
+        decided.*,
+        words.token_id,
+        words.token,
+        words.first_position
+    from decided
+    inner join words using (shard, tok)
 ),
 
 totals as (

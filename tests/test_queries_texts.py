@@ -23,11 +23,12 @@ LAYERS = (Layer(layer=0, n_experts=7, top_k=2), Layer(layer=3, n_experts=5, top_
 @few_examples
 @given(
     random=random_runs(), include_special=st.booleans(), probabilities=st.booleans(), expert=st.integers(0, 5),
-    n=st.integers(1, 8), data=st.data(),
+    n=st.integers(1, 8), every=st.integers(1, 3), data=st.data(),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(random, include_special, probabilities, expert, n, data) -> None:
+def test_agrees_with_numpy_on_random_runs(random, include_special, probabilities, expert, n, every, data) -> None:
     layers, shards = random
     decided = decisions(layers, shards, include_special=include_special)
+    sample = [decision for decision in decided if decision.shard % every == 0]
     shard = data.draw(st.integers(0, len(shards) - 1))
     doc = data.draw(st.integers(0, len(shards[shard].documents) - 1))
     special = {"include_special": include_special}
@@ -36,8 +37,11 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, probabilities
         trace = texts.token_trace(decided, shard, doc)
         assert_same(keyed(run, "token_trace", 4, shard=shard, doc=doc, **special), trace)
         assert_same(keyed(run, "token_trace", 4, document=f"synthetic#{shard}-{doc}", **special), trace)
+        of_expert = {"expert": expert, "n": n, "every": every, **special}
+        assert_same(keyed(run, "expert_profile", 5, **of_expert), texts.expert_profile(sample, expert, n))
         assert_same(
-            keyed(run, "expert_profile", 5, expert=expert, n=n, **special), texts.expert_profile(decided, expert, n)
+            keyed(run, "expert_contexts", 4, around=n, **of_expert),
+            texts.expert_contexts(sample, shards, expert, n, around=n),
         )
         assert_same(
             keyed(run, "routing_divergence", 5, **special),
@@ -113,6 +117,7 @@ def test_a_trace_without_token_ids_still_has_the_decisions(tmp_path: Path) -> No
     run = open_run(write_run(tmp_path / "run", layers, [shard]))
     assert run.query("token_trace").project("token_id, token, expert").fetchall() == [(None, None, 0), (None, None, 1)]
     assert "token" not in {row[0] for row in run.query("expert_profile").fetchall()}
+    assert run.query("expert_contexts").fetchall() == []
 
 
 def test_a_profile_knows_experts_above_255_and_layers_without_the_expert(parallel: Run) -> None:

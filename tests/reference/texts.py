@@ -85,6 +85,28 @@ def expert_profile(found: Sequence[Decision], expert: int, n: int) -> dict:
     return rows
 
 
+def expert_contexts(found: Sequence[Decision], shards: Sequence[Shard], expert: int, n: int, around: int) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        own = sorted((d for d in decided if expert in d.experts), key=lambda d: (-_weight(d, expert), d.shard, d.tok))
+        best = [same[0] for same in grouped(own, lambda d: d.token_id).values()]
+        for rank, d in enumerate(best[:n], start=1):
+            lengths = shards[d.shard].lengths
+            ids = np.split(shards[d.shard].ids, np.cumsum(lengths)[:-1])[d.doc]
+            words = [f"token {i}" for i in ids]
+            before = "".join(words[max(0, d.position - around) : d.position]) or None
+            after = "".join(words[d.position + 1 : d.position + 1 + around]) or None
+            rows[one.stack, one.layer, expert, rank] = (
+                f"synthetic#{d.shard}-{d.doc}", d.position, d.label, _weight(d, expert), before, words[d.position],
+                after,
+            )  # fmt: skip
+    return rows
+
+
+def _weight(decision: Decision, expert: int) -> float:
+    return decision.weights[decision.experts.index(expert)]
+
+
 _ASPECTS = {
     "token": (lambda d: d.token_id, lambda x: f"token {x}", lambda x, count, _: (-count, x)),
     "label": (lambda d: d.label, str, lambda x, count, n: (-count / n, x)),
