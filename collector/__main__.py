@@ -252,6 +252,28 @@ class Trace:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Explore:
+    """Look at a run in the browser: languages, layers, documents token by token, experts.
+
+    A server on this machine alone; the URL that it prints holds the token that lets in.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+    port: int = 0
+    """Where the server listens (default: a port that is free)."""
+    browser: bool = True
+    """Open the page in the browser."""
+
+    def run(self) -> int:
+        """Serves until Ctrl-C."""
+        from collector.explore import serving
+
+        serving.serve(self.run_, self.port, browser=self.browser)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Write a quantized copy of a model, so that each replica reads a quarter: `collector quantize MODEL OUT`.
 
@@ -319,6 +341,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "gc": Gc,
     "show": Show,
     "trace": Trace,
+    "explore": Explore,
     "quantize": Quantize,
     "models": Models,
 }
