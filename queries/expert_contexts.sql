@@ -41,19 +41,19 @@ picked as (
         and shard in (select sampled.shard from sampled)
 ),
 
--- asked for again: through the join it would not reach the files of the tokens
+-- asked for again: through the joins it would not reach the files of the tokens
 words as (
     select
         shard,
         stack as token_stack,
         tok,
         doc,
+        doc_id,
         position,
-        token_id
+        token_id,
+        coalesce(token, '#' || token_id) as spelling
     from labelled_tokens
-    where
-        token_id is not null
-        and shard in (select sampled.shard from sampled)
+    where shard in (select sampled.shard from sampled)
 ),
 
 placed as (
@@ -65,6 +65,7 @@ placed as (
         words.token_id
     from picked
     inner join words using (shard, tok)
+    where words.token_id is not null
 ),
 
 best as (
@@ -90,16 +91,16 @@ ranked as (
 spelled as (
     select
         ranked.*,
-        neighbours.doc_id,
-        neighbours.tok - ranked.tok::bigint as distance,
-        coalesce(neighbours.token, '#' || neighbours.token_id) as spelling
+        words.doc_id,
+        words.spelling,
+        words.tok - ranked.tok::bigint as distance
     from ranked
-    inner join labelled_tokens as neighbours
+    inner join words
         on
-            ranked.shard = neighbours.shard
-            and ranked.doc = neighbours.doc
-            and ranked.token_stack = neighbours.stack
-            and neighbours.tok between ranked.first_tok and ranked.last_tok
+            ranked.shard = words.shard
+            and ranked.doc = words.doc
+            and ranked.token_stack = words.token_stack
+            and words.tok between ranked.first_tok and ranked.last_tok
 )
 
 select

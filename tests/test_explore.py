@@ -186,6 +186,9 @@ def test_only_this_machine_and_only_with_the_token(server):
 def test_what_cannot_be_served_is_refused(tmp_path, run_folder):
     with pytest.raises(FileNotFoundError, match="no run"), serving.served(str(tmp_path)):
         pass
+    write_run(tmp_path / "empty", LAYERS, [], complete=False)
+    with pytest.raises(ValueError, match="no document yet"), serving.served(str(tmp_path / "empty")):
+        pass
     with socket.socket() as taken:
         taken.bind((serving.HOST, 0))
         taken.listen()
@@ -240,6 +243,8 @@ def test_a_researcher_finds_the_tokens_behind_an_expert(server, run_folder, brow
     page.wait_for_function("location.search.includes('expert=4')")
     wanted = {"language": "ko", "stack": "decoder", "layer": "1", "by": "expert", "document": "1.2", "expert": "4"}
     assert state(browser) == wanted
+    shown.nth(3).hover()
+    assert page.get_by_role("tooltip").locator("div").count() == 2, "the k experts"
     marked = page.locator(".tokens button[aria-pressed=true]").all()
     assert {each.get_attribute("data-expert") for each in marked} <= {"4"}
 

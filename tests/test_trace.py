@@ -354,3 +354,32 @@ def test_scales_reach_from_the_lowest_to_the_highest_of_all_routers():
     trace = Trace(document="d", label="x", routers=(made(["a", "b"], [1, 2]), made(["a", "b"], [1, 2], layer=4)))
     assert page.Scales.of(trace) == page.Scales(weight=(0.6, 0.6), entropy=(0.5, 1.5))
     assert math.isclose(0.6, trace.routers[0].decisions[0].weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_can_be_used_by_everybody(tmp_path, browser, scheme):
+    texts = ["The", " fox", "es", "\n", " run"]
+    routers = (made(texts, [7, 61, 7, 0, 3]), made(texts, [1, 2, 3, 4, 5], layer=5))
+    file = tmp_path / "trace.html"
+    file.write_text(page.page(Trace(document="d", label="x", routers=routers), "a model"), encoding="utf-8")
+    browser.prefer(scheme)
+    browser.open(file)
+    first = browser.page.get_by_role("group", name="Tokens of layer 3").get_by_role("button")
+    first.first.focus()
+    browser.page.keyboard.press("End")
+    browser.page.keyboard.press("ArrowUp")
+    browser.page.keyboard.press("ArrowRight")
+    browser.page.keyboard.press("ArrowRight")
+    browser.page.keyboard.press("Enter")
+    assert [each.get_attribute("aria-pressed") == "true" for each in first.all()] == [True, False, True, False, False]
+    assert [each.get_attribute("data-is") for each in first.all()] == ["first", "", "first", "", ""]
+    told = " ".join(browser.page.get_by_role("tooltip").inner_text().split())
+    assert told == "2 es 7 0.600 8 0.200 router entropy 2.50 of 4.16 nats"
+    browser.page.get_by_label("entropy", exact=True).check()
+    background = "getComputedStyle(document.querySelector('.tokens button')).backgroundColor"
+    assert browser.page.evaluate(background) == "rgb(255, 255, 229)", "the lowest entropy of the page"
+    assert browser.barriers() == []
+    assert browser.errors == []
+    assert browser.requests() == []
+    browser.screenshot(f"trace-{scheme}", whole=True)

@@ -44,9 +44,10 @@ def served(run: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]
 
     Raises:
         FileNotFoundError: there is no run.
-        ValueError: the run cannot be opened, the port is taken, or marimo is missing.
+        ValueError: the run cannot be opened or is empty, the port is taken, or marimo is missing.
     """
-    warehouse.open_run(run)
+    if not warehouse.open_run(run).sql("select 1 from documents limit 1").fetchall():
+        raise ValueError(f"{run} holds no document yet: collector status {run} tells how far it is")
     for module in ("marimo", "anywidget"):
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"the explorer needs {module}: pip install 'moe-routing-collector[explore]'")
