@@ -17,6 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/collector query runs/demo effective_experts --layer 4 --labels eng_Latn,kor_Hang
 
 test: $(INSTALLED)
+	@command -v chromium >/dev/null || echo 'No Chromium: tests of pages are skipped. Debian: apt-get install chromium'
 	$(BIN)/pytest -m "not gpu"
 
 chaos: $(INSTALLED)

@@ -119,9 +119,7 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
     stored = run.read_or_none(RUN)
     if stored is not None:
         card = json.loads(stored)
-        model = card["model"]
-        facts.append(("model", f"{model['id']} ({model['model_type']}, {model['weights']} weights, "
-                               f"{card['memory']['summary']})"))  # fmt: skip
+        facts.append(("model", model(card)))
         facts.append(("routers", routers(card["layers"])))
     facts += [
         ("shards", f"{len(totals.committed):,} of {len(plan.shards):,}"),
@@ -138,6 +136,12 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
     for reason, count in sorted(totals.skipped.items()):
         facts.append(("skipped", f"{count:,} rows: {reason} (e.g. {', '.join(totals.examples[reason][:3])})"))
     return facts
+
+
+def model(card: Mapping[str, Any]) -> str:
+    """Which model a run asked, and how it was held, in words."""
+    told = card["model"]
+    return f"{told['id']} ({told['model_type']}, {told['weights']} weights, {card['memory']['summary']})"
 
 
 def routers(layers: Sequence[Mapping[str, Any]]) -> str:

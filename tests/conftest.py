@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import browser as browser
+from browser import chromium as chromium
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeModel
 
 from collector import models

@@ -197,7 +197,7 @@ def test_every_command_of_the_readme_can_be_parsed_and_every_query_exists():
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_finds_its_queries_and_its_model(tmp_path):
+def test_an_installed_wheel_finds_its_queries_its_model_and_its_app(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -209,6 +209,9 @@ def test_an_installed_wheel_finds_its_queries_and_its_model(tmp_path):
         "assert len(collector.catalog.list_queries()) >= 6\n"
         "assert len(collector.catalog.list_comparisons()) >= 2\n"
         "assert collector.models.load(ModelConfig(), 'cpu').model.config.num_experts == 64\n"
+        "from collector.explore import panel, serving\n"
+        "assert serving.app_file() == collector.warehouse.query_folder().parent / 'notebooks' / 'explore.py'\n"
+        "assert panel.Panel._css and serving.app_file().is_file()\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "site", check=True)
 

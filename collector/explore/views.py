@@ -1,0 +1,199 @@
+"""What the explorer shows of a run, as HTML: the experts of a layer, and the card of one expert.
+
+Label-level numbers come from the rollup where the run has one. Those of tokens need the tokens themselves, so a card is
+made from every so manieth shard of a large run, and says from how many tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import itertools
+from typing import TYPE_CHECKING
+
+from collector.trace import palette, pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from collector.warehouse import Run
+
+SAMPLE = 250_000
+"""Tokens that a card is made from, about: what two cores read in half a second."""
+MOST_DOCUMENTS = 200
+"""Documents that are offered at once."""
+ITEMS = 10
+"""Of each aspect of a card."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """A document that can be looked at."""
+
+    shard: int
+    doc: int
+    doc_id: str
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        """How a link names it: shard and place in it."""
+        return f"{self.shard}.{self.doc}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frequency:
+    """How often a label's tokens choose an expert: domain specialization."""
+
+    label: str
+    expert: int
+    value: float
+    baseline: float
+    n: int
+    """Tokens of the label."""
+
+
+def documents(run: Run, label: str, condition: str = "") -> list[Document]:
+    """The first documents of a label for which a condition holds.
+
+    Args:
+        run: the run.
+        label: of the documents.
+        condition: SQL over the columns of `documents`, for example `tokens > 100`; nothing: all.
+
+    Raises:
+        ValueError: the condition is none, or would write.
+    """
+    quoted = "'" + label.replace("'", "''") + "'"
+    rows = run.sql(
+        f"select shard, doc, doc_id, tokens from documents where label = {quoted} and tokens > 0\n"
+        f"and ({condition.strip() or 'true'}\n) order by shard, doc limit {MOST_DOCUMENTS}"
+    ).fetchall()
+    return [Document(shard=shard, doc=doc, doc_id=doc_id, tokens=tokens) for shard, doc, doc_id, tokens in rows]
+
+
+def frequencies(run: Run, stack: str, layer: int) -> list[Frequency]:
+    """Domain specialization of every label and expert of a router."""
+    relation = run.query("domain_specialization", stack=stack, layer=layer)
+    names = [field.name for field in dataclasses.fields(Frequency)]
+    rows = relation.project(", ".join(names)).fetchall()
+    return [Frequency(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def sampling(run: Run) -> int:
+    """Of how many shards a card reads one."""
+    tokens, shards = run.sql("select sum(tokens), count(distinct shard) from documents").fetchall()[0]
+    return max(1, min(shards, (tokens or 0) // SAMPLE))
+
+
+def message(text: str) -> str:
+    """What takes the place of a document."""
+    return f'<p role="alert">{html.escape(text)}</p>'
+
+
+# -- experts -----------------------------------------------------------------------------------------
+
+
+def experts(found: Iterable[Frequency], label: str, name: str) -> str:
+    """All experts of a router, coloured by how often a label chooses them."""
+    own = [each for each in found if each.label == label]
+    if not own:
+        return message(f"No token of {label} was recorded in {name}.")
+    highest = max(each.value for each in own)
+    cells = "".join(
+        f'<button type="button" data-expert="{each.expert}" style="background:{palette.along(each.value, 0, highest)}" '
+        f'data-token="expert {each.expert}" data-about="{_chosen(each)}">{each.expert}</button>'
+        for each in own
+    )
+    told = f"Experts of {name} by the share of {label} tokens that choose them"
+    scale = (
+        f'<p class="quiet">0 <span class="ramp" style="background:{palette.ramp()}"></span> {highest:.2f}; '
+        f"by chance {own[0].baseline:.3f}; {own[0].n:,} tokens</p>"
+    )
+    return f'<h2>{html.escape(told)}</h2><div class="cells" role="group" aria-label="Experts">{cells}</div>{scale}'
+
+
+def _chosen(frequency: Frequency) -> str:
+    told = f"chosen by {frequency.value:.3f} of the {frequency.n:,} tokens of {frequency.label}"
+    return html.escape(f"{told}; by chance {frequency.baseline:.3f}")
+
+
+# -- one expert --------------------------------------------------------------------------------------
+
+
+def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert: int, label: str, name: str) -> str:
+    """What an expert is for: languages, tokens, companions, positions, contexts.
+
+    Args:
+        run: the run.
+        found: `frequencies` of the router.
+        stack: of the router.
+        layer: of the router.
+        expert: which one.
+        label: the language that is looked at, and that the contexts are of.
+        name: of the router, for people.
+
+    Raises:
+        ValueError: the run has no such router or label.
+    """
+    every = sampling(run)
+    given = {"stack": stack, "layer": layer, "expert": expert, "n": ITEMS, "every": every}
+    profile = run.query("expert_profile", **given).project("aspect, item, value, baseline, n").fetchall()
+    contexts = run.query("expert_contexts", labels=[label], around=12, **given)
+    languages = sorted((each for each in found if each.expert == expert), key=lambda each: -each.value)[:ITEMS]
+    lists = [_bars("Languages", [(_bold(e.label, label), e.value, e.baseline) for e in languages])]
+    for aspect, title in (("token", "Tokens"), ("expert", "Together with experts"), ("position", "Positions")):
+        rows = [(_item(aspect, item), value, baseline) for kind, item, value, baseline, _ in profile if kind == aspect]
+        lists.append(_bars(title, rows))
+    tokens = sum(n for aspect, *_, n in profile if aspect == "position")
+    sample = "" if every == 1 else f", of every {every}th shard"
+    return (
+        f"<h2>Expert {expert} in {html.escape(name)}</h2>"
+        "<p class=\"quiet\">Bars: the share of a language's, a spelling's or a position's tokens that chose it, and of "
+        "its own tokens the share that chose another expert as well. Lines: what to expect if nothing mattered. "
+        f"Languages: all tokens. The rest: {tokens:,} tokens{sample}.</p>"
+        f'<div class="aspects">{"".join(lists)}</div>'
+        + _contexts(contexts.project("before, token, after, weight, document").fetchall(), label)
+    )
+
+
+def _bold(label: str, chosen: str) -> str:
+    return f"<b>{html.escape(label)}</b>" if label == chosen else html.escape(label)
+
+
+def _item(aspect: str, item: str) -> str:
+    if aspect == "expert":
+        return f'<button type="button" data-expert="{item}">{item}</button>'
+    shown = pieces.spelled(pieces.visible(item)) if aspect == "token" else item
+    return f"<bdi>{html.escape(shown)}</bdi>"
+
+
+def _bars(title: str, rows: Sequence[tuple[str, float, float]]) -> str:
+    """A small table of items with bars, each beside its baseline."""
+    highest = max((max(value, baseline) for _, value, baseline in rows), default=1)
+    lines = "".join(
+        f'<tr><th scope="row">{item}</th><td>{value:.3f}</td><td class="bar"><i style="width:{value / highest:.1%}">'
+        f'</i><s style="inset-inline-start:{baseline / highest:.1%}"></s></td></tr>'
+        for item, value, baseline in rows
+    )
+    table = f'<table class="bars"><tbody>{lines}</tbody></table>' if rows else '<p class="quiet">none</p>'
+    return f'<section><h3>{title}</h3><div role="group" aria-label="{title}">{table}</div></section>'
+
+
+def _contexts(rows: Sequence[tuple[str | None, str, str | None, float, str]], label: str) -> str:
+    """Lines with the token in the middle, in the direction in which they are read."""
+    texts = [pieces.in_context(before or "", token, after or "") for before, token, after, *_ in rows]
+    direction = "rtl" if pieces.is_right_to_left("".join(itertools.chain(*texts))) else "ltr"
+    lines = "".join(
+        f'<div class="context" dir="{direction}" title="{html.escape(document)}">'
+        f"<span>{_words(before)}</span><mark>{_words(token)}</mark><span>{_words(after)}</span>"
+        f"<small>{weight:.2f}</small></div>"
+        for (before, token, after), (*_, weight, document) in zip(texts, rows, strict=True)
+    )
+    return (
+        f"<section><h3>Highest weights in {html.escape(label)}, each token once</h3>{lines}</section>" if rows else ""
+    )
+
+
+def _words(text: str) -> str:
+    return html.escape(pieces.visible(text)) if text else ""

@@ -1,0 +1,161 @@
+"""The explorer of a run: `collector explore RUN` starts it, `collector.explore` says what it is made of."""
+
+# /// script
+# [tool.marimo.display]
+# theme = "system"
+# ///
+
+import marimo
+
+app = marimo.App(width="full", app_title="Routing explorer")
+
+
+@app.cell
+def _():
+    import marimo as mo
+
+    from collector import open_run, show
+    from collector.explore import views
+    from collector.explore.panel import Panel
+    from collector.trace import page, read
+
+    return Panel, mo, open_run, page, read, show, views
+
+
+@app.cell
+def _(mo, open_run):
+    run = open_run(mo.cli_args()["run"])
+    # What the link asks for; each choice is taken up once, and then belongs to whoever looks.
+    asked = dict(mo.query_params().to_dict())
+    return asked, run
+
+
+@app.cell
+def _(asked, mo, run):
+    _labels = [row[0] for row in run.sql("select label from labels order by label").fetchall()]
+    _stacks = list(dict.fromkeys(one["stack"] for one in run.info["layers"]))
+    language = mo.ui.dropdown(
+        _labels, value=asked["language"] if asked.get("language") in _labels else _labels[0], label="Language"
+    )
+    stack = mo.ui.dropdown(
+        _stacks, value=asked["stack"] if asked.get("stack") in _stacks else _stacks[0], label="Stack"
+    )
+    several_stacks = len(_stacks) > 1
+    return language, several_stacks, stack
+
+
+@app.cell
+def _(asked, mo, run, stack):
+    _layers = sorted(one["layer"] for one in run.info["layers"] if one["stack"] == stack.value)
+    _wanted = int(asked["layer"]) if str(asked.get("layer", "")).isdecimal() else _layers[len(_layers) // 2]
+    layer = mo.ui.slider(
+        steps=_layers, value=_wanted if _wanted in _layers else _layers[0], label="Layer", show_value=True
+    )
+    return (layer,)
+
+
+@app.cell
+def _(asked, mo, page):
+    by = mo.ui.radio(
+        page.BY, value=asked["by"] if asked.get("by") in page.BY else "expert", label="Colour by", inline=True
+    )
+    condition = mo.ui.text(
+        value=asked.get("where", ""), label="Documents where", placeholder="tokens > 40 and doc_id like '%7'",
+        full_width=True,
+    )  # fmt: skip
+    return by, condition
+
+
+@app.cell
+def _(asked, condition, language, mo, run, views):
+    try:
+        _found, refused = views.documents(run, language.value, condition.value), ""
+    except ValueError as error:
+        _found, refused = [], str(error)
+    _options = {f"{each.doc_id} · {each.tokens} tokens": each for each in _found}
+    _wanted = next((name for name, each in _options.items() if each.key == asked.get("document")), None)
+    document = mo.ui.dropdown(
+        _options, value=_wanted or next(iter(_options), None), label="Document", searchable=True, full_width=True
+    )
+    return document, refused
+
+
+@app.cell
+def _(Panel, asked, mo):
+    widget = Panel(expert=int(asked["expert"]) if str(asked.get("expert", "")).isdecimal() else None)
+    panel = mo.ui.anywidget(widget)
+    return panel, widget
+
+
+@app.cell
+def _(by, widget):
+    widget.by = by.value
+    return
+
+
+@app.cell
+def _(document, layer, page, read, refused, run, several_stacks, stack, views, widget):
+    name = f"{stack.value} layer {layer.value}" if several_stacks else f"layer {layer.value}"
+    if document.value is None:
+        widget.tokens = views.message(refused or "No document of this language meets the condition.")
+    else:
+        _place = {"shard": document.value.shard, "doc": document.value.doc}
+        _trace = read(run, stack=stack.value, layer=layer.value, **_place)
+        _router, _scales = _trace.routers[0], page.Scales.of(_trace)
+        widget.tokens = page.legend(_router, _scales) + page.tokens(_router, name, _scales)
+    return (name,)
+
+
+@app.cell
+def _(layer, run, stack, views):
+    found = views.frequencies(run, stack.value, layer.value)
+    return (found,)
+
+
+@app.cell
+def _(asked, found, language, name, views, widget):
+    widget.experts = views.experts(found, language.value, name)
+    _own = [each for each in found if each.label == language.value]
+    if not asked.pop("expert", None) and _own:
+        # Experts of different layers have nothing to do with each other: begin with the most chosen.
+        widget.expert = max(_own, key=lambda each: each.value).expert
+    favourite = widget.expert
+    return (favourite,)
+
+
+@app.cell
+def _(favourite, found, language, layer, name, panel, run, stack, views, widget):
+    expert = panel.value["expert"] if panel.value["expert"] is not None else favourite
+    widget.card = views.card(
+        run, found, stack=stack.value, layer=layer.value, expert=expert, label=language.value, name=name
+    )
+    return (expert,)
+
+
+@app.cell
+def _(by, condition, document, expert, language, layer, mo, stack):
+    _view = {
+        "language": language.value, "stack": stack.value, "layer": str(layer.value), "by": by.value,
+        "where": condition.value, "document": document.value.key if document.value else "", "expert": str(expert),
+    }  # fmt: skip
+    for _key, _value in _view.items():
+        mo.query_params()[_key] = _value
+    return
+
+
+@app.cell
+def _(by, condition, document, language, layer, mo, panel, run, several_stacks, show, stack):
+    _choices = [language, *([stack] if several_stacks else []), layer, by]
+    mo.vstack(
+        [
+            mo.md(f"**Routing explorer** &nbsp; {show.model(run.info)}: {show.routers(run.info['layers'])}"),
+            mo.hstack(_choices, justify="start", gap=2, wrap=True),
+            mo.hstack([document, condition], widths=[1, 1], gap=2),
+            panel,
+        ]
+    )
+    return
+
+
+if __name__ == "__main__":
+    app.run()
