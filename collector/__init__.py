@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["open_run"]
+__all__ = ["committed_files", "open_run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from collector.warehouse import open_run
 
         return open_run
+    if name == "committed_files":
+        from collector.warehouse import committed_files
+
+        return committed_files
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
