@@ -127,21 +127,22 @@ def _(connection, layer):
 
 
 @app.cell
-def _(layer, probabilities):
-    heatmap = (
-        alt.Chart(probabilities)
-        .mark_rect()
-        .encode(
-            x=alt.X("expert:O", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
-            y=alt.Y("place:N", title=None),
-            color=alt.Color("probability:Q", scale=alt.Scale(scheme="viridis")),
-            row=alt.Row("label:N", title=None, sort=["eng_Latn", "kor_Hang", "jpn_Jpan"]),
-            tooltip=["label", "place", "expert", alt.Tooltip("probability", format=".3f")],
+def _(layer, probabilities, sentences):
+    def heatmap(label):
+        return (
+            alt.Chart(probabilities)
+            .transform_filter(alt.datum.label == label)
+            .mark_rect()
+            .encode(
+                x=alt.X("expert:O", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+                y=alt.Y("place:N", title=None),
+                color=alt.Color("probability:Q", scale=alt.Scale(scheme="viridis")),
+                tooltip=["label", "place", "expert", alt.Tooltip("probability", format=".3f")],
+            )
+            .properties(width=640, title=label)
         )
-        .properties(width=640, title=f"Router probabilities, layer {layer.value}")
-        .resolve_scale(y="independent")
-    )
-    heatmap
+
+    alt.vconcat(*map(heatmap, sentences.value), title=f"Router probabilities, layer {layer.value}")
     return
 
 

@@ -19,6 +19,8 @@ from collector.config import DataConfig, ModelConfig
 from tests.runs import collect_here, run_config
 
 pytest.importorskip("marimo")
+altair = pytest.importorskip("altair")
+vl_convert = pytest.importorskip("vl_convert")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -26,14 +28,20 @@ NAMES = sorted(path.stem for path in NOTEBOOKS.glob("0*.py"))
 
 
 def run(name: str, *arguments: str) -> dict[str, Any]:
-    """Runs a notebook in this process with these arguments; returns what its cells define."""
+    """Runs a notebook in this process with these arguments; returns what its cells define.
+
+    Draws each of its figures, as a browser would.
+    """
     path = NOTEBOOKS / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"notebook_{name}", path)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(path), *arguments])
         spec.loader.exec_module(module)
-        _, definitions = module.app.run()
+        outputs, definitions = module.app.run()
+    for figure in (output for output in outputs if isinstance(output, altair.TopLevelMixin)):
+        svg = vl_convert.vegalite_to_svg(figure.to_dict())
+        assert int(re.search(r'width="(\d+)"', svg)[1]) > 300, f"{name}: a figure is not drawn"
     return dict(definitions)
 
 
