@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_LABELS := eng_Latn deu_Latn fra_Latn spa_Latn pol_Latn tur_Latn vie_Latn rus_Cyrl bul_Cyrl \
 	ukr_Cyrl ell_Grek arb_Arab heb_Hebr hin_Deva tha_Thai kor_Hang jpn_Jpan zho_Hani
 
-.PHONY: demo test chaos check format bench figure clean
+.PHONY: demo test chaos check format bench figure notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/collector collect --out runs/demo
@@ -42,8 +42,17 @@ figure: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plots]'
 	$(BIN)/python docs/figure.py docs/demo.png
 
+# Runs every notebook, and keeps what it shows: notebooks/exported/*.ipynb and *.html.
+notebooks: $(INSTALLED)
+	mkdir -p notebooks/exported
+	for notebook in notebooks/0*.py; do \
+		name=notebooks/exported/$$(basename $$notebook .py); \
+		$(BIN)/marimo --yes export ipynb $$notebook --include-outputs --force --output $$name.ipynb && \
+		$(BIN)/marimo --yes export html $$notebook --force --output $$name.html || exit 1; \
+	done
+
 clean:
-	rm -rf $(VENV) runs dist
+	rm -rf $(VENV) runs dist notebooks/exported
 
 # The stamp is newer than what it was made of, so a second run installs nothing.
 $(INSTALLED): pyproject.toml constraints.txt

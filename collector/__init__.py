@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["open_run", "open_runs"]
+__all__ = ["committed_files", "open_run", "open_runs"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from collector.comparison import open_runs
 
         return open_runs
+    if name == "committed_files":
+        from collector.warehouse import committed_files
+
+        return committed_files
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

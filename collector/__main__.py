@@ -439,6 +439,43 @@ class Explore:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run for other programs: `collector export RUN OUT --to hf`.
+
+    hf: a folder to push to the Hugging Face hub, with a data set card. delta: a Delta table per table. csv: a CSV file
+    per table. A run is as private as its text: publish it only if you may publish that.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory: a path or an object store's URL."""
+    out: tyro.conf.Positional[str]
+    """The folder to write, new or empty."""
+    to: Literal["hf", "delta", "csv"]
+    """For whom."""
+    gzip: bool = False
+    """Compress the CSV files."""
+    partial: bool = False
+    """Also export an incomplete run, what is committed of it."""
+
+    def __post_init__(self) -> None:
+        """Refuses to compress what is compressed."""
+        if self.gzip and self.to != "csv":
+            raise ValueError(f"--gzip is for --to csv; the Parquet files of --to {self.to} are compressed")
+
+    def run(self) -> int:
+        """Writes the folder, and tells what is in it."""
+        from collector import warehouse
+        from collector.export import export
+        from collector.storage import RunDirectory
+
+        with warehouse.one_line_errors():
+            done = export(RunDirectory(self.run_), self.out, self.to, gzip=self.gzip, partial=self.partial)
+        sys.stdout.writelines(f"{rows:>15,}  {table}\n" for table, rows in done.rows.items())
+        sys.stdout.write(f"{self.out}: {done.bytes:,} bytes\n")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Write a quantized copy of a model, so that each replica reads a quarter: `collector quantize MODEL OUT`.
 
@@ -510,6 +547,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "show": Show,
     "trace": Trace,
     "explore": Explore,
+    "export": Export,
     "quantize": Quantize,
     "models": Models,
 }

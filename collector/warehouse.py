@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from collector.groupings import Grouping
 
-__all__ = ["Query", "Run", "list_queries", "one_line_errors", "open_run", "views_sql"]
+__all__ = ["Query", "Run", "committed_files", "list_queries", "one_line_errors", "open_run", "views_sql"]
 
 _READS_ONLY = "only a single statement that reads (SELECT …) can run here"
 _SQL_TYPES = {
@@ -257,6 +257,28 @@ def open_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Run:
     )
     connection.execute(_script(files, info, prefix=""))
     return Run(connection, info, complete=False)
+
+
+def committed_files(root: str | os.PathLike[str], table: str) -> list[str]:
+    """Where other programs find a table of a run: paths, or URLs on an object store.
+
+    Args:
+        root: the run directory.
+        table: `routing`, `tokens`, `documents`, `rejects` or `vocab`.
+
+    Returns:
+        The files that commit records name, by shard. A glob could find more: what replicas left that died.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: there is no such table.
+    """
+    run = RunDirectory(root)
+    _read_info(run)
+    files = _committed_files(run)
+    if table not in files:
+        raise ValueError(f"a run has no table {table!r}; it has {', '.join(files)}")
+    return [run.store.location(path) for path in files[table]]
 
 
 def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
