@@ -301,6 +301,11 @@ def test_says_when_there_are_too_few_shuffles(resamples: int, message: str) -> N
     assert message in inference.remark(table, resamples, 0.05)
 
 
+def test_a_run_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="no router has a token to count"):
+        inference.specialization_test([])
+
+
 def test_a_single_label_cannot_be_tested(run: Run) -> None:
     with pytest.raises(ValueError, match="takes two labels at least; there is ko"):
         inference.specialization_test(document_counts(run, labels=["ko"]))

@@ -74,6 +74,8 @@ def sample_size_curve(
                 "high": found.high_R, "width": found.high_R - found.low_R, "standard_error": found.standard_error_R,
             }  # fmt: skip
             tables.append(_append(keys.take(place), columns))
+    if not tables:
+        raise ValueError("there is no curve to draw: no router has a token to count")
     table = pa.concat_tables(tables)
     return table.sort_by([("row", "ascending"), ("documents", "ascending")]).drop_columns("row")
 

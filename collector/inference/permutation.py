@@ -71,13 +71,17 @@ def specialization_test(
         `significant` (q <= level), `n` the label's tokens and `documents`.
 
     Raises:
-        ValueError: resamples or level are out of range, or a router has documents of one label only.
+        ValueError: resamples or level are out of range, there are no tokens, or a router has documents of one label
+            only, or documents with tokens of several.
     """
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     if not 0 < level < 1:
         raise ValueError(f"level is a false discovery rate between 0 and 1, got {level}")
-    table = pa.concat_tables([_test_router(one, resamples, seed, alternative) for one in counts])
+    tables = [_test_router(one, resamples, seed, alternative) for one in counts]
+    if not tables:
+        raise ValueError("there is nothing to test: no router has a token to count")
+    table = pa.concat_tables(tables)
     q = stats.false_discovery_control(table["p"].to_numpy(), method="bh")
     place = table.column_names.index("p") + 1
     table = table.add_column(place, "q", pa.array(q)).add_column(place + 1, "significant", pa.array(q <= level))
