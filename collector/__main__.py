@@ -268,7 +268,6 @@ class Quantize:
 
     def run(self) -> int:
         """Loads tensor by tensor, quantizes, writes."""
-
         from collector import checkpoints, footprint, models
 
         config = ModelConfig(

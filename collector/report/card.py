@@ -50,7 +50,8 @@ def read_card(side: Side) -> Card:
     info, plan, totals = summary.read(run)
     labels = {label: documents for label, documents, *_ in side.run.sql(_LABELS).fetchall()}
     return Card(
-        name=side.name, model=info["model"]["id"], facts=[("run", side.root), *summary.facts(info, plan, totals, labels)],
+        name=side.name, model=info["model"]["id"],
+        facts=[("run", side.root), *summary.facts(info, plan, totals, labels)],
         complete=run.read_or_none(SUCCESS) is not None, shards=(len(totals.committed), len(plan.shards)),
         documents=totals.documents, tokens=totals.tokens,
     )  # fmt: skip

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from collector.report import charts, clustering
 from collector.report.figure import Figure
-from collector.report.tables import fetch, in_labels, matrix, places, span
+from collector.report.tables import extent, fetch, in_labels, matrix, places, span
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
     from collector.report.figure import Subject
     from collector.report.tables import Table
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 DECISIVENESS = "How decided routers are"
 EXPERTS = "What experts do"
 WORDS = 8
-"""Tokens of each expert."""
-SHOWN_EXPERTS = 16
+"""Tokens of each expert that are shown."""
+_PIECE = re.compile("<[0-9A-F]{2}>")
+"""A byte of a character that several tokens make up."""
+SHOWN_EXPERTS = 64
 _NO_IDS = "This run holds no token ids (or none that occurs ten times), so tokens and experts cannot be told together."
 
 
@@ -49,8 +53,8 @@ def _decisiveness(subject: Subject) -> Figure:
         fetch(subject.sides, "router_entropy", columns, where=where),
         name="decisiveness",
         title="Router entropy and top-k mass",
-        text="How spread the router's distribution is over all experts, and how much of it the chosen k have; means over "
-        "the tokens of each language. The dashed line is a router that prefers nothing.",
+        text="How spread the router's distribution is over all experts, and how much of it the chosen k have; means "
+        "over the tokens of each language. The dashed line is a router that prefers nothing.",
         panels={"router_entropy": "router entropy (nats)", "topk_mass": "top-k mass"},
     )
 
@@ -68,9 +72,7 @@ def _effective(subject: Subject) -> Figure:
     )
 
 
-def _by_label(
-    subject: Subject, rows: Table, *, name: str, title: str, text: str, panels: dict[str, str]
-) -> Figure:
+def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str, panels: dict[str, str]) -> Figure:
     intervals = {"low", "high"} <= set(rows.columns)
     labels = len(subject.labels)
     return Figure(
@@ -79,8 +81,8 @@ def _by_label(
         title=title,
         text=text,
         draw=functools.partial(
-            charts.by_depth, panels=panels, series="label", stacks=subject.stacks, faint=True, zero=False,
-            dash="run" if len(subject.sides) > 1 else None, band=("low", "high") if intervals else None,
+            charts.by_depth, panels=_panels(rows, panels, zero=False), series="label", stacks=subject.stacks,
+            faint=True, main=subject.sides[0].name, dash=len(subject.sides) > 1, band=("low", "high") if intervals else None,
             tooltip={"run": "N", "label": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
         ),
         tables={"rows": rows},
@@ -91,13 +93,20 @@ def _by_label(
     )  # fmt: skip
 
 
+def _panels(rows: Table, names: Mapping[str, str], *, zero: bool = True) -> list[charts.Panel]:
+    """A panel per metric, its axis as long as the values of all runs and layers want it."""
+    found = []
+    for metric, words in names.items():
+        low, high = extent(rows, metric, "low", "high", zero=zero)
+        found.append(charts.Panel(metric=metric, words=words, low=low, high=high))
+    return found
+
+
 # ---- load ----
 
 
 def _load(subject: Subject) -> Figure:
-    rows = fetch(
-        subject.sides, "expert_load", ("expert", "value", "baseline", "n", "is_dead"), by_layer=True
-    )
+    rows = fetch(subject.sides, "expert_load", ("expert", "value", "baseline", "n", "is_dead"), by_layer=True)
     main = subject.sides[0].name
     rows = rows.having(_rank=_ranks(rows), _main=[run == main for run in rows["run"].tolist()])
     own = rows.only(rows["_main"])
@@ -107,12 +116,12 @@ def _load(subject: Subject) -> Figure:
         name="load",
         section=EXPERTS,
         title="Load of the experts",
-        text="Share of all tokens for which each expert is among the k chosen, the most used first; crosses are dead experts "
-        f"(below 0.1 % of the tokens), the dashed line an even load.{compared}",
-        draw=functools.partial(charts.loads, compared=len(subject.sides) > 1),
+        text="Share of all tokens for which each expert is among the k chosen, the most used first; crosses are dead "
+        f"experts (below 0.1 % of the tokens), the dashed line an even load.{compared}",
+        draw=functools.partial(charts.loads, high=float(rows["value"].max()), compared=len(subject.sides) > 1),
         tables={"rows": rows},
         notes=[
-            f"{span(own['n'])} tokens, all languages together; {dead} of {len(own)} experts are dead in all layers together.",
+            f"{span(own['n'])} tokens, all languages together; {dead} of {len(own)} experts of all layers are dead.",
             "In a small sample more experts seem dead.",
         ],
     )
@@ -121,7 +130,9 @@ def _load(subject: Subject) -> Figure:
 def _ranks(rows: Table) -> np.ndarray:
     """Row by row the expert's place by load, in its router and run."""
     ranks = np.zeros(len(rows), int)
-    keys = np.array([f"{run}\0{stack}\0{layer}" for run, (stack, layer) in zip(rows["run"], rows.routers(), strict=True)])
+    keys = np.array(
+        [f"{run}\0{stack}\0{layer}" for run, (stack, layer) in zip(rows["run"], rows.routers(), strict=True)]
+    )
     for key in np.unique(keys):
         own = np.flatnonzero(keys == key)
         ranks[own[np.argsort(-rows["value"][own], kind="stable")]] = np.arange(1, len(own) + 1)
@@ -136,10 +147,11 @@ def _load_by_layer(subject: Subject) -> Figure:
         name="load-by-layer",
         section=EXPERTS,
         title="Load balance over depth",
-        text="All languages together: inequality of the load (0, even), the largest load beside the mean, and the share of "
-        "experts that less than 0.1 % of the tokens choose.",
+        text="All languages together: inequality of the load (0, even), the largest load beside the mean, and the "
+        "share of experts that less than 0.1 % of the tokens choose.",
         draw=functools.partial(
-            charts.by_depth, panels=panels, series="run", stacks=subject.stacks,
+            charts.by_depth, panels=_panels(rows, panels), series="run", stacks=subject.stacks,
+            main=subject.sides[0].name,
             tooltip={"run": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
         ),
         tables={"rows": rows},
@@ -151,16 +163,14 @@ def _load_by_layer(subject: Subject) -> Figure:
 
 
 def _coactivation(subject: Subject) -> Figure:
-    rows = fetch(
-        subject.main, "coactivation", ("expert", "other_expert", "value", "baseline", "n"), by_layer=True
-    )
-    common = {
-        "name": "coactivation", "section": EXPERTS, "title": "Co-activation",
-        "text": "Share of the row's expert's tokens for which the column's expert was chosen too. Experts stand by the "
+    rows = fetch(subject.main, "coactivation", ("expert", "other_expert", "value", "baseline", "n"), by_layer=True)
+    common = Figure(
+        name="coactivation", section=EXPERTS, title="Co-activation",
+        text="Share of the row's expert's tokens for which the column's expert was chosen too. Experts stand by the "
         "likeness of their companions.",
-    }  # fmt: skip
+    )  # fmt: skip
     if len(rows) == 0:
-        return Figure(**common | {"text": "Every token has one expert (k = 1), so no two are chosen together."})
+        return dataclasses.replace(common, text="Every token has one expert (k = 1), so no two are chosen together.")
     orders = {router: _companions(rows.of(router), subject.max_experts) for router in set(rows.routers())}
     rows = rows.having(_row=places(rows, "expert", orders), _column=places(rows, "other_expert", orders))
     shown = np.array([len(orders[router]) for router in rows.routers()])
@@ -169,8 +179,8 @@ def _coactivation(subject: Subject) -> Figure:
     notes = [f"{span(rows['n'])} tokens of each expert; baseline, experts chosen at random: "
              f"{span(rows['baseline'], '{:.3g}'.format)}."]  # fmt: skip
     notes += [f"Only the {most} most used experts are shown."] if len(kept) < len(rows) else []
-    return Figure(
-        **common,
+    return dataclasses.replace(
+        common,
         draw=functools.partial(
             charts.matrix, x="other_expert", y="expert", columns=most, rows=most, title="share of tokens", square=True,
             high=float(kept["value"].max()), x_title="chosen together with", y_title="expert",
@@ -197,18 +207,21 @@ def _companions(rows: Table, most: int) -> list[int]:
 def _vocabulary_by_layer(subject: Subject) -> Figure:
     panels = {"layer_topk": "among the k chosen", "layer_top1": "highest weight"}
     where = f"metric in ({', '.join(map(repr, panels))})"
-    rows = fetch(subject.sides, "vocabulary_specialization", ("metric", "value", "baseline", "n", "tokens"), where=where)
-    common = {
-        "name": "vocabulary-by-layer", "section": EXPERTS, "title": "Vocabulary specialization over depth",
-        "text": "How much of a token's occurrences its favourite expert gets, mean over the vocabulary: 1, the layer routes "
-        "by token identity alone.",
-    }  # fmt: skip
+    rows = fetch(
+        subject.sides, "vocabulary_specialization", ("metric", "value", "baseline", "n", "tokens"), where=where
+    )
+    common = Figure(
+        name="vocabulary-by-layer", section=EXPERTS, title="Vocabulary specialization over depth",
+        text="How much of a token's occurrences its favourite expert gets, mean over the vocabulary: 1, the layer "
+        "routes by token identity alone.",
+    )  # fmt: skip
     if len(rows) == 0:
-        return Figure(**common | {"text": _NO_IDS})
-    return Figure(
-        **common,
+        return dataclasses.replace(common, text=_NO_IDS)
+    return dataclasses.replace(
+        common,
         draw=functools.partial(
-            charts.by_depth, panels=panels, series="run", stacks=subject.stacks,
+            charts.by_depth, panels=_panels(rows, panels), series="run", stacks=subject.stacks,
+            main=subject.sides[0].name,
             tooltip={"run": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q", "tokens": "Q"},
         ),
         tables={"rows": rows},
@@ -217,38 +230,46 @@ def _vocabulary_by_layer(subject: Subject) -> Figure:
 
 
 def _vocabulary(subject: Subject) -> Figure:
-    common = {"name": "vocabulary", "section": EXPERTS, "title": "Experts and their tokens"}
+    common = Figure(name="vocabulary", section=EXPERTS, title="Experts and their tokens", text=_NO_IDS)
     columns = ("expert", "value", "baseline", "n", "tokens")
     rows = fetch(
         subject.main, "vocabulary_specialization", columns, where="metric = 'expert_topk' and n > 0", by_layer=True
     )
     if len(rows) == 0:
-        return Figure(**common, text=_NO_IDS)
-    words = _words(fetch(subject.main, "expert_tokens", ("expert", "rank", "token"), by_layer=True, n=WORDS))
+        return common
+    words = _words(fetch(subject.main, "expert_tokens", ("expert", "rank", "token"), by_layer=True, n=2 * WORDS))
     ranks = _ranks(rows)
     keys = zip(rows.routers(), rows["expert"].tolist(), strict=True)
-    rows = rows.having(_row=ranks, _words=["   ".join(words.get((*router, e), [])) for router, e in keys])
+    rows = rows.having(_row=ranks, _words=["   ".join(words.get((*router, e), [])[:WORDS]) for router, e in keys])
     shown = rows.only(rows["_row"] <= SHOWN_EXPERTS)
-    return Figure(
-        **common,
-        text="For each expert the tokens whose favourite it is, and the mean share of their occurrences that it gets; the "
-        "dashed line is chance. Behind it the most specialised of these tokens.",
+    return dataclasses.replace(
+        common,
+        text="For each expert the tokens whose favourite it is, and the mean share of their occurrences that it gets; "
+        "the dashed line is chance. Behind it the most specialised of these tokens (no pieces of characters).",
         draw=functools.partial(
-            charts.bars_with_words, rows=SHOWN_EXPERTS, x_title="vocabulary specialization", y_title="expert"
+            charts.bars_with_words,
+            rows=min(SHOWN_EXPERTS, int(ranks.max())),
+            x_title="vocabulary specialization",
+            y_title="expert",
         ),
         tables={"rows": shown},
-        notes=[f"The {SHOWN_EXPERTS} most specialised experts; {span(shown['n'])} token ids of each that occur ten times."],
+        notes=[*_told(ranks), f"{span(shown['n'])} token ids of each expert, of those that occur ten times or more."],
     )
 
 
-def _words(rows: Table) -> dict[tuple[str, int, int], Sequence[str]]:
+def _told(ranks: np.ndarray) -> list[str]:
+    return [f"Only the {SHOWN_EXPERTS} most specialised experts are shown."] if ranks.max() > SHOWN_EXPERTS else []
+
+
+def _words(rows: Table) -> dict[tuple[str, int, int], list[str]]:
     """(stack, layer, expert) -> its tokens, readable."""
     words: dict[tuple[str, int, int], list[str]] = {}
     for router, expert, token in zip(rows.routers(), rows["expert"].tolist(), rows["token"].tolist(), strict=True):
-        words.setdefault((*router, expert), []).append(readable(token))
+        if not _PIECE.search(token):
+            words.setdefault((*router, expert), []).append(readable(token))
     return words
 
 
 def readable(token: str) -> str:
-    """A token with its white space visible."""
-    return "".join("␣" if c == " " else "⏎" if c == "\n" else "⇥" if c == "\t" else c for c in token)
+    """A token with its white space visible, kept from mixing with tokens that are written the other way."""
+    return "\u2068" + token.translate({32: "␣", 10: "⏎", 9: "⇥"}) + "\u2069"

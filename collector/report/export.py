@@ -41,7 +41,9 @@ def write_figures(subject: Subject, figures: Sequence[Figure], folder: Path, rou
         contents = {
             ".svg": vl_convert.vegalite_to_svg(spec, config=themes.PAPER).encode(),
             ".pdf": vl_convert.vegalite_to_pdf(spec, config=themes.PAPER),
-            ".png": vl_convert.vegalite_to_png(spec, config=themes.PAPER, scale=DPI / _POINTS_PER_INCH, ppi=_POINTS_PER_INCH),
+            ".png": vl_convert.vegalite_to_png(
+                spec, config=themes.PAPER, scale=DPI / _POINTS_PER_INCH, ppi=_POINTS_PER_INCH
+            ),
         }
         for ending, content in contents.items():
             path = stem.with_name(stem.name + ending)

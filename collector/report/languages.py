@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from collector.report import charts, clustering
 from collector.report.figure import Figure
-from collector.report.tables import fetch, in_labels, matrix, places, span
+from collector.report.tables import extent, fetch, in_labels, matrix, places, span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 SPECIALIZATION = "Which language uses which experts"
 LIKENESS = "How much alike languages are"
 RANKS = 5
-_PANELS = {"topk": "of all picks", "top1": "highest weight"}
+_SHARES = {"topk": "share of all picks", "top1": "share of the picks with the highest weight"}
 
 
 def figures(subject: Subject) -> list[Figure]:
@@ -91,16 +92,9 @@ def _expert_order(rows: Table, kept: Sequence[int]) -> list[int]:
 
 def _top_experts(subject: Subject, trees: Mapping[Router, Tree]) -> Figure:
     columns = ("metric", "label", "rank", "expert", "value", "baseline", "n")
-    rows = fetch(
-        subject.sides, "top_experts", columns, where=in_labels(subject.labels), by_layer=True, n=RANKS
-    )
-    labels = {router: trees[router].leaves for router in subject.routers}
-    panels = [f"{words}|{side.name}" for words in _PANELS.values() for side in subject.sides]
-    rows = rows.having(
-        _row=places(rows, "label", labels),
-        _panel=[f"{_PANELS[m]}|{r}" for m, r in zip(rows["metric"].tolist(), rows["run"].tolist(), strict=True)],
-    )
-    high = float(rows["value"].max())
+    rows = fetch(subject.sides, "top_experts", columns, where=in_labels(subject.labels), by_layer=True, n=RANKS)
+    rows = rows.having(_row=places(rows, "label", {router: tree.leaves for router, tree in trees.items()}))
+    shares = {metric: (words, extent(rows, metric)[1]) for metric, words in _SHARES.items()}
     beside = (
         f"Beside it {subject.sides[1].name}: favourites that all languages share are not specialization."
         if len(subject.sides) > 1
@@ -111,9 +105,15 @@ def _top_experts(subject: Subject, trees: Mapping[Router, Tree]) -> Figure:
         name="top-experts",
         section=SPECIALIZATION,
         title="The most used experts of each language",
-        text=f"The numbers are experts, the colours their shares: of all the k picks of each token, and of the picks with "
-        f"the highest weight. {beside}",
-        draw=functools.partial(charts.ranks, panels=panels, rows=len(subject.labels), ranks=RANKS, high=high),
+        text=f"The numbers are experts, the colours their shares: of all the k picks of each token, and of the picks "
+        f"with the highest weight. {beside}",
+        draw=functools.partial(
+            charts.ranks,
+            metrics=shares,
+            sides=[side.name for side in subject.sides],
+            rows=len(subject.labels),
+            ranks=RANKS,
+        ),
         tables={"rows": rows},
         notes=[_tokens_each(rows), _baselines(rows)],
     )
@@ -137,19 +137,21 @@ def _trees(subject: Subject, overlap: Table) -> dict[Router, Tree]:
 
 
 def _matrices(subject: Subject, overlap: Table, trees: Mapping[Router, Tree]) -> Figure:
-    common = {
-        "name": "overlap", "section": LIKENESS, "title": "Divergence between languages",
-        "text": "Jensen–Shannon divergence of two languages' shares of picks, in bits: 0, the same experts; 1, none in "
+    common = Figure(
+        name="overlap", section=LIKENESS, title="Divergence between languages",
+        text="Jensen–Shannon divergence of two languages' shares of picks, in bits: 0, the same experts; 1, none in "
         "common. To the right the dendrogram, average linkage of these divergences.",
-    }  # fmt: skip
+    )  # fmt: skip
     if len(subject.labels) < 2:
-        return Figure(**common | {"text": "There is one language only: nothing to compare."})
+        return dataclasses.replace(common, text="There is one language only: nothing to compare.")
     orders = {router: tree.leaves for router, tree in trees.items()}
     rows = overlap.having(_row=places(overlap, "label_a", orders), _column=places(overlap, "label_b", orders))
     high = float(rows["value"].max())
-    return Figure(
-        **common,
-        draw=functools.partial(charts.matrix_with_tree, labels=len(subject.labels), title="divergence (bits)", high=high),
+    return dataclasses.replace(
+        common,
+        draw=functools.partial(
+            charts.matrix_with_tree, labels=len(subject.labels), title="divergence (bits)", high=high
+        ),
         tables={"rows": rows, "branches": _branches(overlap, trees)},
         notes=[f"{len(subject.labels)} languages; n of a pair is the smaller number of tokens: {span(rows['n'])}."],
     )
@@ -174,22 +176,24 @@ def _branches(overlap: Table, trees: Mapping[Router, Tree]) -> Table:
 def _depth(subject: Subject) -> Figure:
     columns = ("metric", "value", "baseline", "n", "first_quartile", "median", "third_quartile")
     rows = fetch(subject.sides, "language_divergence", columns)
-    common = {
-        "name": "divergence-by-layer", "section": LIKENESS, "title": "Divergence over depth",
-        "text": "Mean Jensen–Shannon divergence of all pairs of languages, layer by layer. Where it is low, languages share "
-        "experts; multilingual models often have a valley in the middle.",
-    }  # fmt: skip
+    common = Figure(
+        name="divergence-by-layer", section=LIKENESS, title="Divergence over depth",
+        text="Mean Jensen–Shannon divergence of all pairs of languages, layer by layer. Where it is low, languages "
+        "share experts; multilingual models often have a valley in the middle.",
+    )  # fmt: skip
     if len(rows) == 0:
-        return Figure(**common | {"text": "There is one language only: nothing to compare."})
+        return dataclasses.replace(common, text="There is one language only: nothing to compare.")
     intervals = {"low", "high"} <= set(rows.columns)
     band = ("low", "high") if intervals else ("first_quartile", "third_quartile")
+    metric = "language_divergence"
+    low, high = extent(rows, metric, *band)
     notes = [f"Pairs of languages: {span(rows['n'])}."]
     notes += [] if intervals else ["The bands hold the middle half of the pairs; they are no intervals of the mean."]
-    return Figure(
-        **common,
+    return dataclasses.replace(
+        common,
         draw=functools.partial(
-            charts.by_depth, panels={"language_divergence": "mean divergence (bits)"}, series="run", band=band,
-            stacks=subject.stacks,
+            charts.by_depth, panels=[charts.Panel(metric=metric, words="mean divergence (bits)", low=low, high=high)],
+            series="run", band=band, stacks=subject.stacks, main=subject.sides[0].name,
             tooltip={"run": "N", "layer": "O", "value": "Q", "median": "Q", "first_quartile": "Q",
                      "third_quartile": "Q", "n": "Q"},
         ),

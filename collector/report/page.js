@@ -64,7 +64,12 @@
     }
   }
 
-  // Only the last of several moves is drawn, one after the other, so that a held key does not queue up.
+  const distance = ({ name }) => {
+    const { top, bottom } = document.getElementById(name).getBoundingClientRect();
+    return Math.max(top - window.innerHeight, -bottom, 0);
+  };
+
+  // What is in sight is drawn first, and a further move ends the drawing of one that is out of date.
   let moving = null;
   let wanted = false;
   async function showLayer() {
@@ -74,7 +79,11 @@
     moving = (async () => {
       while (wanted) {
         wanted = false;
-        for (const figure of report.figures) if (figure.by_layer) await update(figure);
+        const figures = report.figures.filter((figure) => figure.by_layer);
+        for (const figure of figures.sort((a, b) => distance(a) - distance(b))) {
+          if (wanted) break;
+          await update(figure);
+        }
       }
       root.dataset.layer = slider.value;
       moving = null;

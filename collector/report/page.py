@@ -59,8 +59,8 @@ def render(
         sections=_sections(figures), version=written_by,
         footer=f"Written by moe-routing-collector {written_by}. Numbers are rounded to four digits; the command lines "
         "write them in full with --format csv or parquet. Routing statistics do not show causal importance.",
-        policy=_policy(library, script), style=Markup(_read("page.css")),  # noqa: S704 - our own files
-        library=Markup(library), script=Markup(script), data=_pack(_payload(subject, figures, start)),  # noqa: S704
+        policy=_policy(library, script), style=Markup(_read("page.css")),
+        library=Markup(library), script=Markup(script), data=_pack(_payload(subject, figures, start)),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What figures are drawn from: rows of queries, as columns, with the commands that give the same rows.
 
-Guarantees: every number is a query's; here rows are only chosen, put side by side and rounded. Columns whose name begins
-with an underscore are places in a drawing and not data.
+Guarantees: every number is a query's; here rows are only chosen, put side by side and rounded. Columns whose name
+begins with an underscore are places in a drawing and not data.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def places(table: Table, column: str, orders: Mapping[Router, Sequence[Any]]) ->
 
 
 def matrix(rows: Table, row: str, column: str, *, value: str = "value") -> tuple[list[Any], list[Any], np.ndarray]:
-    """The rows of one router and run as a matrix: names of its rows, of its columns, and the values; 0 where none is."""
+    """Rows of one router and run as a matrix: names of its rows, of its columns, and the values; 0 where none is."""
     row_names, row_places = np.unique(rows[row].tolist(), return_inverse=True)
     column_names, column_places = np.unique(rows[column].tolist(), return_inverse=True)
     values = np.zeros((len(row_names), len(column_names)))
@@ -141,6 +141,22 @@ def span(numbers: np.ndarray, words: Callable[[float], str] = "{:,}".format) -> 
     """The least and the largest of some numbers, in words."""
     low, high = numbers.min().item(), numbers.max().item()
     return words(low) if low == high else f"{words(low)} – {words(high)}"
+
+
+def extent(table: Table, metric: str, *columns: str, zero: bool = True) -> tuple[float, float]:
+    """The least and the largest value of a metric and its baseline, and of other columns that the table has.
+
+    Args:
+        table: with a column `metric`.
+        metric: its name there.
+        *columns: further ones that are drawn on the same axis.
+        zero: begin at zero.
+    """
+    rows = table.only(table["metric"] == metric)
+    drawn = [rows[name] for name in ("value", "baseline", *columns) if name in rows.columns]
+    low, high = (float(end) for end in (min(c.min() for c in drawn), max(c.max() for c in drawn)))
+    low = 0.0 if zero else low
+    return low, high if high > low else low + 1
 
 
 def _cells(column: np.ndarray) -> list[Any]:

@@ -1,7 +1,8 @@
 """How figures look: configurations of Vega-Lite for a light and a dark page, and for paper.
 
-The colours of categories are those of Okabe and Ito, told apart with any colour vision; those of numbers grow steadily in
-lightness, so they also read in grey. Marks name a style (`faint`, `baseline` …) and each configuration gives it a colour.
+The colours of categories are those of Okabe and Ito, told apart with any colour vision; those of numbers grow steadily
+in lightness, so they also read in grey. Marks name a style (`faint`, `baseline` …) and each configuration gives it a
+colour.
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ def _config(
         "legend": {
             **text, "titleFontWeight": "normal", "orient": "top", "gradientLength": 12 * size, "titleLimit": 400,
             "gradientThickness": size * 0.8, "symbolStrokeWidth": 2, "offset": 6, "labelLimit": 220,
+            "layout": {"top": {"anchor": "start", "direction": "vertical", "margin": size / 2}},
         },
         "header": {**text, "labelFontSize": size + 1, "labelColor": ink, "labelPadding": 6},
-        "title": {"color": ink, "fontSize": size + 2, "fontWeight": "normal", "anchor": "start"},
+        "title": {"color": ink, "fontSize": size + 2, "fontWeight": "normal", "anchor": "start",
+                  "frame": "group", "offset": size * 0.8},
         "range": {"heatmap": numbers, "ramp": numbers, "category": categories},
         "mark": {"color": main},
         "line": {"strokeWidth": size / 6},
-        "text": {"fontSize": size, "color": ink, "font": font},
         "style": {
-            "faint": {"stroke": faint, "strokeWidth": size / 12},
-            "baseline": {"stroke": soft, "strokeDash": [size / 3, size / 3], "strokeWidth": size / 12},
-            "tree": {"stroke": soft, "strokeWidth": size / 10},
-            "on-pale": {"fill": ink, "fontSize": size * 0.9},
-            "on-strong": {"fill": page, "fontSize": size * 0.9},
-            "significant": {"fill": alarm, "filled": True},
-            "dead": {"fill": alarm, "stroke": alarm},
-            "soft": {"stroke": soft, "strokeWidth": size / 8},
+            "faint": {"color": faint, "strokeWidth": size / 12},
+            "baseline": {"color": soft, "strokeDash": [size / 3, size / 3], "strokeWidth": size / 12},
+            "tree": {"color": soft, "strokeWidth": size / 10},
+            "compared": {"color": categories[1], "strokeWidth": size / 6},
+            "on-pale": {"color": ink},
+            "on-strong": {"color": page},
+            "significant": {"color": alarm, "filled": True},
+            "dead": {"color": alarm, "filled": True},
         },
     }  # fmt: skip
 

@@ -87,9 +87,13 @@ def _sides(root: str, compare: str | None) -> list[Side]:
 def _subject(sides: Sequence[Side], coloured: Sequence[str] | None) -> Subject:
     by_tokens = [row[0] for row in sides[0].run.sql("select label from labels order by tokens desc, label").fetchall()]
     if unknown := [label for label in coloured or () if label not in by_tokens]:
-        raise ValueError(f"no document of {sides[0].root} has the label {unknown[0]!r}; it has {', '.join(sorted(by_tokens))}")
+        raise ValueError(
+            f"no document of {sides[0].root} has the label {unknown[0]!r}; it has {', '.join(sorted(by_tokens))}"
+        )
     if coloured and len(coloured) > page.MAX_COLOURED:
-        raise ValueError(f"--labels takes {page.MAX_COLOURED} at most, as many as there are colours; got {len(coloured)}")
+        raise ValueError(
+            f"--labels takes {page.MAX_COLOURED} at most, as many as there are colours; got {len(coloured)}"
+        )
     first = list(dict.fromkeys([*(coloured or ()), *by_tokens]))[:MAX_LABELS]
     routers = _routers(sides[0].run)
     return Subject(
@@ -107,7 +111,9 @@ def _start(subject: Subject, layer: int | None) -> int:
         return len(subject.routers) // 2
     layers = [number for _, number in subject.routers]
     if layer not in layers:
-        raise ValueError(f"layer {layer} is not recorded in this run; it has {', '.join(map(str, sorted(set(layers))))}")
+        raise ValueError(
+            f"layer {layer} is not recorded in this run; it has {', '.join(map(str, sorted(set(layers))))}"
+        )
     return layers.index(layer)
 
 
@@ -122,5 +128,7 @@ def _warnings(cards: Sequence[card.Card], subject: Subject, labels: int) -> list
     ]
     if labels > len(subject.labels):
         text = f"Of {labels} languages the {len(subject.labels)} with the most tokens are shown."
-        found.append({"head": "Not all are shown.", "text": text + " Divergence over depth and load count all of them."})
+        found.append(
+            {"head": "Not all are shown.", "text": text + " Divergence over depth and load count all of them."}
+        )
     return found
