@@ -20,7 +20,7 @@ from collector.config import CaptureConfig, DataConfig, Dtype, LaunchConfig, Mod
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_QUERY_FLAGS = ("list", "format", "help")
+_QUERY_FLAGS = ("list", "format", "by", "help", "interval", "column", "resamples", "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,18 @@ class Query:
     """The query."""
     list: bool = False
     """Tell which queries there are."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
     format: Literal["table", "csv", "json", "parquet"] = "table"
     """How the rows are written to standard output."""
+    interval: float | None = None
+    """Give each row an interval of this level, as 95: a bootstrap over documents."""
+    column: str = "value"
+    """What the interval is for, of the query's columns."""
+    resamples: int = 1000
+    """Bootstrap samples."""
+    seed: int = 0
+    """Of the bootstrap's draws."""
     params: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
 
     def run(self) -> int:
@@ -73,7 +83,80 @@ class Query:
         if not (self.run_ and self.name):
             raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
         with warehouse.one_line_errors():
-            show.relation(warehouse.open_run(self.run_).query(self.name, **dict(self.params)), self.format)
+            run = warehouse.open_run(self.run_, by=self.by)
+            if self.interval is None:
+                show.relation(run.query(self.name, **dict(self.params)), self.format)
+            else:
+                from collector import inference
+
+                draws = {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
+                table = inference.intervals(run, self.name, column=self.column, **draws, **dict(self.params))
+                show.uncertain(table, self.format)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Test:
+    """Test which experts specialize in which label, by shuffling the labels of documents.
+
+    For every router, label and expert: is the share of the label's tokens that choose the expert larger than that of
+    all documents together? Tokens of a document are correlated, so documents are what is shuffled; q values keep the
+    rate of false discoveries over all rows (Benjamini-Hochberg). Most certain first.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+    alternative: Literal["greater", "less", "two-sided"] = "greater"
+    """Look for experts that a label chooses more than the pooled documents do, less, or either."""
+    level: float = 0.05
+    """The rate of false discoveries among the significant rows."""
+    resamples: int = 1000
+    """Shuffles of the labels; of the split halves, splits; of the curve, bootstrap samples at each size."""
+    seed: int = 0
+    """Of the shuffles."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script or length; not groups of tokens."""
+    stack: str | None = None
+    """Only the routers of this stack."""
+    layer: int | None = None
+    """Only this layer, by the model's own number."""
+    labels: tuple[str, ...] | None = None
+    """Only the documents with these labels."""
+    include_special: bool = False
+    """Also count the tokens that the tokenizer added itself."""
+    split_half: bool = False
+    """Instead: do two random halves of each label's documents agree about the experts?"""
+    sample_size_curve: bool = False
+    """Instead: how do domain specialization and its 95 % interval change with the number of documents?"""
+    format: Literal["table", "csv", "json", "parquet"] = "table"
+    """How the rows are written to standard output."""
+
+    def __post_init__(self) -> None:
+        """Refuses two questions at once."""
+        if self.split_half and self.sample_size_curve:
+            raise ValueError("--split-half and --sample-size-curve are two questions: ask one at a time")
+
+    def run(self) -> int:
+        """Prints one row per cell."""
+        from collector import inference, show, warehouse
+        from collector.counts import document_counts
+
+        where = {
+            "stack": self.stack, "layer": self.layer, "labels": self.labels, "include_special": self.include_special,
+        }  # fmt: skip
+        with warehouse.one_line_errors():
+            run = warehouse.open_run(self.run_, by=self.by)
+            if self.sample_size_curve:
+                table = inference.sample_size_curve(run, resamples=self.resamples, seed=self.seed, **where)
+            elif self.split_half:
+                table = inference.split_half(document_counts(run, **where), splits=self.resamples, seed=self.seed)
+            else:
+                table = inference.specialization_test(
+                    document_counts(run, **where), resamples=self.resamples, seed=self.seed, level=self.level,
+                    alternative=self.alternative,
+                )  # fmt: skip
+                sys.stderr.write(f"{inference.remark(table, self.resamples, self.level)}\n")
+            show.uncertain(table, self.format)
         return 0
 
 
@@ -88,6 +171,8 @@ class Sql:
     """The run directory."""
     statement: tyro.conf.Positional[str]
     """For example: select label, count(*) from documents group by all."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
     format: Literal["table", "csv", "json", "parquet"] = "table"
     """How the rows are written to standard output."""
 
@@ -96,7 +181,27 @@ class Sql:
         from collector import show, warehouse
 
         with warehouse.one_line_errors():
-            show.relation(warehouse.open_run(self.run_).sql(self.statement), self.format)
+            show.relation(warehouse.open_run(self.run_, by=self.by).sql(self.statement), self.format)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Views:
+    """Write the SQL script that creates the run's views in any DuckDB: `duckdb -init <(collector views RUN)`.
+
+    It names every file by its full path or URL. For a run on an object store, DuckDB needs its extension httpfs (azure
+    for az://) and the credentials; `collector query` and `sql` need neither.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+
+    def run(self) -> int:
+        """Writes the script to standard output."""
+        from collector.storage import RunDirectory
+        from collector.warehouse import views_sql
+
+        sys.stdout.write(views_sql(RunDirectory(self.run_), in_place=True))
         return 0
 
 
@@ -136,7 +241,8 @@ class Verify:
 
     Checks files by size and SHA-256, and tables by what they must hold: every token of every document once, and for
     each recorded router a decision about each token of its stack. Run it after a copy, before a publication, or when a
-    disk is in doubt. A run that only lacks shards is incomplete, not unsound.
+    disk is in doubt. A run that only lacks shards is incomplete, not unsound. A rollup is compared with what the tables
+    give, counted by other means than those that made it.
     """
 
     run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
@@ -152,7 +258,7 @@ class Verify:
         run = RunDirectory(self.run_)
         report = verify.verify(run, verify.Ticker())
         sys.stdout.writelines(f"{line}\n" for line in report.lines())
-        if self.recollect and not report.sound:
+        if self.recollect and (report.wrong or report.run):
             aside = verify.recollect(run, report)
             sys.stdout.writelines(f"set aside: {name}\n" for name in aside)
             sys.stdout.write("Run the same collect command again.\n")
@@ -160,8 +266,37 @@ class Verify:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollup:
+    """Count a run once, per document and per label, so that questions about labels and documents are answered at once.
+
+    Writes two files into the run's folder `rollup`; from then on `query`, `sql` and `show` read them instead of
+    counting tokens. A rollup of other commits than the run has now is not read: make it anew when shards were added.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory: a path or an object store's URL, which is read as a whole."""
+    again: bool = False
+    """Count again although there is a rollup of exactly these commits."""
+
+    def run(self) -> int:
+        """Makes the rollup, unless it is there."""
+        from collector import verify
+        from collector.rollup import files, making
+        from collector.storage import RunDirectory
+
+        run = RunDirectory(self.run_)
+        if not self.again and (names := files.current(run)):
+            sys.stdout.write(f"{' and '.join(names.values())}: there already, and of all that is committed\n")
+            return 0
+        made = making.make(run, verify.Ticker("counted"))
+        sys.stdout.write(f"{' and '.join(made.files.values())}: {made.shards:,} shards, {made.tokens:,} tokens, "
+                         f"{made.bytes:,} bytes, {made.bytes / max(1, made.tokens):.1f} a token\n")  # fmt: skip
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gc:
-    """Remove the orphans of a run: files that no commit record names, left by replicas that died.
+    """Remove the orphans of a run: files that no commit record names, left by replicas that died, and old rollups.
 
     They count for nothing and only take room. What is committed stays, whatever its age. On object stores the parts of
     uploads that were cut are out of sight: give the bucket a lifecycle rule that aborts incomplete uploads.
@@ -202,13 +337,15 @@ class Show:
     """Another run, for example the same model with random weights."""
     labels: tuple[str, ...] | None = None
     """Which labels (default: all)."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
 
     def run(self) -> int:
         """Prints the table."""
         from collector import show, warehouse
 
-        beside = warehouse.open_run(self.beside) if self.beside else None
-        show.top_experts_by_layer(warehouse.open_run(self.run_), self.labels, beside)
+        beside = warehouse.open_run(self.beside, by=self.by) if self.beside else None
+        show.top_experts_by_layer(warehouse.open_run(self.run_, by=self.by), self.labels, beside)
         return 0
 
 
@@ -304,9 +441,12 @@ class Models:
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect,
     "query": Query,
+    "test": Test,
     "sql": Sql,
+    "views": Views,
     "status": Status,
     "verify": Verify,
+    "rollup": Rollup,
     "gc": Gc,
     "show": Show,
     "report": Report,

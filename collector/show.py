@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import duckdb
+    import pyarrow as pa
 
     from collector.families import Description
     from collector.storage import RunDirectory
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40
 _WIDE = 200
+FEW_DOCUMENTS = 20
+"""Below it an interval rests on too little to be trusted."""
 
 
 def console() -> Console:
@@ -248,6 +251,18 @@ def relation(result: duckdb.DuckDBPyRelation, style: str) -> None:
 
         write: Any = pyarrow.csv.write_csv if style == "csv" else pyarrow.parquet.write_table
         write(result.to_arrow_table(), sys.stdout.buffer)
+
+
+def uncertain(table: pa.Table, style: str) -> None:
+    """Writes intervals or tests like `relation`, and says on standard error how many rest on few documents."""
+    import duckdb
+    import pyarrow.compute as pc
+
+    relation(duckdb.from_arrow(table), style)
+    few = pc.sum(pc.less(table["documents"], FEW_DOCUMENTS)).as_py() or 0
+    if few:
+        sys.stderr.write(f"{few:,} of {table.num_rows:,} rows rest on fewer than {FEW_DOCUMENTS} documents of a label "
+                         "(column documents): read them with care\n")  # fmt: skip
 
 
 def _print_table(result: duckdb.DuckDBPyRelation) -> None:

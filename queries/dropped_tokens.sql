@@ -5,7 +5,7 @@
 --   all other queries.
 -- Source: expert capacity as in Switch Transformers, arXiv 2101.03961, section 2.2.
 -- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
--- Reads: decisions, layers
+-- Reads: document_counts, layers
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
@@ -14,7 +14,7 @@
 --     language codes); they say nothing about the text
 with chosen as (
     select *
-    from decisions
+    from document_counts
     where
         ($stack is null or stack = $stack)
         and ($layer is null or layer = $layer)
@@ -27,9 +27,9 @@ counted as (
         stack,
         layer,
         label,
-        count(*) as n,
-        count_if(dropped_picks > 0) as tokens_with_drops,
-        sum(dropped_picks) as picks_dropped
+        sum(tokens)::bigint as n,
+        sum(dropped_tokens)::bigint as tokens_with_drops,
+        sum(dropped_picks)::bigint as picks_dropped
     from chosen
     group by stack, layer, label
 ),

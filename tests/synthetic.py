@@ -62,6 +62,8 @@ class Shard:
     """[documents], or none."""
     parallel_ids: Sequence[str | None] | None = None
     """[documents], or none."""
+    sources: Sequence[str | None] | None = None
+    """[documents], or the same for all."""
 
     @classmethod
     def of_picks(
@@ -185,16 +187,22 @@ def write_run(
     *,
     probabilities: bool = False,
     complete: bool = True,
+    vocabulary: Sequence[tuple[str, bool]] | None = tuple((f"token {i}", i == 0) for i in range(VOCABULARY)),
 ) -> Path:
-    """Writes and commits all shards; returns the run's folder."""
+    """Writes and commits all shards; returns the run's folder.
+
+    `vocabulary` says of each token id its text and whether it is special; None writes none, as a run that drops ids.
+    """
     run = RunDirectory(folder)
     routers = [dataclasses.asdict(one) | {"router": f"layers.{one.layer}.mlp.gate"} for one in layers]
-    config = {"model": "synthetic", "store": ["probabilities"] if probabilities else []}
+    token_ids = "drop" if vocabulary is None else "keep"
+    config = {"model": "synthetic", "store": ["probabilities"] if probabilities else [], "token_ids": token_ids}
     info = {"format": 1, "config": config, "plan_hash": "0", "plan": {"shards": len(shards)}, "layers": routers}
     run.store.put_new(RUN, json.dumps(info).encode())
-    with run.scratch() as scratch:
-        records.write_table(Path(scratch, VOCAB), _vocabulary())
-        run.store.publish(Path(scratch, VOCAB), VOCAB)
+    if vocabulary is not None:
+        with run.scratch() as scratch:
+            records.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
+            run.store.publish(Path(scratch, VOCAB), VOCAB)
     for number, shard in enumerate(shards):
         commit_shard(run, number, publish_shard(run, layers, number, shard, probabilities=probabilities), shard)
     if complete:
@@ -277,7 +285,7 @@ def _documents(number: int, shard: Shard) -> pa.Table:
         "doc": np.arange(count),
         "doc_id": [f"synthetic#{number}-{doc}" for doc in range(count)],
         "label": [label for label, _ in shard.documents],
-        "source": ["synthetic"] * count,
+        "source": shard.sources or ["synthetic"] * count,
         "parallel_id": shard.parallel_ids or [None] * count,
         "tokens": shard.lengths,
         "target_tokens": [None] * count,
@@ -287,9 +295,9 @@ def _documents(number: int, shard: Shard) -> pa.Table:
     return _table(columns, records.documents_schema(text=False))
 
 
-def _vocabulary() -> pa.Table:
-    ids = range(VOCABULARY)
-    columns = {"token_id": ids, "token": [f"token {i}" for i in ids], "is_special": [i == 0 for i in ids]}
+def _vocabulary(entries: Sequence[tuple[str, bool]]) -> pa.Table:
+    tokens, special = zip(*entries, strict=True)
+    columns = {"token_id": range(len(entries)), "token": tokens, "is_special": special}
     return _table(columns, records.VOCAB_SCHEMA)
 
 

@@ -1,4 +1,4 @@
-"""The report: its numbers are the queries', it stands alone, any run has one. test_report_page opens it in a browser."""
+"""The report: its numbers are the queries', it stands alone, any run has one. test_report_page opens it."""
 
 from __future__ import annotations
 

@@ -197,6 +197,9 @@ def test_views_sql_gives_the_same_in_any_duckdb(run: Run, folder: Path) -> None:
     printed = subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, text=True)
     assert printed.stdout.strip() == str(run.sql("from assignments order by all").fetchall())
     assert str(folder) not in (folder / "views.sql").read_text()
+    anywhere = duckdb.connect()
+    anywhere.execute(views_sql(RunDirectory(folder), in_place=True))
+    assert str(anywhere.sql("from assignments order by all").fetchall()) == printed.stdout.strip()
 
 
 # ---- what is refused ----
@@ -296,7 +299,11 @@ def test_headers_tell_everything() -> None:
     for query in list_queries():
         assert query.question.endswith("?"), query.name
         assert all((query.formula, query.source, query.grain)), query.name
-        of_router = {"stack", "layer"} if {"decisions", "selections", "assignments"} & set(query.reads) else set()
+        of_router = (
+            {"stack", "layer"}
+            if {"decisions", "selections", "assignments", "document_counts"} & set(query.reads)
+            else set()
+        )
         assert {param.name for param in query.params} >= {"labels", "include_special"} | of_router
         assert all(param.help for param in query.params)
 
@@ -324,7 +331,10 @@ def test_queries_read_only_views_and_say_which() -> None:
 
 
 def test_views_say_what_they_read() -> None:
-    for name, sql in VIEWS.items():
+    folders = Path(__file__).parent.parent / "queries"
+    variants = [*folders.glob("views/*/*.sql"), *folders.glob("groupings/*.sql")]
+    assert variants
+    for name, sql in [*VIEWS.items(), *((str(path), path.read_text()) for path in variants)]:
         reads = {each.strip() for each in read_header(sql)["reads"].split(",")}
         assert reads == tables_of(sql), name
 

@@ -82,7 +82,8 @@ def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str
         text=text,
         draw=functools.partial(
             charts.by_depth, panels=_panels(rows, panels, zero=False), series="label", stacks=subject.stacks,
-            faint=True, main=subject.sides[0].name, dash=len(subject.sides) > 1, band=("low", "high") if intervals else None,
+            faint=True, main=subject.sides[0].name, dash=len(subject.sides) > 1,
+            band=("low", "high") if intervals else None,
             tooltip={"run": "N", "label": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
         ),
         tables={"rows": rows},

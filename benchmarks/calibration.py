@@ -1,0 +1,301 @@
+"""Are intervals and tests as honest as they say? Simulated runs whose truth is known.
+
+    python -m benchmarks.calibration                    # 200 runs of each kind: some minutes
+    python -m benchmarks.calibration --runs 20          # a look
+    python -m benchmarks.calibration --parts tests      # false discoveries alone
+
+A simulated document has preferences of its own: in each of k groups of experts, of which a token takes one, its
+probabilities are drawn from a Dirichlet distribution around its label's, so that the tokens of a document are
+correlated and a label's domain specialization is known exactly. Lengths vary (log-normal).
+
+(tests) kinds of runs: labels that say nothing; labels that differ in number, length and uniformity of documents but
+not in domain specialization; labels of which half have one expert more than the others. Tests: the one of
+`collector test`, the same without its standard error, and a z test that takes tokens for independent. For each: how
+many runs have a false discovery, the mean share of false ones among the discoveries, the share of p <= 0.05 where
+nothing is to be found (over all labels, and for the label where it is largest), and the share of the planted effects
+that are found.
+(coverage) how often intervals hold the true value, by metric and number of documents per label: where labels are alike
+but for planted effects, and where each has preferences of its own. Of pairs of labels only those that differ count: a
+divergence of 0 lies at the end of its range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from scipy import stats
+
+from collector.catalog import find_query
+from collector.counts import DocumentCounts
+from collector.inference.answers import SampledQuery
+from collector.inference.bootstrap import estimates, interval, sampled_values
+from collector.inference.permutation import group_sums, p_values
+from collector.inference.resampling import Sums, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+EXPERTS, TOP_K = 16, 4
+LEVEL = 0.05
+
+
+# -- simulated runs ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """Where simulated runs come from: L labels, E experts of which a token takes one in each of k groups."""
+
+    documents: tuple[int, ...] = (40,) * 8
+    tokens: tuple[float, ...] = (60.0,) * 8
+    """Mean length of a label's documents."""
+    concentration: tuple[float, ...] = (8.0,) * 8
+    """Of the Dirichlet distributions: two tokens of a document agree by 1 / (1 + it) more than by chance."""
+    effect: float = 0.0
+    """What labels of the first half have more of one expert each, in domain specialization."""
+    all_differ: bool = False
+    """Give each label preferences of its own."""
+
+    @property
+    def truth_LE(self) -> NDArray[np.float64]:
+        """[L, E] domain specialization of each label; sums to k."""
+        base_GX = np.random.default_rng(0).dirichlet(np.full(EXPERTS // TOP_K, 4.0), size=TOP_K)
+        truth_LGX = np.tile(base_GX, (len(self.documents), 1, 1))
+        if self.all_differ:
+            truth_LGX = np.random.default_rng(1).standard_gamma(12 * truth_LGX)
+            truth_LGX /= truth_LGX.sum(axis=2, keepdims=True)
+        for label in range(len(self.documents) // 2):
+            group_X = truth_LGX[label, label % TOP_K]
+            rest = 1 - group_X[0]
+            group_X *= (rest - self.effect) / rest
+            group_X[0] = 1 - rest + self.effect
+        return truth_LGX.reshape(-1, EXPERTS)
+
+    @property
+    def nothing_LE(self) -> NDArray[np.bool_]:
+        """[L, E] where a label does not choose an expert more than the others do."""
+        tokens_L1 = np.multiply(self.documents, self.tokens)[:, None]
+        picks_LE = self.truth_LE * tokens_L1
+        others_LE = (picks_LE.sum(axis=0) - picks_LE) / (tokens_L1.sum() - tokens_L1)
+        return self.truth_LE <= others_LE + 1e-12
+
+    def run(self, rng: np.random.Generator) -> DocumentCounts:
+        """Counts of one run."""
+        label_D = np.repeat(np.arange(len(self.documents)), self.documents)
+        spread = 0.5
+        lengths_D = np.take(self.tokens, label_D) * rng.lognormal(-(spread**2) / 2, spread, len(label_D))
+        tokens_D = np.ceil(lengths_D).astype(np.int64)
+        alpha_DGX = (self.truth_LE * np.array(self.concentration)[:, None])[label_D].reshape(len(label_D), TOP_K, -1)
+        taste_DGX = rng.standard_gamma(alpha_DGX) + 1e-12
+        taste_DGX /= taste_DGX.sum(axis=2, keepdims=True)
+        picks_DE = rng.multinomial(tokens_D[:, None], taste_DGX).reshape(len(label_D), EXPERTS).astype(np.uint32)
+        first_DE = np.where(np.arange(EXPERTS) < EXPERTS // TOP_K, picks_DE, 0).astype(np.uint32)
+        labels = tuple(f"label {i}" for i in range(len(self.documents)))
+        zeros_D = np.zeros(len(label_D), np.int64)
+        return DocumentCounts(
+            stack="decoder", layer=0, n_experts=EXPERTS, top_k=TOP_K, labels=labels, label_D=label_D, shard_D=zeros_D,
+            doc_D=np.arange(len(label_D)), tokens_D=tokens_D, picks_DE=picks_DE, top1_DE=first_DE,
+            weight_sum_DE=(picks_DE / TOP_K).astype(np.float32),
+        )  # fmt: skip
+
+
+WORLDS = {
+    "labels say nothing": World(),
+    "nothing, unequal documents": World(
+        documents=(80, 80, 40, 40, 20, 20, 12, 12), tokens=(20, 200, 20, 200, 20, 200, 20, 200),
+        concentration=(2, 30, 30, 2, 30, 2, 2, 30),
+    ),
+    "half of the labels, +0.15": World(effect=0.15),
+}  # fmt: skip
+
+
+# -- tests -------------------------------------------------------------------------------------------
+
+
+def studentized(counts: DocumentCounts, resamples: int) -> NDArray[np.float64]:
+    """[L, E] p values of `collector test`."""
+    return p_values(counts, resamples=resamples, seed=0)[1]
+
+
+def difference_alone(counts: DocumentCounts, resamples: int) -> NDArray[np.float64]:
+    """[L, E] p values of the same shuffles, by the difference without its standard error."""
+    return p_values(counts, resamples=resamples, seed=0, statistic=difference)[1]
+
+
+def difference(sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]) -> NDArray[np.float64]:  # noqa: ARG001
+    """[S, L, E] domain specialization beyond the pooled share."""
+    return np.split(sums_SLC[:, :, 2:], 3, axis=2)[0] / sums_SLC[:, :, :1]
+
+
+def independent_tokens(counts: DocumentCounts, resamples: int) -> NDArray[np.float64]:  # noqa: ARG001
+    """[L, E] p values of a z test of two proportions, label against the others, as if each token were drawn alone."""
+    labels = len(counts.labels)
+    picks_LE = group_sums(counts.label_D[None], counts.picks_DE.astype(np.float64), labels)[0]
+    n_L1 = np.bincount(counts.label_D, counts.tokens_D)[:, None]
+    others_L1 = n_L1.sum() - n_L1
+    pooled_E = picks_LE.sum(axis=0) / n_L1.sum()
+    difference_LE = picks_LE / n_L1 - (picks_LE.sum(axis=0) - picks_LE) / others_L1
+    error_LE = np.sqrt(pooled_E * (1 - pooled_E) * (1 / n_L1 + 1 / others_L1))
+    return stats.norm.sf(difference_LE / error_LE)
+
+
+TESTS: dict[str, Callable[[DocumentCounts, int], NDArray[np.float64]]] = {
+    "documents shuffled, studentized": studentized,
+    "documents shuffled, difference alone": difference_alone,
+    "tokens independent": independent_tokens,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Errors:
+    """What a test did over simulated runs."""
+
+    any_false: float
+    """Share of runs with a false discovery."""
+    false_share: float
+    """Mean share of false ones among the discoveries of a run."""
+    small_p: float
+    """Share of p <= 0.05 among cells where nothing is to be found."""
+    small_p_worst: float
+    """The same for the label where it is largest."""
+    found: float
+    """Share of the planted effects that are discoveries; NaN where there are none."""
+
+
+def false_discoveries(world: World, test: Callable, runs: int, resamples: int) -> Errors:
+    """Simulates runs and tests each."""
+    nothing_LE = world.nothing_LE
+    planted_LE = world.truth_LE - dataclasses.replace(world, effect=0.0).truth_LE > world.effect / 2
+    p_RLE = np.array([test(world.run(np.random.default_rng([1, run])), resamples) for run in range(runs)])
+    q_RLE = stats.false_discovery_control(p_RLE.reshape(runs, -1), axis=1, method="bh").reshape(p_RLE.shape)
+    found_RLE = q_RLE <= LEVEL
+    small_LE = (p_RLE <= LEVEL).mean(axis=0)
+    false_R = (found_RLE & nothing_LE).sum(axis=(1, 2))
+    return Errors(
+        any_false=float((false_R > 0).mean()),
+        false_share=float((false_R / np.maximum(found_RLE.sum(axis=(1, 2)), 1)).mean()),
+        small_p=float(small_LE[nothing_LE].mean()),
+        small_p_worst=float(
+            max(small_E[nothing_E].mean() for small_E, nothing_E in zip(small_LE, nothing_LE, strict=True))
+        ),
+        found=float(found_RLE[:, planted_LE].mean()) if world.effect else float("nan"),
+    )
+
+
+def measure_tests(runs: int, resamples: int) -> None:
+    """Prints a row per kind of run and test."""
+    print(
+        "| runs | test | with a false discovery | false share | p <= 0.05 | worst label | found |\n|---|---|---|---|---|---|---|"
+    )
+    for kind, world in WORLDS.items():
+        for name, test in TESTS.items():
+            errors = false_discoveries(world, test, runs, resamples)
+            cells = (f"{value:.3f}" if value == value else "–" for value in dataclasses.astuple(errors))
+            print(f"| {kind} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+# -- coverage ----------------------------------------------------------------------------------------
+
+
+FREQUENCY = ("domain_specialization",)
+QUERIES = (*FREQUENCY, "effective_experts", "language_overlap", "mutual_information")
+CASES = [
+    *(("alike", {"effect": 0.15}, documents, FREQUENCY) for documents in (10, 20, 200)),
+    ("alike", {"effect": 0.15}, 50, QUERIES),
+    ("all differ", {"all_differ": True}, 20, QUERIES),
+    ("all differ", {"all_differ": True}, 50, QUERIES),
+]
+"""Labels, how their world is made, documents of each, queries."""
+
+
+def true_sums(world: World) -> Sums:
+    """Sums of documents without end, as one sample."""
+    tokens = 10**9
+    picks_SLE = np.rint(world.truth_LE * tokens)[None]
+    labels = tuple(f"label {i}" for i in range(len(world.documents)))
+    tokens_SL = np.full((1, len(labels)), float(tokens))
+    return Sums(labels=labels, tokens_SL=tokens_SL, picks_SLE=picks_SLE, top1_SLE=picks_SLE, weight_sum_SLE=picks_SLE)
+
+
+def ours(values_RS: NDArray, documents_R: NDArray, estimate_R: NDArray) -> tuple[NDArray, NDArray]:
+    """What `collector query --interval 95` gives."""
+    found = interval(values_RS.copy(), documents_R, 100 * (1 - LEVEL), estimate_R)
+    return found.low_R, found.high_R
+
+
+def percentile(values_RS: NDArray, documents_R: NDArray, estimate_R: NDArray) -> tuple[NDArray, NDArray]:  # noqa: ARG001
+    """Quantiles of the samples as they are."""
+    low_R, high_R = np.quantile(values_RS, [LEVEL / 2, 1 - LEVEL / 2], axis=1)
+    return low_R, high_R
+
+
+METHODS = {"ours": ours, "percentile": percentile}
+
+
+def coverage(world: World, query: str, runs: int, resamples: int) -> dict[tuple[str, str], float]:
+    """(metric, method) -> share of intervals that hold the true value."""
+    asked = SampledQuery(find_query(query), {})
+    exemplar = world.run(np.random.default_rng(0))
+    rows = asked.answer(exemplar, true_sums(world))
+    rows = rows.filter(rows["value"].is_valid())
+    metrics, kept_R = np.array(rows["metric"].to_pylist()), pairs_that_differ(rows)
+    truth_R = rows["value"].to_numpy()
+    documents_R, value = np.full(rows.num_rows, world.documents[0]), rows.column_names.index("value")
+    held = {name: np.zeros(rows.num_rows) for name in METHODS}
+    for run in range(runs):
+        counts = world.run(np.random.default_rng([2, run]))
+        answer = rows.set_column(value, "value", pa.array(asked.values(rows, counts, whole(counts))[:, 0]))
+        values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=run)
+        for name, method in METHODS.items():
+            low_R, high_R = method(values_RS, documents_R, estimates(answer, "value"))
+            held[name] += (low_R <= truth_R) & (truth_R <= high_R)
+    return {
+        (metric, name): float(held[name][kept_R & (metrics == metric)].mean() / runs)
+        for metric in dict.fromkeys(metrics)
+        for name in METHODS
+    }
+
+
+def pairs_that_differ(rows: pa.Table) -> NDArray[np.bool_]:
+    """Each pair of labels once, and only where they differ; all rows of other queries."""
+    if "label_a" not in rows.column_names:
+        return np.ones(rows.num_rows, bool)
+    names = rows.select(["metric", "label_a", "label_b", "value"]).to_pylist()
+    differ = {(row["label_a"], row["label_b"]) for row in names if row["metric"] == "jsd" and row["value"] > 1e-9}
+    return np.array([(row["label_a"], row["label_b"]) in differ and row["label_a"] < row["label_b"] for row in names])
+
+
+def measure_coverage(runs: int, resamples: int) -> None:
+    """Prints a row per case and metric."""
+    print(f"| labels | documents | metric | {' | '.join(METHODS)} |\n|---|---|---|{'---|' * len(METHODS)}")
+    for kind, made, documents, queries in CASES:
+        world = World(documents=(documents,) * 8, **made)
+        for query in queries:
+            held = coverage(world, query, runs, resamples)
+            for metric in dict.fromkeys(metric for metric, _ in held):
+                cells = " | ".join(f"{held[metric, method]:.3f}" for method in METHODS)
+                print(f"| {kind} | {documents} | {metric} | {cells} |", flush=True)
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--shuffles", type=int, default=2999)
+    parser.add_argument("--resamples", type=int, default=400)
+    parser.add_argument("--parts", nargs="+", choices=("tests", "coverage"), default=["tests", "coverage"])
+    arguments = parser.parse_args()
+    if "tests" in arguments.parts:
+        measure_tests(arguments.runs, arguments.shuffles)
+    if "coverage" in arguments.parts:
+        measure_coverage(arguments.runs, arguments.resamples)
+
+
+if __name__ == "__main__":
+    main()
