@@ -368,6 +368,14 @@ class Report:
     """The layer that is shown first, and that figures of one layer are of (default: the one in the middle)."""
     labels: tuple[str, ...] | None = None
     """Labels whose curves are in colour, up to 8 (default: the 6 with the most tokens)."""
+    resamples: int = 200
+    """Bootstrap samples for intervals, and shuffles for the test of specialization; a paper wants 1,000. 0: neither,
+    which is much faster."""
+
+    def __post_init__(self) -> None:
+        """Refuses too few resamples."""
+        if self.resamples < 0 or self.resamples == 1:
+            raise ValueError(f"--resamples takes 0, or 2 and more, got {self.resamples}")
 
     def run(self) -> int:
         """Writes the files and names them."""
@@ -376,7 +384,7 @@ class Report:
             from collector.warehouse import one_line_errors
         with one_line_errors():
             written = report.write(self.run_, self.out, compare=self.compare, figures=self.figures, layer=self.layer,
-                                   labels=self.labels)  # fmt: skip
+                                   labels=self.labels, resamples=self.resamples)  # fmt: skip
         sys.stdout.writelines(f"{path}\n" for path in written)
         return 0
 

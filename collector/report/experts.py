@@ -11,7 +11,7 @@ import numpy as np
 
 from collector.report import charts, clustering
 from collector.report.figure import Figure
-from collector.report.tables import extent, fetch, in_labels, matrix, places, span
+from collector.report.tables import INTERVAL, LEVEL, extent, fetch, in_labels, matrix, places, span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,6 +55,7 @@ def _decisiveness(subject: Subject) -> Figure:
         title="Router entropy and top-k mass",
         text="How spread the router's distribution is over all experts, and how much of it the chosen k have; means "
         "over the tokens of each language. The dashed line is a router that prefers nothing.",
+        without="No intervals: this query looks at single tokens, and intervals come from sums over documents.",
         panels={"router_entropy": "router entropy (nats)", "topk_mass": "top-k mass"},
     )
 
@@ -63,17 +64,21 @@ def _effective(subject: Subject) -> Figure:
     columns = ("metric", "label", "value", "baseline", "n", "used_experts", "half_experts")
     return _by_label(
         subject,
-        fetch(subject.sides, "effective_experts", columns, where=in_labels(subject.labels)),
+        fetch(
+            subject.sides, "effective_experts", columns, where=in_labels(subject.labels), resamples=subject.resamples
+        ),
         name="effective-experts",
         title="Effective number of experts",
         text="How many equally loaded experts would have the entropy of a language's load. It grows with the number of "
         "tokens: compare languages of similar size. The dashed line is the number of experts.",
+        without="No intervals were asked for (--resamples).",
         panels={"effective_experts": "effective experts"},
     )
 
 
-def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str, panels: dict[str, str]) -> Figure:
-    intervals = {"low", "high"} <= set(rows.columns)
+def _by_label(
+    subject: Subject, rows: Table, *, name: str, title: str, text: str, without: str, panels: dict[str, str]
+) -> Figure:
     labels = len(subject.labels)
     return Figure(
         name=name,
@@ -83,13 +88,15 @@ def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str
         draw=functools.partial(
             charts.by_depth, panels=_panels(rows, panels, zero=False), series="label", stacks=subject.stacks,
             faint=True, main=subject.sides[0].name, dash=len(subject.sides) > 1,
-            band=("low", "high") if intervals else None,
+            band=INTERVAL if rows.resamples else None,
             tooltip={"run": "N", "label": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
         ),
         tables={"rows": rows},
         notes=[
             f"{labels} languages, {span(rows['n'])} tokens of each; grey: those that are not in colour.",
-            "Bands are 95 % intervals, documents drawn anew." if intervals else "No intervals are drawn.",
+            f"Bands: {LEVEL} % intervals, a bootstrap over documents ({rows.resamples:,} samples)."
+            if rows.resamples
+            else without,
         ],
     )  # fmt: skip
 

@@ -27,6 +27,8 @@ class Subject:
     """Labels whose curves are drawn in colour at first."""
     max_experts: int
     """Experts of a layer that matrices show."""
+    resamples: int
+    """Bootstrap samples of intervals and shuffles of the test of specialization; 0: neither."""
 
     @property
     def main(self) -> Sequence[Side]:

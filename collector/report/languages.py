@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from collector import inference
+from collector.counts import document_counts
 from collector.report import charts, clustering
 from collector.report.figure import Figure
 from collector.report.tables import extent, fetch, in_labels, matrix, places, span
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
     from collector.report.clustering import Tree
     from collector.report.figure import Subject
-    from collector.report.tables import Router, Table
+    from collector.report.tables import Router, Side, Table
 
 SPECIALIZATION = "Which language uses which experts"
 LIKENESS = "How much alike languages are"
@@ -56,6 +59,8 @@ def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figu
         own = table.having(_row=places(table, "label", labels), _column=places(table, "expert", experts))
         own = own.only(own["_column"] < [len(experts.get(router, ())) for router in own.routers()])
         main = side is subject.sides[0]
+        tested = main and subject.resamples > 0 and len(subject.labels) > 1
+        own = _tested(own, side, subject.resamples) if tested else own
         found.append(
             Figure(
                 name="specialization" if main else "specialization-compared",
@@ -66,15 +71,37 @@ def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figu
                    if main else "Same colours, languages and experts in the same order as above."),
                 draw=functools.partial(
                     charts.matrix, x="expert", y="label", columns=_most(own, "expert"), rows=len(subject.labels),
-                    title="share of tokens", high=high, x_title="expert", significant="q" in own.columns,
+                    title="share of tokens", high=high, x_title="expert", significant=tested,
                     tooltip={"label": "N", "expert": "N", "value": "Q", "baseline": "Q", "lift": "Q", "n": "Q",
-                             **({"q": "Q"} if "q" in own.columns else {})},
+                             **({"q": "Q"} if tested else {})},
                 ),
                 tables={"rows": own},
-                notes=[_tokens_each(own), _baselines(own), *_left_out(table, own)],
+                notes=[_tokens_each(own), _baselines(own), *_significance(own, subject.resamples, tested),
+                       *_left_out(table, own)],
             )
         )  # fmt: skip
     return found
+
+
+def _tested(rows: Table, side: Side, resamples: int) -> Table:
+    """With the q value of each cell, of a test of all of them."""
+    test = inference.specialization_test(document_counts(side.run), resamples=resamples)
+    keys = [test[name].to_pylist() for name in ("stack", "layer", "label", "expert")]
+    q = dict(zip(zip(*keys, strict=True), test["q"].to_pylist(), strict=True))
+    cells = zip(rows.routers(), rows["label"].tolist(), rows["expert"].tolist(), strict=True)
+    command = f"collector test {shlex.quote(side.root)} --resamples {resamples}"
+    tested = rows.having(q=[q[(*router, label, expert)] for router, label, expert in cells])
+    return dataclasses.replace(tested, also=[command])
+
+
+def _significance(rows: Table, resamples: int, tested: bool) -> list[str]:
+    if not tested:
+        return []
+    found = int((rows["q"] < 0.05).sum())
+    return [
+        f"Dots: chosen significantly more than by the other languages (permutation test of the documents' labels, "
+        f"{resamples:,} shuffles, q < 0.05 over all layers): {found:,} of {len(rows):,} cells."
+    ]
 
 
 def _most_specialised(rows: Table, most: int) -> list[int]:
@@ -124,8 +151,8 @@ def _top_experts(subject: Subject, trees: Mapping[Router, Tree]) -> Figure:
 
 def _overlap(subject: Subject) -> Table:
     columns = ("label_a", "label_b", "value", "n")
-    given = {"labels": list(subject.labels)}
-    return fetch(subject.main, "language_overlap", columns, where="metric = 'jsd'", by_layer=True, **given)
+    labels = list(subject.labels)
+    return fetch(subject.main, "language_overlap", columns, where="metric = 'jsd'", by_layer=True, labels=labels)
 
 
 def _trees(subject: Subject, overlap: Table) -> dict[Router, Tree]:
@@ -183,12 +210,9 @@ def _depth(subject: Subject) -> Figure:
     )  # fmt: skip
     if len(rows) == 0:
         return dataclasses.replace(common, text="There is one language only: nothing to compare.")
-    intervals = {"low", "high"} <= set(rows.columns)
-    band = ("low", "high") if intervals else ("first_quartile", "third_quartile")
+    band = ("first_quartile", "third_quartile")
     metric = "language_divergence"
     low, high = extent(rows, metric, *band)
-    notes = [f"Pairs of languages: {span(rows['n'])}."]
-    notes += [] if intervals else ["The bands hold the middle half of the pairs; they are no intervals of the mean."]
     return dataclasses.replace(
         common,
         draw=functools.partial(
@@ -198,7 +222,7 @@ def _depth(subject: Subject) -> Figure:
                      "third_quartile": "Q", "n": "Q"},
         ),
         tables={"rows": rows},
-        notes=notes,
+        notes=[f"{span(rows['n'])} pairs of languages. Bands: the middle half of the pairs, which is no interval."],
     )  # fmt: skip
 
 

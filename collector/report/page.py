@@ -116,7 +116,7 @@ def _words(figure: Figure) -> dict[str, Any]:
     for table in tables.values():
         query = find_query(table.query)
         sources.append({"name": query.name, "question": query.question, "sql": query.sql, "commands": table.commands(),
-                        "by_layer": table.by_layer})  # fmt: skip
+                        "also": table.also, "by_layer": table.by_layer})  # fmt: skip
     return {"name": figure.name, "title": figure.title, "text": figure.text, "notes": figure.notes,
             "by_layer": figure.by_layer, "drawn": figure.draw is not None, "sources": sources}  # fmt: skip
 

@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from collector import inference
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    import duckdb
 
     from collector.warehouse import Run
 
 Router = tuple[str, int]
 """Stack and layer."""
-UNCERTAINTY = ("low", "high", "q")
-"""Columns of an interval and of a corrected p value, drawn where a query has them."""
+INTERVAL = ("low", "high")
+"""Columns of an interval, where there is one."""
+LEVEL = 95
+"""Of intervals, in percent."""
 _DIGITS = 4
 
 
@@ -46,6 +52,10 @@ class Table:
     """Name -> one cell per row; stack, layer and run first. Masked where a cell is null."""
     by_layer: bool
     """Whether a drawing shows one layer at a time."""
+    resamples: int = 0
+    """Bootstrap samples behind the intervals of the first run; 0: there are none."""
+    also: Sequence[str] = ()
+    """Further command lines that give columns of this table, of all layers at once."""
 
     def __len__(self) -> int:
         """Rows."""
@@ -79,7 +89,11 @@ class Table:
     def commands(self) -> list[str]:
         """The command lines that write these rows, without the choice of a layer; one per run."""
         given = [f"--{name.replace('_', '-')} {_as_text(value)}" for name, value in self.params.items()]
-        return [" ".join(["collector query", shlex.quote(each.root), self.query, *given]) for each in self.sides]
+        drawn = [f"--interval {LEVEL} --resamples {self.resamples}"] if self.resamples else []
+        return [
+            " ".join(["collector query", shlex.quote(side.root), self.query, *given, *(drawn if i == 0 else [])])
+            for i, side in enumerate(self.sides)
+        ]
 
     def cells(self) -> dict[str, list[Any]]:
         """Columns for JSON, numbers rounded to 4 significant digits."""
@@ -93,6 +107,7 @@ def fetch(
     *,
     where: str = "true",
     by_layer: bool = False,
+    resamples: int = 0,
     **params: object,
 ) -> Table:
     """Asks every run the same question.
@@ -100,20 +115,32 @@ def fetch(
     Args:
         sides: the runs.
         query: of `queries/`.
-        columns: to keep, besides stack, layer, run, and what the query tells of its uncertainty.
+        columns: to keep, besides stack, layer, run, and the interval.
         where: which rows to keep, in SQL.
         by_layer: see `Table`.
+        resamples: bootstrap samples for intervals, which the first run gets; 0 for none.
         **params: of the query.
     """
     parts = []
-    for side in sides:
-        relation = side.run.query(query, **params)
-        kept = ["stack", "layer", *columns, *(name for name in UNCERTAINTY if name in relation.columns)]
-        found = relation.filter(where).project(", ".join(f'"{name}"' for name in kept)).fetchnumpy()
+    for i, side in enumerate(sides):
+        answer = (
+            _with_intervals(side, query, resamples, params) if i == 0 and resamples else side.run.query(query, **params)
+        )
+        kept = ["stack", "layer", *columns, *(name for name in INTERVAL if name in answer.columns)]
+        found = answer.filter(where).project(", ".join(f'"{name}"' for name in kept)).fetchnumpy()
         parts.append({"run": np.full(len(found["layer"]), side.name, object), **found})
-    names = [name for name in parts[0] if all(name in part for part in parts)]
-    stacked = {name: np.ma.concatenate([part[name] for part in parts]) for name in names}
-    return Table(query=query, params=params, sides=sides, columns=stacked, by_layer=by_layer)
+    stacked = {
+        name: np.ma.concatenate([part.get(name, np.ma.masked_all(len(part["run"]))) for part in parts])
+        for name in parts[0]
+    }
+    return Table(
+        query=query, params=params, sides=sides, columns=stacked, by_layer=by_layer, resamples=resamples
+    )  # fmt: skip
+
+
+def _with_intervals(side: Side, query: str, resamples: int, params: Mapping[str, Any]) -> duckdb.DuckDBPyRelation:
+    rows = inference.intervals(side.run, query, level=LEVEL, resamples=resamples, **params)
+    return side.run.connection.cursor().from_arrow(rows)
 
 
 def in_labels(labels: Sequence[str], column: str = "label") -> str:

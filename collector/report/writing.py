@@ -21,6 +21,8 @@ MAX_LABELS = 60
 """Languages that matrices show: those with the most tokens."""
 MAX_CELLS = 250_000
 """Of all layers' matrices of experts together; above it the least used experts are left out."""
+RESAMPLES = 200
+"""Enough to look at; a paper wants 1,000."""
 FEW = 6
 """Languages whose curves are in colour at first."""
 
@@ -33,6 +35,7 @@ def write(
     figures: Path | None = None,
     layer: int | None = None,
     labels: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
 ) -> list[Path]:
     """Writes the report of a run.
 
@@ -43,6 +46,7 @@ def write(
         figures: folder for the figures as PDF, SVG and PNG.
         layer: that is shown first, and in figures of one layer (default: the one in the middle).
         labels: whose curves are in colour (default: those with the most tokens).
+        resamples: bootstrap samples of intervals and shuffles of the test of specialization; 0 for neither.
 
     Returns:
         The files that were written.
@@ -52,7 +56,7 @@ def write(
         ValueError: a run has no committed shard, or lacks the layer or a label.
     """
     sides = _sides(root, compare)
-    subject = _subject(sides, labels)
+    subject = _subject(sides, labels, resamples)
     start = _start(subject, layer)
     drawn = [*languages.figures(subject), *experts.figures(subject)]
     cards = [card.read_card(side) for side in sides]
@@ -84,7 +88,7 @@ def _sides(root: str, compare: str | None) -> list[Side]:
     return [Side(name=name, root=each, run=run) for name, each, run in zip(names, roots, runs, strict=True)]
 
 
-def _subject(sides: Sequence[Side], coloured: Sequence[str] | None) -> Subject:
+def _subject(sides: Sequence[Side], coloured: Sequence[str] | None, resamples: int) -> Subject:
     by_tokens = [row[0] for row in sides[0].run.sql("select label from labels order by tokens desc, label").fetchall()]
     if unknown := [label for label in coloured or () if label not in by_tokens]:
         raise ValueError(
@@ -98,7 +102,7 @@ def _subject(sides: Sequence[Side], coloured: Sequence[str] | None) -> Subject:
     routers = _routers(sides[0].run)
     return Subject(
         sides=sides, routers=routers, labels=sorted(first), coloured=list(coloured or by_tokens[:FEW]),
-        max_experts=math.isqrt(MAX_CELLS // len(routers)),
+        max_experts=math.isqrt(MAX_CELLS // len(routers)), resamples=resamples,
     )  # fmt: skip
 
 
