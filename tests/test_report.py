@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 from report_runs import LABELS, collect_pair, payload, synthetic_run
 from synthetic import Shard, random_shard
 
+from collector import inference
+from collector.counts import document_counts
 from collector.records import Layer
 from collector.report import write
 from collector.storage import SUCCESS, RunDirectory
@@ -23,6 +26,7 @@ FIGURES = {
     "specialization", "specialization-compared", "top-experts", "divergence-by-layer", "overlap", "decisiveness",
     "effective-experts", "load", "load-by-layer", "coactivation", "vocabulary-by-layer", "vocabulary",
 }  # fmt: skip
+RESAMPLES = 20
 TEXT_WIDTH = 5.5 * 72
 """Points: the narrowest text of one column that conferences print."""
 
@@ -35,7 +39,7 @@ def pair(tmp_path_factory, tiny_folder) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def page(pair, tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp("page") / "report.html"
-    assert write(str(pair[0]), out, compare=str(pair[1])) == [out]
+    assert write(str(pair[0]), out, compare=str(pair[1]), resamples=RESAMPLES) == [out]
     return out.read_text(encoding="utf-8")
 
 
@@ -73,6 +77,26 @@ def test_both_runs_are_told_apart(page, pair):
         assert shown == pytest.approx(wanted, rel=5e-4)
 
 
+def test_intervals_and_q_values_are_those_of_the_inference(page, pair):
+    tables, run = payload(page)["tables"], open_run(pair[0])
+    columns = tables["effective-experts/rows"]
+    wanted = inference.intervals(run, "effective_experts", resamples=RESAMPLES)
+    main = [name == "pretrained weights" for name in columns["run"]]
+    for name in ("low", "high"):
+        assert [cell for cell, own in zip(columns[name], main, strict=True) if own] == pytest.approx(
+            wanted[name].to_pylist(), rel=5e-4
+        )
+        assert {cell for cell, own in zip(columns[name], main, strict=True) if not own} == {None}
+    test = inference.specialization_test(document_counts(run), resamples=RESAMPLES)
+    keys = zip(*(test[name].to_pylist() for name in ("layer", "label", "expert")), strict=True)
+    q = dict(zip(keys, test["q"].to_pylist(), strict=True))
+    for layer, part in enumerate(tables["specialization/rows"]):
+        cells = zip(part["label"], part["expert"], part["q"], strict=True)
+        assert all(value == pytest.approx(q[layer, label, expert], rel=5e-4) for label, expert, value in cells)
+    assert f"collector test {pair[0]} --resamples {RESAMPLES}" in page
+    assert f"--interval 95 --resamples {RESAMPLES}" in page
+
+
 def test_languages_and_experts_keep_their_rows_whatever_the_order(page):
     for columns in payload(page)["tables"]["specialization/rows"]:
         for name, place in (("label", "_row"), ("expert", "_column")):
@@ -87,7 +111,7 @@ def test_each_figure_has_its_sql_and_a_command_that_runs(page, pair):
     assert len(commands) >= len(FIGURES)
     for name, options, by_layer in set(commands):
         assert queries[name].sql in unescape(page)
-        given = dict(re.findall(r"--(\S+) (\S+)", unescape(options)))
+        given = dict(re.findall(r"--(\S+) (\S+)", re.sub(r"--interval.*", "", unescape(options))))
         rows = open_run(pair[0]).query(name, **given, **({"layer": 1} if by_layer else {}))
         assert rows.limit(1).fetchall(), name
 
@@ -124,7 +148,7 @@ def test_a_label_cannot_break_out_of_the_page(tmp_path, pair):
     layers = [Layer(layer=0, n_experts=3, top_k=2)]
     shard = random_shard(np.random.default_rng(0), layers, [(evil, 9), ("o'brien", 9)])
     run = synthetic_run(tmp_path / "run", layers, [shard], card=pair[0])
-    write(str(run), tmp_path / "report.html")
+    write(str(run), tmp_path / "report.html", resamples=0)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<img src=x" not in text
     assert evil in payload(text)["tables"]["specialization/rows"][0]["label"]
@@ -136,7 +160,14 @@ def test_a_label_cannot_break_out_of_the_page(tmp_path, pair):
 @pytest.fixture(scope="module")
 def printed(pair, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("figures")
-    write(str(pair[0]), folder / "report.html", compare=str(pair[1]), figures=folder / "figures", layer=2)
+    write(
+        str(pair[0]),
+        folder / "report.html",
+        compare=str(pair[1]),
+        figures=folder / "figures",
+        layer=2,
+        resamples=RESAMPLES,
+    )
     return folder / "figures"
 
 
@@ -163,7 +194,7 @@ def test_they_fit_the_text_of_a_paper_and_agree_in_size(printed):
 
 def report_of(run: Path, **options: object) -> tuple[str, dict]:
     out = run.parent / "report.html"
-    write(str(run), out, **options)
+    write(str(run), out, resamples=0, **options)
     text = out.read_text(encoding="utf-8")
     return unescape(text), payload(text)
 
@@ -207,8 +238,6 @@ def test_a_run_without_token_ids_says_so(tmp_path, pair):
 
 
 def test_an_incomplete_run_says_so(tmp_path, pair):
-    import shutil
-
     shutil.copytree(pair[0], tmp_path / "run")
     for name in ("commits/000001.json", SUCCESS, "_MANIFEST.parquet"):
         RunDirectory(tmp_path / "run").store.delete(name)
@@ -242,7 +271,7 @@ def test_what_cannot_be_reported_is_refused(tmp_path, pair):
 
 
 def test_the_command(pair, tmp_path):
-    command = [sys.executable, "-m", "collector", "report", str(pair[0]), "--compare", str(pair[1])]
+    command = [sys.executable, "-m", "collector", "report", str(pair[0]), "--resamples", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "report.html\n"), done.stderr
     assert (tmp_path / "report.html").stat().st_size > 1e5

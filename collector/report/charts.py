@@ -230,7 +230,7 @@ def _curves(
         others = base.transform_filter(f"!datum.{COLOURED} && datum.run == {main!r}")
         layers.append(others.mark_line(style="faint", aria=False).encode(y=y, detail=detail, tooltip=_tooltip(tooltip)))
         coloured = base.transform_filter(f"datum.{COLOURED}")
-    legend = alt.Legend(columns=6, symbolType="stroke")
+    legend = alt.Legend(columns=6, symbolType="stroke", symbolOpacity=1)
     coloured = coloured.encode(color=alt.Color(f"{series}:N", title=None, legend=legend))
     if band:
         low, high = band

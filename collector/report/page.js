@@ -152,6 +152,7 @@
     }
     coloured[event.target.checked ? "add" : "delete"](event.target.value);
     for (const figure of report.figures) if (figure.coloured) await update(figure);
+    root.dataset.coloured = coloured.size;
   });
 
   slider.addEventListener("input", showLayer);
