@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -181,18 +181,15 @@ def false_discoveries(world: World, test: Callable, runs: int, resamples: int) -
         any_false=float((false_R > 0).mean()),
         false_share=float((false_R / np.maximum(found_RLE.sum(axis=(1, 2)), 1)).mean()),
         small_p=float(small_LE[nothing_LE].mean()),
-        small_p_worst=float(
-            max(small_E[nothing_E].mean() for small_E, nothing_E in zip(small_LE, nothing_LE, strict=True))
-        ),
+        small_p_worst=float(small_LE.mean(axis=1, where=nothing_LE).max()),
         found=float(found_RLE[:, planted_LE].mean()) if world.effect else float("nan"),
     )
 
 
 def measure_tests(runs: int, resamples: int) -> None:
     """Prints a row per kind of run and test."""
-    print(
-        "| runs | test | with a false discovery | false share | p <= 0.05 | worst label | found |\n|---|---|---|---|---|---|---|"
-    )
+    heads = ("runs", "test", "with a false discovery", "false share", "p <= 0.05", "worst label", "found")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for kind, world in WORLDS.items():
         for name, test in TESTS.items():
             errors = false_discoveries(world, test, runs, resamples)
@@ -205,7 +202,7 @@ def measure_tests(runs: int, resamples: int) -> None:
 
 FREQUENCY = ("domain_specialization",)
 QUERIES = (*FREQUENCY, "effective_experts", "language_overlap", "mutual_information")
-CASES = [
+CASES: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
     *(("alike", {"effect": 0.15}, documents, FREQUENCY) for documents in (10, 20, 200)),
     ("alike", {"effect": 0.15}, 50, QUERIES),
     ("all differ", {"all_differ": True}, 20, QUERIES),

@@ -23,7 +23,7 @@ from collector.catalog import find_query
 from collector.counts import DocumentCounts
 from collector.inference import specialization_test, split_half
 from collector.inference.answers import SampledQuery
-from collector.inference.bootstrap import interval, sampled_values
+from collector.inference.bootstrap import estimates, interval, sampled_values
 from collector.inference.resampling import whole
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def bootstrapped(query: str, routers: Iterable[DocumentCounts], resamples: int, 
         with watch:
             answer = asked.answer(counts, whole(counts))
             values_RS = sampled_values(asked, answer, counts, resamples=resamples, seed=0)
-            interval(values_RS, np.full(len(values_RS), len(counts.label_D) // LABELS), 95, answer["value"].to_numpy())
+            documents_R = np.full(len(values_RS), len(counts.label_D) // LABELS)
+            interval(values_RS, documents_R, 95, estimates(answer, "value"))
         rows += answer.num_rows
     return rows
 
@@ -105,10 +106,8 @@ def main() -> None:
         else:
             rows = bootstrapped(part, routers, arguments.resamples, watch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"{part:24} {watch.wall:7.1f} s, {watch.cpu:7.1f} s of processors · {rows:,} rows · peak {peak:.2f} GiB so far",
-            flush=True,
-        )
+        seconds = f"{watch.wall:7.1f} s, {watch.cpu:7.1f} s of processors"
+        print(f"{part:24} {seconds} · {rows:,} rows · peak {peak:.2f} GiB so far", flush=True)
 
 
 if __name__ == "__main__":

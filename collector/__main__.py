@@ -89,8 +89,11 @@ class Query:
             else:
                 from collector import inference
 
-                draws = {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
-                table = inference.intervals(run, self.name, column=self.column, **draws, **dict(self.params))
+                params: dict[str, Any] = dict(self.params)
+                table = inference.intervals(
+                    run, self.name, level=self.interval, column=self.column, resamples=self.resamples, seed=self.seed,
+                    **params,
+                )  # fmt: skip
                 show.uncertain(table, self.format)
         return 0
 
@@ -141,7 +144,7 @@ class Test:
         from collector import inference, show, warehouse
         from collector.counts import document_counts
 
-        where = {
+        where: dict[str, Any] = {
             "stack": self.stack, "layer": self.layer, "labels": self.labels, "include_special": self.include_special,
         }  # fmt: skip
         with warehouse.one_line_errors():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from scipy import stats
 from synthetic import Shard, random_shard, write_run
 
 from benchmarks.calibration import World, false_discoveries, independent_tokens, studentized
+from collector import __main__ as cli
 from collector import inference
 from collector.catalog import find_query, list_queries
 from collector.counts import DocumentCounts, document_counts
@@ -37,8 +40,13 @@ def shard() -> Shard:
 
 
 @pytest.fixture(scope="module")
-def run(shard: Shard, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return open_run(write_run(tmp_path_factory.mktemp("inference") / "run", LAYERS, [shard]))
+def folder(shard: Shard, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("inference") / "run", LAYERS, [shard])
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    return open_run(folder)
 
 
 def counts_of(label, tokens, picks) -> DocumentCounts:
@@ -112,7 +120,8 @@ def test_intervals_keep_the_rows_of_the_query(name: str, run: Run) -> None:
     answer = run.query(name).to_arrow_table()
     for got, wanted in zip(table.select(answer.column_names).to_pylist(), answer.to_pylist(), strict=True):
         assert got == pytest.approx(wanted)  # sums of floats differ in their last digits from run to run
-    assert table.column_names[len(answer.column_names) :] == ["documents", "low", "high", "standard_error", "bootstrap_bias"]
+    added = ["documents", "low", "high", "standard_error", "bootstrap_bias"]
+    assert table.column_names[len(answer.column_names) :] == added
     assert set(table["documents"].to_pylist()) <= {2, 3}
 
 
@@ -372,3 +381,62 @@ def test_default_sizes_reach_beyond_the_documents_there_are(run: Run) -> None:
 def test_every_query_of_assignments_alone_can_have_intervals() -> None:
     assert {query.name for query in list_queries() if query.reads == ("assignments",)} <= {*LABEL_LEVEL}
     assert find_query("reference_difference").name in LABEL_LEVEL
+
+
+# ---- labels that are groups of tokens ----
+
+
+@pytest.fixture(scope="module")
+def by_position(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    long = random_shard(np.random.default_rng(6), LAYERS, [("en", 40), ("ko", 90), ("en", 20), ("ko", 70)])
+    return open_run(write_run(tmp_path_factory.mktemp("position") / "run", LAYERS, [long]), by="position")
+
+
+def test_documents_are_drawn_whole_where_labels_are_groups_of_their_tokens(by_position: Run) -> None:
+    counts = next(document_counts(by_position, layer=3))
+    sums = next(resampling.bootstrap(counts, resamples=200, seed=3))
+    assert len(sums.labels) > 1
+    tokens_of_document = np.bincount(resampling.document_numbers(counts), counts.tokens_D).astype(int)
+    possible = {sum(drawn) for drawn in itertools.combinations_with_replacement(tokens_of_document.tolist(), 4)}
+    assert {int(total) for total in sums.tokens_SL.sum(axis=1)} <= possible
+
+
+def test_groups_of_tokens_have_intervals_but_no_shuffles(by_position: Run) -> None:
+    table = inference.intervals(by_position, "domain_specialization", layer=3, resamples=50)
+    assert table.num_rows == len(by_position.query("domain_specialization", layer=3).fetchall())
+    for refused in (inference.specialization_test, inference.split_half):
+        with pytest.raises(ValueError, match="documents have tokens of several labels here"):
+            refused(document_counts(by_position))
+
+
+# ---- the command line ----
+
+
+def collector(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[dict], str]:
+    """Rows and complaints of a command that writes JSON."""
+    assert cli.parse([*arguments, "--format", "json"]).run() == 0
+    written = capsys.readouterr()
+    return json.loads(written.out), written.err
+
+
+def test_the_command_line_gives_intervals(run: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--interval", "90", "--resamples", "30", "--seed", "2", "--column", "lift", "--layer", "3"]
+    rows, complaint = collector(capsys, "query", str(folder), "domain_specialization", *arguments)
+    expected = inference.intervals(
+        run, "domain_specialization", level=90, resamples=30, seed=2, column="lift", layer=3
+    ).to_pylist()
+    assert [row["low"] for row in rows] == [row["low"] for row in expected]
+    assert complaint.startswith("15 of 15 rows rest on fewer than 20 documents")
+
+
+def test_the_command_line_tests(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["test", str(folder), "--layer", "0", "--labels", "en", "ko", "--resamples", "20"]
+    rows, complaint = collector(capsys, *where, "--alternative", "two-sided", "--level", "0.2")
+    assert {row["label"] for row in rows} == {"en", "ko"}
+    assert "of 12 cells are significant at a false discovery rate of 0.2" in complaint
+    rows, _ = collector(capsys, *where, "--split-half")
+    assert {(row["metric"], row["splits"]) for row in rows} == {("domain_specialization", 20), ("difference", 20)}
+    rows, _ = collector(capsys, *where, "--sample-size-curve")
+    assert {row["documents"] for row in rows} == {10}
+    with pytest.raises(ValueError, match="ask one at a time"):
+        cli.Test(run_=str(folder), split_half=True, sample_size_curve=True)

@@ -73,14 +73,18 @@ class SampledQuery:
     """One query with its parameters, over the samples of one router after the other."""
 
     def __init__(
-        self, query: Query, params: Mapping[str, object], column: str = "value", given: Mapping[str, pa.Table] = {}
+        self,
+        query: Query,
+        params: Mapping[str, object],
+        column: str = "value",
+        given: Mapping[str, pa.Table] | None = None,
     ) -> None:
         """Prepares a DuckDB of its own, where `given` are the views that are the same for all samples."""
         self.query = query
         self._column = column
         self._params = query.bind(params) | _EVERY_ROW.get(query.name, {}) | {"stack": None}
         self._connection = locked.connect(())
-        self._register(given)
+        self._register(given or {})
 
     def values(self, rows: pa.Table, counts: DocumentCounts, sums: Sums) -> NDArray[np.float64]:
         """[R, S] the wanted column of R rows in S samples; NaN where it is null.

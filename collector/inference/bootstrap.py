@@ -17,7 +17,7 @@ whatever other labels or layers are asked for. Memory: 8 bytes x rows of a route
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +113,7 @@ def routers(
     run: Run, asked: SampledQuery, answer: pa.Table, params: Mapping[str, object]
 ) -> Iterator[tuple[NDArray[np.intp], pa.Table, DocumentCounts]]:
     """The answer router by router: the numbers of the router's rows, these rows, and the counts of its documents."""
-    values = asked.query.bind(params)
+    values: dict[str, Any] = asked.query.bind(params)
     # A query that reads more than `assignments` may compare with a label that `labels` does not name.
     labels = values["labels"] if asked.query.reads == ("assignments",) else None
     where = {name: values[name] for name in ("stack", "layer", "include_special")}

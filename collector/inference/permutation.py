@@ -95,8 +95,8 @@ def remark(table: pa.Table, resamples: int, level: float) -> str:
         return f"{text}: {resamples:,} shuffles allow none, it takes --resamples {fewest:,} at least"
     if needed > 1:
         text += (
-            f"; with {resamples:,} shuffles p is {1 / (resamples + 1):.2g} at least, and {needed:,} cells must have that "
-            f"before one counts: --resamples {int(np.ceil(cells / level)):,} would let a single one"
+            f"; with {resamples:,} shuffles p is {1 / (resamples + 1):.2g} at least, and {needed:,} cells must have "
+            f"that before one counts: --resamples {int(np.ceil(cells / level)):,} would let a single one"
         )
     return text
 

@@ -106,11 +106,12 @@ def _agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> dict[
     spearman_S = _pearson(stats.rankdata(first_SC, axis=1), stats.rankdata(second_SC, axis=1))
     low, high = np.quantile(pearson_S, [0.025, 0.975])
     value = pearson_S.mean()
-    found = {
+    found: dict[str, float] = {
         "value": value, "low": low, "high": high, "spearman": spearman_S.mean(),
         "spearman_brown": 2 * value / (1 + value) if value > -1 else np.nan,
     }  # fmt: skip
-    return {name: None if np.isnan(each) else float(each) for name, each in found.items()} | {"splits": len(pearson_S)}
+    known = {name: None if np.isnan(each) else float(each) for name, each in found.items()}
+    return {**known, "splits": len(pearson_S)}
 
 
 def _pearson(first_SC: NDArray[np.float64], second_SC: NDArray[np.float64]) -> NDArray[np.float64]:

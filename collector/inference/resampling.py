@@ -52,7 +52,7 @@ class Sums:
 
 def columns(counts: DocumentCounts) -> NDArray[np.float64]:
     """[D, C] tokens, picks, first choices and weights of each document; float64 is exact up to 2^53."""
-    blocks = [counts.tokens_D[:, None], counts.picks_DE, counts.top1_DE, counts.weight_sum_DE]
+    blocks: list[NDArray] = [counts.tokens_D[:, None], counts.picks_DE, counts.top1_DE, counts.weight_sum_DE]
     return np.concatenate(blocks, axis=1, dtype=np.float64)
 
 
