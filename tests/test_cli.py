@@ -182,6 +182,8 @@ def test_an_installed_wheel_finds_its_queries_and_its_model(tmp_path):
         "assert collector.models.load(ModelConfig(), 'cpu').model.config.num_experts == 64\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "site", check=True)
+    parts = {path.suffix for path in (tmp_path / "site" / "collector" / "report").glob("page.*")}
+    assert parts >= {".css", ".jinja", ".js"}
 
 
 def test_the_command_answers_at_once():

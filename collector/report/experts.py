@@ -1,15 +1,14 @@
-"""Figures about routers and experts: how decided, how loaded, chosen together, and for which tokens."""
+"""Figures about routers and experts: how decided, how loaded, and which are chosen together."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from collector.report import charts, clustering
+from collector.report import charts, clustering, curves
 from collector.report.figure import Figure
 from collector.report.tables import INTERVAL, LEVEL, extent, fetch, in_labels, matrix, places, span
 
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
 
 DECISIVENESS = "How decided routers are"
 EXPERTS = "What experts do"
-WORDS = 8
-"""Tokens of each expert that are shown."""
-_PIECE = re.compile("<[0-9A-F]{2}>")
-"""A byte of a character that several tokens make up."""
-SHOWN_EXPERTS = 64
-_NO_IDS = "This run holds no token ids (or none that occurs ten times), so tokens and experts cannot be told together."
 
 
 def figures(subject: Subject) -> list[Figure]:
@@ -37,8 +30,6 @@ def figures(subject: Subject) -> list[Figure]:
         _load(subject),
         _load_by_layer(subject),
         _coactivation(subject),
-        _vocabulary_by_layer(subject),
-        _vocabulary(subject),
     ]
 
 
@@ -86,7 +77,7 @@ def _by_label(
         title=title,
         text=text,
         draw=functools.partial(
-            charts.by_depth, panels=_panels(rows, panels, zero=False), series="label", stacks=subject.stacks,
+            curves.by_depth, panels=panels_of(rows, panels, zero=False), series="label", stacks=subject.stacks,
             faint=True, main=subject.sides[0].name, dash=len(subject.sides) > 1,
             band=INTERVAL if rows.resamples else None,
             tooltip={"run": "N", "label": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
@@ -101,12 +92,12 @@ def _by_label(
     )  # fmt: skip
 
 
-def _panels(rows: Table, names: Mapping[str, str], *, zero: bool = True) -> list[charts.Panel]:
+def panels_of(rows: Table, names: Mapping[str, str], *, zero: bool = True) -> list[curves.Panel]:
     """A panel per metric, its axis as long as the values of all runs and layers want it."""
     found = []
     for metric, words in names.items():
         low, high = extent(rows, metric, "low", "high", zero=zero)
-        found.append(charts.Panel(metric=metric, words=words, low=low, high=high))
+        found.append(curves.Panel(metric=metric, words=words, low=low, high=high))
     return found
 
 
@@ -116,7 +107,7 @@ def _panels(rows: Table, names: Mapping[str, str], *, zero: bool = True) -> list
 def _load(subject: Subject) -> Figure:
     rows = fetch(subject.sides, "expert_load", ("expert", "value", "baseline", "n", "is_dead"), by_layer=True)
     main = subject.sides[0].name
-    rows = rows.having(_rank=_ranks(rows), _main=[run == main for run in rows["run"].tolist()])
+    rows = rows.having(_rank=ranks_by_value(rows), _main=[run == main for run in rows["run"].tolist()])
     own = rows.only(rows["_main"])
     dead = int(own["is_dead"].sum())
     compared = f" The line is {subject.sides[1].name}." if len(subject.sides) > 1 else ""
@@ -126,7 +117,7 @@ def _load(subject: Subject) -> Figure:
         title="Load of the experts",
         text="Share of all tokens for which each expert is among the k chosen, the most used first; crosses are dead "
         f"experts (below 0.1 % of the tokens), the dashed line an even load.{compared}",
-        draw=functools.partial(charts.loads, high=float(rows["value"].max()), compared=len(subject.sides) > 1),
+        draw=functools.partial(curves.loads, high=float(rows["value"].max()), compared=len(subject.sides) > 1),
         tables={"rows": rows},
         notes=[
             f"{span(own['n'])} tokens, all languages together; {dead} of {len(own)} experts of all layers are dead.",
@@ -135,7 +126,7 @@ def _load(subject: Subject) -> Figure:
     )
 
 
-def _ranks(rows: Table) -> np.ndarray:
+def ranks_by_value(rows: Table) -> np.ndarray:
     """Row by row the expert's place by load, in its router and run."""
     ranks = np.zeros(len(rows), int)
     keys = np.array(
@@ -158,7 +149,7 @@ def _load_by_layer(subject: Subject) -> Figure:
         text="All languages together: inequality of the load (0, even), the largest load beside the mean, and the "
         "share of experts that less than 0.1 % of the tokens choose.",
         draw=functools.partial(
-            charts.by_depth, panels=_panels(rows, panels), series="run", stacks=subject.stacks,
+            curves.by_depth, panels=panels_of(rows, panels), series="run", stacks=subject.stacks,
             main=subject.sides[0].name,
             tooltip={"run": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
         ),
@@ -207,77 +198,3 @@ def _companions(rows: Table, most: int) -> list[int]:
     found, _, values_ee = matrix(kept, "expert", "other_expert")
     order: list[int] = clustering.by_profile(found, values_ee + np.eye(len(found)))
     return order
-
-
-# ---- vocabulary ----
-
-
-def _vocabulary_by_layer(subject: Subject) -> Figure:
-    panels = {"layer_topk": "among the k chosen", "layer_top1": "highest weight"}
-    where = f"metric in ({', '.join(map(repr, panels))})"
-    rows = fetch(
-        subject.sides, "vocabulary_specialization", ("metric", "value", "baseline", "n", "tokens"), where=where
-    )
-    common = Figure(
-        name="vocabulary-by-layer", section=EXPERTS, title="Vocabulary specialization over depth",
-        text="How much of a token's occurrences its favourite expert gets, mean over the vocabulary: 1, the layer "
-        "routes by token identity alone.",
-    )  # fmt: skip
-    if len(rows) == 0:
-        return dataclasses.replace(common, text=_NO_IDS)
-    return dataclasses.replace(
-        common,
-        draw=functools.partial(
-            charts.by_depth, panels=_panels(rows, panels), series="run", stacks=subject.stacks,
-            main=subject.sides[0].name,
-            tooltip={"run": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q", "tokens": "Q"},
-        ),
-        tables={"rows": rows},
-        notes=[f"{span(rows['n'])} token ids that occur ten times or more, {span(rows['tokens'])} occurrences."],
-    )  # fmt: skip
-
-
-def _vocabulary(subject: Subject) -> Figure:
-    common = Figure(name="vocabulary", section=EXPERTS, title="Experts and their tokens", text=_NO_IDS)
-    columns = ("expert", "value", "baseline", "n", "tokens")
-    rows = fetch(
-        subject.main, "vocabulary_specialization", columns, where="metric = 'expert_topk' and n > 0", by_layer=True
-    )
-    if len(rows) == 0:
-        return common
-    words = _words(fetch(subject.main, "expert_tokens", ("expert", "rank", "token"), by_layer=True, n=2 * WORDS))
-    ranks = _ranks(rows)
-    keys = zip(rows.routers(), rows["expert"].tolist(), strict=True)
-    rows = rows.having(_row=ranks, _words=["   ".join(words.get((*router, e), [])[:WORDS]) for router, e in keys])
-    shown = rows.only(rows["_row"] <= SHOWN_EXPERTS)
-    return dataclasses.replace(
-        common,
-        text="For each expert the tokens whose favourite it is, and the mean share of their occurrences that it gets; "
-        "the dashed line is chance. Behind it the most specialised of these tokens (no pieces of characters).",
-        draw=functools.partial(
-            charts.bars_with_words,
-            rows=min(SHOWN_EXPERTS, int(ranks.max())),
-            x_title="vocabulary specialization",
-            y_title="expert",
-        ),
-        tables={"rows": shown},
-        notes=[*_told(ranks), f"{span(shown['n'])} token ids of each expert, of those that occur ten times or more."],
-    )
-
-
-def _told(ranks: np.ndarray) -> list[str]:
-    return [f"Only the {SHOWN_EXPERTS} most specialised experts are shown."] if ranks.max() > SHOWN_EXPERTS else []
-
-
-def _words(rows: Table) -> dict[tuple[str, int, int], list[str]]:
-    """(stack, layer, expert) -> its tokens, readable."""
-    words: dict[tuple[str, int, int], list[str]] = {}
-    for router, expert, token in zip(rows.routers(), rows["expert"].tolist(), rows["token"].tolist(), strict=True):
-        if not _PIECE.search(token):
-            words.setdefault((*router, expert), []).append(readable(token))
-    return words
-
-
-def readable(token: str) -> str:
-    """A token with its white space visible, kept from mixing with tokens that are written the other way."""
-    return "\u2068" + token.translate({32: "␣", 10: "⏎", 9: "⇥"}) + "\u2069"

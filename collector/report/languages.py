@@ -11,7 +11,7 @@ import numpy as np
 
 from collector import inference
 from collector.counts import document_counts
-from collector.report import charts, clustering
+from collector.report import charts, clustering, curves
 from collector.report.figure import Figure
 from collector.report.tables import extent, fetch, in_labels, matrix, places, span
 
@@ -216,7 +216,7 @@ def _depth(subject: Subject) -> Figure:
     return dataclasses.replace(
         common,
         draw=functools.partial(
-            charts.by_depth, panels=[charts.Panel(metric=metric, words="mean divergence (bits)", low=low, high=high)],
+            curves.by_depth, panels=[curves.Panel(metric=metric, words="mean divergence (bits)", low=low, high=high)],
             series="run", band=band, stacks=subject.stacks, main=subject.sides[0].name,
             tooltip={"run": "N", "layer": "O", "value": "Q", "median": "Q", "first_quartile": "Q",
                      "third_quartile": "Q", "n": "Q"},

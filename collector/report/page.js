@@ -57,7 +57,7 @@
     const { name, stack, layer } = router();
     slider.setAttribute("aria-valuetext", name);
     document.getElementById("layer-name").textContent = name;
-    for (const element of document.querySelectorAll("[data-layer-name]")) element.textContent = name;
+    for (const element of document.querySelectorAll("[data-layer-name]")) element.textContent = ` · ${name}`;
     for (const element of document.querySelectorAll("[data-by-layer]")) {
       const ofStack = report.stacks > 1 ? ` --stack ${stack}` : "";
       element.textContent = `${element.dataset.command}${ofStack} --layer ${layer}`;

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from collector.report import card, experts, export, languages, page
+from collector.report import card, experts, export, languages, page, vocabulary
 from collector.report.figure import Subject
 from collector.report.tables import Side
 from collector.warehouse import open_run
@@ -58,7 +58,7 @@ def write(
     sides = _sides(root, compare)
     subject = _subject(sides, labels, resamples)
     start = _start(subject, layer)
-    drawn = [*languages.figures(subject), *experts.figures(subject)]
+    drawn = [*languages.figures(subject), *experts.figures(subject), *vocabulary.figures(subject)]
     cards = [card.read_card(side) for side in sides]
     table = card.label_table(sides[0])
     text = page.render(
