@@ -7,9 +7,11 @@ imported by the command that needs them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -17,7 +19,7 @@ import tyro
 from collector.config import CaptureConfig, DataConfig, Dtype, LaunchConfig, ModelConfig, Stack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _QUERY_FLAGS = ("list", "format", "by", "beside", "interval", "column", "resamples", "seed", "help")
 
@@ -400,8 +402,6 @@ class Trace:
 
     def run(self) -> int:
         """Prints the trace, and writes the page if one is asked for."""
-        from pathlib import Path
-
         from collector import show
         from collector.trace import collecting, page, read, terminal
 
@@ -476,6 +476,46 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write a run's figures as one HTML page that opens from a disk, and as files for a paper.
+
+    Every figure carries its query, the command line that writes its numbers, and its data as CSV.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+    compare: str | None = None
+    """Another run beside it, for example the same model with random weights."""
+    out: Path = Path("report.html")
+    """The page to write."""
+    figures: Path | None = None
+    """A folder for the same figures as PDF, SVG and PNG, in the size and font of a paper."""
+    layer: int | None = None
+    """The layer that is shown first, and that figures of one layer are of (default: the one in the middle)."""
+    labels: tuple[str, ...] | None = None
+    """Labels whose curves are in colour, up to 8 (default: the 6 with the most tokens)."""
+    resamples: int = 200
+    """Bootstrap samples for intervals, and shuffles for the test of specialization; a paper wants 1,000. 0: neither,
+    which is much faster."""
+
+    def __post_init__(self) -> None:
+        """Refuses too few resamples."""
+        if self.resamples < 0 or self.resamples == 1:
+            raise ValueError(f"--resamples takes 0, or 2 and more, got {self.resamples}")
+
+    def run(self) -> int:
+        """Writes the files and names them."""
+        with _extra("report"):
+            from collector import report
+            from collector.warehouse import one_line_errors
+        with one_line_errors():
+            written = report.write(self.run_, self.out, compare=self.compare, figures=self.figures, layer=self.layer,
+                                   labels=self.labels, resamples=self.resamples)  # fmt: skip
+        sys.stdout.writelines(f"{path}\n" for path in written)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Write a quantized copy of a model, so that each replica reads a quarter: `collector quantize MODEL OUT`.
 
@@ -499,8 +539,6 @@ class Quantize:
 
     def run(self) -> int:
         """Loads tensor by tensor, quantizes, writes."""
-        from pathlib import Path
-
         from collector import checkpoints, footprint, models
 
         config = ModelConfig(
@@ -548,9 +586,23 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "trace": Trace,
     "explore": Explore,
     "export": Export,
+    "report": Report,
     "quantize": Quantize,
     "models": Models,
 }
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Says which extra of this package brings what the block fails to import.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"this takes {error.name}: pip install 'moe-routing-collector[{name}]'") from error
 
 
 def split_query_params(arguments: list[str]) -> tuple[list[str], tuple[tuple[str, str], ...]]:

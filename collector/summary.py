@@ -32,16 +32,25 @@ def summarize(run: RunDirectory) -> tuple[str, bool]:
     Raises:
         FileNotFoundError: there is no run, or no replica of it has loaded the model yet.
     """
+    card, plan, totals = read(run)
+    complete = run.read_or_none(SUCCESS) is not None
+    labels = _labels(run)
+    rows = facts(card, plan, totals, labels)
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join([_paragraph(card, plan, totals, labels, complete=complete), "", *table, ""]), complete
+
+
+def read(run: RunDirectory) -> tuple[dict[str, Any], Plan, Totals]:
+    """What run.json says, the plan, and the sums of the commit records.
+
+    Raises:
+        FileNotFoundError: there is no run, or no replica of it has loaded the model yet.
+    """
     plan, totals = show.read_plan(run), Totals.of(run)
     stored = run.read_or_none(RUN)
     if stored is None:
         raise FileNotFoundError(f"{run.root} has no {RUN} yet: no replica has loaded the model")
-    card = json.loads(stored)
-    complete = run.read_or_none(SUCCESS) is not None
-    labels = _labels(run)
-    rows = _table(card, plan, totals, labels)
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join([_paragraph(card, plan, totals, labels, complete=complete), "", *table, ""]), complete
+    return json.loads(stored), plan, totals
 
 
 def _paragraph(
@@ -64,7 +73,15 @@ def _paragraph(
     return " ".join(sentences)
 
 
-def _table(card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[str, int]) -> list[tuple[str, str]]:
+def facts(card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The run's card: names and values, in words.
+
+    Args:
+        card: what run.json says.
+        plan: of the run.
+        totals: of its commit records.
+        labels: label -> documents.
+    """
     model, versions = card["model"], card["versions"]
     rows = [
         ("model", model["id"]),

@@ -214,6 +214,8 @@ def test_an_installed_wheel_finds_its_queries_its_model_and_its_app(tmp_path):
         "assert panel.Panel._css and serving.app_file().is_file()\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "site", check=True)
+    parts = {path.suffix for path in (tmp_path / "site" / "collector" / "report").glob("page.*")}
+    assert parts >= {".css", ".jinja", ".js"}
 
 
 def test_the_command_answers_at_once():

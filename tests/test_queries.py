@@ -146,6 +146,7 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, m, n) -> None
         assert_same(keyed(run, "top_experts", 5, n=n, **special), frequency.top_experts(found, n))
         assert_same(keyed(run, "effective_experts", 4, **special), frequency.effective_experts(found))
         assert_same(keyed(run, "dropped_tokens", 4, **special), frequency.dropped_tokens(found))
+        assert_same(keyed(run, "language_divergence", 3, **special), frequency.language_divergence(found))
         stack = layers[0].stack
         one_stack = [group for group in found if group.geometry.stack == stack]
         assert_same(keyed(run, "effective_experts", 4, stack=stack, **special), frequency.effective_experts(one_stack))

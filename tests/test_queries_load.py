@@ -32,6 +32,10 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, pooled, proba
             keyed(run, "load_balance", 4, include_special=include_special, pooled=pooled, threshold=threshold, m=m),
             load.load_balance(decided, pooled=pooled, threshold=threshold, m=m, probabilities=probabilities),
         )
+        assert_same(
+            keyed(run, "expert_load", 4, include_special=include_special, threshold=threshold),
+            load.expert_load(decided, threshold=threshold),
+        )
 
 
 def values(run: Run, **params: object) -> dict[tuple[str, int], tuple[float, float]]:

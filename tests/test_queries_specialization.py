@@ -45,6 +45,10 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, strength, ref
             specialization.vocabulary_specialization(decided, min_count),
         )
         assert_same(
+            keyed(run, "expert_tokens", 5, min_count=min_count, n=3, **special),
+            specialization.expert_tokens(decided, min_count, 3),
+        )
+        assert_same(
             keyed(run, "conditional_mutual_information", 3, seed=seed, **special),
             specialization.conditional_mutual_information(decided, lots),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -107,6 +108,19 @@ def top_experts(found: Sequence[Group], n: int) -> dict:
                 value = counts[expert] / counts.sum()
                 key = (metric, *g.router, g.label, rank)
                 rows[key] = (expert, value, 1 / g.geometry.n_experts, g.tokens, counts[expert])
+    return rows
+
+
+def language_divergence(found: Sequence[Group]) -> dict:
+    rows = {}
+    for router in dict.fromkeys(g.router for g in found):
+        shares = [g.picks / g.picks.sum() for g in found if g.router == router]
+        jsd = [
+            (entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2) / math.log(2)
+            for a, b in itertools.combinations(shares, 2)
+        ]
+        if jsd:
+            rows["language_divergence", *router] = (np.mean(jsd), 0, len(jsd), *np.quantile(jsd, [0.25, 0.5, 0.75]))
     return rows
 
 

@@ -39,5 +39,16 @@ def load_balance(
     return rows
 
 
+def expert_load(found: Sequence[Decision], *, threshold: float) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        for expert in range(one.n_experts):
+            picks = sum(expert in d.experts for d in decided)
+            value = picks / len(decided)
+            key = ("expert_load", one.stack, one.layer, expert)
+            rows[key] = (value, one.top_k / one.n_experts, len(decided), picks, value < threshold)
+    return rows
+
+
 def _random_union(one, tokens: int) -> float:
     return 1 - (1 - one.top_k / one.n_experts) ** tokens

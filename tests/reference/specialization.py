@@ -76,6 +76,20 @@ def vocabulary_specialization(found: Sequence[Decision], min_count: int) -> dict
     return rows
 
 
+def expert_tokens(found: Sequence[Decision], min_count: int, n: int) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        own: dict[int, list[tuple]] = {}
+        for token_id, same_id in grouped(decided, lambda d: d.token_id).items():
+            for expert, share, count in _favourites(same_id, min_count, _topk):
+                own.setdefault(expert, []).append((-share, -round(share * count), token_id, count))
+        for expert, tokens in own.items():
+            for rank, (value, picks, token_id, count) in enumerate(sorted(tokens)[:n], start=1):
+                cells = (token_id, f"token {token_id}", -value, one.top_k / one.n_experts, count, -picks)
+                rows["expert_tokens", one.stack, one.layer, expert, rank] = cells
+    return rows
+
+
 def _topk(decision: Decision) -> list[int]:
     return decision.experts
 

@@ -1,0 +1,174 @@
+"""Drawings of matrices, as Vega-Lite made by Altair; curves and bars are in `curves`.
+
+Each drawing reads data sets by name (`rows`, and what else it says), so that the page can show another layer without
+another drawing. Colours are the configuration's (`themes`), sizes the layout's. Nothing is computed from the data but
+scales.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ROWS = alt.NamedData("rows")
+COLOURED = "_coloured"
+"""Column that says whether a row's label is one of those that are drawn in colour."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes, in pixels of the page or points of the paper."""
+
+    width: float
+    """Of a matrix, and of all panels of a row together."""
+    row: float
+    """Height of a matrix's row."""
+    panel: float
+    """Height of a panel with curves."""
+    text: float
+    """Size of the names along a matrix."""
+
+
+PAGE = Layout(width=880, row=13, panel=200, text=10)
+PAPER = Layout(width=340, row=6.4, panel=95, text=5.4)
+"""Fits the text width of a page of one column (5.5 in, 396 pt) with names and legends."""
+
+_SMALLEST = 4.5
+"""Letters that are smaller cannot be read."""
+_SIGNIFICANT = "isValid(datum.q) && datum.q < 0.05"
+
+
+def place(field: str) -> alt.EncodingSortField:
+    """The order that a column gives to the names of an axis."""
+    return alt.EncodingSortField(field, op="min")
+
+
+def axis(layout: Layout, cell: float, **options: Any) -> alt.Axis:
+    """An axis with the name of every cell, if they are large enough to read."""
+    size = min(layout.text, cell)
+    return alt.Axis(labelFontSize=max(size, _SMALLEST), labelOverlap=size < _SMALLEST, **options)
+
+
+def tooltip_of(fields: Mapping[str, str]) -> list[alt.Tooltip]:
+    """What hovering shows: column -> N, O or Q."""
+    return [
+        alt.Tooltip(f"{field}:{kind}", format={"Q": ".3~g"}.get(kind, ""))
+        if kind == "Q"
+        else alt.Tooltip(f"{field}:{kind}")
+        for field, kind in fields.items()
+    ]
+
+
+def matrix(
+    layout: Layout, *, x: str, y: str, columns: int, rows: int, title: str, high: float, x_title: str,
+    y_title: str | None = None, tooltip: Mapping[str, str], significant: bool = False, square: bool = False,
+) -> alt.LayerChart | alt.FacetChart:  # fmt: skip
+    """Cells coloured by `value`, rows and columns in the order of `_row` and `_column`.
+
+    Args:
+        layout: sizes.
+        x: column of the table that names the columns of the matrix.
+        y: that names the rows.
+        columns: how many there are at most; few do not get the whole width.
+        rows: how many there are.
+        title: of the colours.
+        high: value of the last colour; the first is 0.
+        x_title: of the x axis.
+        y_title: of the y axis.
+        tooltip: column -> N or Q.
+        significant: mark the cells whose `q` is below 0.05.
+        square: as high as it is wide.
+    """
+    width = min(layout.width, columns * layout.row * (1 if square else 3))
+    base = alt.Chart(ROWS).encode(
+        x=alt.X(f"{x}:N", sort=place("_column"), title=x_title, axis=axis(layout, width / columns, labelAngle=-90)),
+        y=alt.Y(f"{y}:N", sort=place("_row"), title=y_title, axis=axis(layout, layout.row)),
+    )
+    cells = base.mark_rect(aria=False).encode(
+        color=alt.Color("value:Q", title=title, scale=alt.Scale(domain=[0, high or 1])), tooltip=tooltip_of(tooltip)
+    )
+    layers = [cells]
+    if significant:
+        mark = base.mark_point(style="significant", shape="circle", size=layout.row / 2, aria=False, tooltip=False)
+        layers.append(mark.encode(opacity=alt.condition(_SIGNIFICANT, alt.value(1), alt.value(0))))
+    return alt.layer(*layers).properties(width=width, height=rows * layout.row)
+
+
+def matrix_with_tree(layout: Layout, labels: int, *, title: str, high: float) -> alt.HConcatChart:
+    """A square matrix of labels with the dendrogram of its rows to the right: the data set `branches`."""
+    side = min(layout.width * 0.84, labels * layout.row)
+    cells = (
+        alt.Chart(ROWS)
+        .mark_rect(aria=False)
+        .encode(
+            x=alt.X("label_b:N", sort=place("_column"), title=None, axis=axis(layout, side / labels, labelAngle=-90)),
+            y=alt.Y("label_a:N", sort=place("_row"), title=None, axis=axis(layout, side / labels)),
+            color=alt.Color("value:Q", title=title, scale=alt.Scale(domain=[0, high or 1])),
+            tooltip=tooltip_of({"label_a": "N", "label_b": "N", "value": "Q", "n": "Q"}),
+        )
+        .properties(width=side, height=side)
+    )
+    branches = (
+        alt.Chart(alt.NamedData("branches"))
+        .mark_line(style="tree", interpolate="linear", aria=False)
+        .encode(
+            x=alt.X("distance:Q", title="joined at (bits)", axis=alt.Axis(tickCount=4, grid=False)),
+            y=alt.Y("place:Q", scale=alt.Scale(domain=[0, labels], reverse=True, nice=False), axis=None),
+            detail="joint:N",
+            order="step:Q",
+        )
+        .properties(width=layout.width * 0.13, height=side)
+    )
+    return alt.hconcat(cells, branches, spacing=layout.row / 2).resolve_scale(y="independent", x="independent")
+
+
+def ranks(
+    layout: Layout, *, metrics: Mapping[str, tuple[str, float]], sides: Sequence[str], rows: int, ranks: int
+) -> alt.HConcatChart:
+    """For each label its most used experts, first to last: the expert's number on a cell coloured by its share.
+
+    Args:
+        layout: sizes.
+        metrics: metric -> name of its colours, and the value of the last colour.
+        sides: names of the runs, side by side for each metric.
+        rows: labels.
+        ranks: experts of each.
+    """
+    width = min(layout.width / len(metrics) / len(sides) - layout.row * 1.5, ranks * layout.row * 2)
+    return alt.hconcat(
+        *(
+            _ranks_of(layout, metric, words, high).properties(width=width, height=rows * layout.row)
+            .facet(column=alt.Column("run:N", sort=list(sides), title=None), spacing=layout.row / 2)
+            .resolve_axis(y="shared")
+            for metric, (words, high) in metrics.items()
+        ),
+        spacing=layout.row,
+    ).resolve_scale(color="independent")  # fmt: skip
+
+
+def _ranks_of(layout: Layout, metric: str, words: str, high: float) -> alt.LayerChart | alt.FacetChart:
+    base = (
+        alt.Chart(ROWS)
+        .transform_filter(f"datum.metric == '{metric}'")
+        .encode(
+            x=alt.X("rank:O", title="rank", axis=axis(layout, layout.row, labelAngle=0)),
+            y=alt.Y("label:N", sort=place("_row"), title=None, axis=axis(layout, layout.row)),
+        )
+    )
+    fields = {"run": "N", "label": "N", "rank": "O", "expert": "N", "value": "Q", "baseline": "Q", "n": "Q"}
+    cells = base.mark_rect(aria=False).encode(
+        color=alt.Color("value:Q", title=words, scale=alt.Scale(domain=[0, high or 1])),
+        tooltip=tooltip_of(fields),
+    )
+    numbers = [
+        base.mark_text(style=style, fontSize=layout.text, aria=False, tooltip=False)
+        .transform_filter(f"datum.value {compared} {0.55 * high}")
+        .encode(text="expert:N")
+        for style, compared in (("on-pale", "<"), ("on-strong", ">="))
+    ]
+    return alt.layer(cells, *numbers, data=ROWS)

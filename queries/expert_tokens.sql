@@ -1,0 +1,108 @@
+-- Question: Which tokens is each expert there for?
+-- Formula: N_x = occurrences of token id x, N_xe = those for which e was among the k chosen; ids with
+--   N_x >= min_count. value = N_xe / N_x, of the ids for which e has the most of all experts (ties: the lower
+--   expert), which are those that expert_topk of vocabulary_specialization averages. Baseline k/E, what each
+--   single expert gets by chance; the largest of E gets more, most so for a small N_x.
+-- Source: OLMoE, arXiv 2409.02060, section 5 (vocabulary specialization).
+-- Grain: metric, stack, layer, expert, rank from 1 to $n: by value, then by N_xe, then by id. token is the id
+--   where there is no vocabulary. n = N_x, all labels together; count = N_xe. No rows where the run dropped
+--   the ids of its tokens.
+-- Reads: token_decisions, layers
+-- Params:
+--   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
+--   layer integer = null: only this layer, by the model's own number (default: all)
+--   labels varchar[] = null: only these labels (default: all)
+--   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
+--     language codes); they say nothing about the text
+--   min_count integer >= 1 = 10: ids that occur less often are left out
+--   n integer >= 1 = 10: tokens of each expert
+with chosen as (
+    select
+        stack,
+        layer,
+        token_id,
+        token,
+        experts
+    from token_decisions
+    where
+        ($stack is null or stack = $stack)
+        and ($layer is null or layer = $layer)
+        and ($labels is null or list_contains($labels, label))
+        and ($include_special or not is_special)
+        and token_id is not null
+),
+
+assigned as (
+    select
+        stack,
+        layer,
+        token_id,
+        token,
+        unnest(experts)::integer as expert
+    from chosen
+),
+
+counted as (
+    select
+        stack,
+        layer,
+        token_id,
+        expert,
+        any_value(token) as token,
+        count(*) as picks
+    from assigned
+    where expert is not null
+    group by stack, layer, token_id, expert
+),
+
+occurring as (
+    select
+        stack,
+        layer,
+        token_id,
+        count(*) as tokens
+    from chosen
+    group by stack, layer, token_id
+    having count(*) >= $min_count
+),
+
+favourites as (
+    select
+        stack,
+        layer,
+        token_id,
+        any_value(token) as token,
+        arg_max(expert, (picks, -expert)) as expert,
+        max(picks) as picks
+    from counted
+    group by stack, layer, token_id
+),
+
+ranked as (
+    select
+        favourites.*,
+        occurring.tokens,
+        row_number() over (
+            partition by favourites.stack, favourites.layer, favourites.expert
+            order by favourites.picks / occurring.tokens desc, favourites.picks desc, favourites.token_id asc
+        ) as rank
+    from favourites
+    inner join occurring using (stack, layer, token_id)
+)
+
+select
+    'expert_tokens' as metric,
+    ranked.stack,
+    ranked.layer,
+    ranked.expert,
+    ranked.rank,
+    ranked.token_id,
+    coalesce(ranked.token, ranked.token_id::varchar) as token,
+    ranked.picks / ranked.tokens as value,
+    layers.top_k / layers.n_experts as baseline,
+    ranked.tokens as n,
+    ranked.picks as count
+from ranked
+inner join layers using (stack, layer)
+where ranked.rank <= $n
+order by ranked.stack, ranked.layer, ranked.expert, ranked.rank
