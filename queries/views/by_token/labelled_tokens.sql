@@ -18,5 +18,6 @@ select
     documents.truncated
 from tokens
 inner join documents using (shard, doc)
-inner join token_groups using (shard, tok)
+-- every token has a group; an inner join could be taken before the one above, by shards alone
+left join token_groups using (shard, tok)
 left join vocab on tokens.token_id = vocab.token_id

@@ -3,4 +3,5 @@
 -- Reads: recorded_routing, token_groups
 select recorded_routing.* replace (token_groups.label as label)
 from recorded_routing
-inner join token_groups using (shard, tok)
+-- every token has a group; an inner join could be taken after others, by shards alone
+left join token_groups using (shard, tok)
