@@ -271,10 +271,11 @@ def uncertain(table: pa.Table, style: str) -> None:
     import pyarrow.compute as pc
 
     relation(duckdb.from_arrow(table), style)
-    few = pc.sum(pc.less(table["documents"], FEW_DOCUMENTS)).as_py() or 0
+    counted = "available" if "available" in table.column_names else "documents"  # a curve draws other numbers
+    few = pc.sum(pc.less(table[counted], FEW_DOCUMENTS)).as_py() or 0
     if few:
         sys.stderr.write(f"{few:,} of {table.num_rows:,} rows rest on fewer than {FEW_DOCUMENTS} documents of a label "
-                         "(column documents): read them with care\n")  # fmt: skip
+                         f"(column {counted}): read them with care\n")  # fmt: skip
 
 
 def _print_table(result: duckdb.DuckDBPyRelation) -> None:

@@ -431,7 +431,10 @@ def test_the_command_line_gives_intervals(run: Run, folder: Path, capsys: pytest
         run, "domain_specialization", level=90, resamples=30, seed=2, column="lift", layer=3
     ).to_pylist()
     assert [row["low"] for row in rows] == [row["low"] for row in expected]
-    assert complaint.startswith("15 of 15 rows rest on fewer than 20 documents")
+    assert (
+        complaint
+        == "15 of 15 rows rest on fewer than 20 documents of a label (column documents): read them with care\n"
+    )
 
 
 def test_the_command_line_tests(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ def sample_size_curve(
     if sizes is not None and min(sizes, default=0) < 2:
         raise ValueError(f"sizes must be numbers of documents, 2 at least, got {list(sizes)}")
     answer, asked = ask(run, name, params, column)
-    keys = answer.select([key for key in ("stack", *KEYS) if key in answer.column_names])
+    keys = answer.select([name for name in answer.column_names if name in ("stack", *KEYS)])
     tables = []
     for place, rows, counts in routers(run, asked, answer, params):
         available_R = fewest_documents(rows, counts)
