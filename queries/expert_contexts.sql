@@ -4,9 +4,9 @@
 --   document on each side, null at its ends, with #id for what the vocabulary lacks. weight = w_e as the
 --   model applied it.
 -- Source: the recorded decisions; text is not needed, the ids of the tokens are.
--- Grain: stack, layer, expert, rank from 1 to $n: by weight, then by shard and place in it. No rows where the
+-- Grain: stack, layer, expert, rank from 1 to $n; by weight, then by shard and place in it. No rows where the
 --   run dropped the ids of its tokens.
--- Reads: decisions, labelled_tokens, documents
+-- Reads: decisions, labelled_tokens, shards
 -- Example: --layer 4 --expert 55 --n 3 --around 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -17,10 +17,10 @@
 --   expert integer >= 0 = 0: the expert, in each layer that has it
 --   n integer >= 1 = 10: contexts of each layer
 --   around integer >= 0 = 8: tokens on each side
---   every integer >= 1 = 1: only every so manieth shard, from the first on: a sample of a large run
+--   every integer >= 1 = 1: only one shard of so many, from the first on: a sample of a large run
 with sampled as (
-    select distinct shard
-    from documents
+    select shard
+    from shards
     where shard % $every = 0
 ),
 

@@ -6,6 +6,7 @@
 -- Grain: metric, stack, layer, expert; every expert of the layer, 0 when never chosen. n = N, tokens of all
 --   labels together; picks = N_e.
 -- Reads: assignments
+-- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

@@ -10,7 +10,7 @@
 -- Grain: aspect, stack, layer, expert, rank; items that the expert never had are left out. Tokens and experts
 --   by N_ae, labels by value, the first $n of each; positions in their order, all. n = N_a, but N_e for the
 --   aspect expert; count = N_ae. No tokens where the run dropped their ids.
--- Reads: decisions, labelled_tokens, documents
+-- Reads: decisions, labelled_tokens, shards
 -- Example: --layer 4 --expert 55 --n 2
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -20,10 +20,10 @@
 --     language codes); they say nothing about the text
 --   expert integer >= 0 = 0: the expert, in each layer that has it
 --   n integer >= 1 = 10: items of each aspect
---   every integer >= 1 = 1: only every so manieth shard, from the first on: a sample of a large run
+--   every integer >= 1 = 1: only one shard of so many, from the first on: a sample of a large run
 with sampled as (
-    select distinct shard
-    from documents
+    select shard
+    from shards
     where shard % $every = 0
 ),
 

@@ -4,10 +4,11 @@
 --   expert), which are those that expert_topk of vocabulary_specialization averages. Baseline k/E, what each
 --   single expert gets by chance; the largest of E gets more, most so for a small N_x.
 -- Source: OLMoE, arXiv 2409.02060, section 5 (vocabulary specialization).
--- Grain: metric, stack, layer, expert, rank from 1 to $n: by value, then by N_xe, then by id. token is the id
+-- Grain: metric, stack, layer, expert, rank from 1 to $n; by value, then by N_xe, then by id. token is the id
 --   where there is no vocabulary. n = N_x, all labels together; count = N_xe. No rows where the run dropped
 --   the ids of its tokens.
 -- Reads: token_decisions, layers
+-- Example: --layer 4 --n 3
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

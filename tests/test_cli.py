@@ -210,7 +210,7 @@ def test_an_installed_wheel_finds_its_queries_its_model_and_its_app(tmp_path):
         "assert len(collector.catalog.list_comparisons()) >= 2\n"
         "assert collector.models.load(ModelConfig(), 'cpu').model.config.num_experts == 64\n"
         "from collector.explore import panel, serving\n"
-        "assert serving.app_file() == collector.warehouse.query_folder().parent / 'notebooks' / 'explore.py'\n"
+        "assert serving.app_file() == collector.catalog.query_folder().parent / 'notebooks' / 'explore.py'\n"
         "assert panel.Panel._css and serving.app_file().is_file()\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "site", check=True)
