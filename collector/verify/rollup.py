@@ -62,6 +62,7 @@ class RollupCheck:
         self._names = names
         self._paths = {relation: run.store.local_copy(name, folder) for relation, name in names.items()}
         self._lock = threading.Lock()
+        self._gathered = _Gathered(self._paths[DOCUMENTS])
         self._labels: pa.Table | None = None
         self._rows = 0
         self._wrong: list[str] = []
@@ -101,10 +102,10 @@ class RollupCheck:
         return self._wrong
 
     def _read(self, relation: str, shard: int | None = None) -> pa.Table | None:
-        """The rows of a file, or of one shard in it; None if it cannot be read."""
+        """The rows of a file, or of one shard of the documents; None if it cannot be read."""
         try:
             schema = columns(pq.read_schema(self._paths[relation]))
-            table = pq.read_table(self._paths[relation], filters=None if shard is None else [("shard", "=", shard)])
+            table = pq.read_table(self._paths[relation]) if shard is None else self._gathered.of_shard(shard)
         except (pa.ArrowException, OSError, ValueError) as error:
             self._wrong.append(f"{self._names[relation]} cannot be read: {type(error).__name__}")
             return None
@@ -112,6 +113,31 @@ class RollupCheck:
             self._wrong.append(f"{self._names[relation]} has other columns than a rollup has")
             return None
         return table
+
+
+class _Gathered:
+    """The documents of a rollup by shard: row groups hold many shards, and are read once for those of them in turn."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._read: dict[tuple[int, ...], pa.Table] = {}
+
+    def of_shard(self, shard: int) -> pa.Table:
+        with self._lock, pq.ParquetFile(self._path) as file:
+            spans = enumerate(_span(file.metadata.row_group(i)) for i in range(file.num_row_groups))
+            groups = tuple(i for i, (first, last) in spans if first <= shard <= last)
+            if groups not in self._read:
+                self._read = dict(list(self._read.items())[-1:])  # threads may still want the ones before
+                self._read[groups] = file.read_row_groups(groups)
+            table = self._read[groups]
+        return table.filter(pc.equal(table["shard"], shard))
+
+
+def _span(group: pq.RowGroupMetaData) -> tuple[int, int]:
+    """The first and last shard in a row group."""
+    shard = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "shard")
+    return shard.statistics.min, shard.statistics.max
 
 
 def _summed(tables: Sequence[pa.Table]) -> pa.Table:
