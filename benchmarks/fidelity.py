@@ -3,14 +3,9 @@
     python -m benchmarks.fidelity                     # the demo model and a wide random one, nf4 against bfloat16
     python -m benchmarks.fidelity --against fp4 int8-linear
 
-Two runs are collected and compared token by token and layer by layer:
-
-- top-k Jaccard: |A and B| / |A or B| of the experts chosen, mean over tokens;
-- top-1 flips: share of tokens whose highest-weight expert differs;
-- both by tenths of the margin that the bfloat16 run had: for the Jaccard between the last expert chosen
-  and the first left out, for the flips between the two highest weights;
-- domain specialization DS(e, D) = N_eD / N_D: mean and largest change over experts and languages, and
-  the share of languages whose most specialized expert stays the same.
+Two runs are collected and compared by the query `quantization_fidelity`, all languages together: for the tenths, the
+Jaccard by the margin of the bfloat16 run (between the last expert chosen and the first left out), the flips by its lead
+(between the two highest weights).
 
 The wide model has random weights, whose routing no training has made decided: a worst case.
 """
@@ -25,28 +20,13 @@ from typing import TYPE_CHECKING, Literal
 
 from benchmarks.collect import machine, wide_model
 from collector import driver
+from collector.comparison import open_runs
 from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-from collector.warehouse import open_run
 
 if TYPE_CHECKING:
-    from collector.warehouse import Run
+    from collections.abc import Sequence
 
-COMPARE = """
-with pairs as (
-    select a.layer, a.margin,
-        [{a}] as one, [{b}] as other, [{wa}] as w_one, [{wb}] as w_other
-    from a inner join b using (shard, layer, tok)
-    where not a.is_special
-),
-compared as (
-    select layer, margin,
-        len(list_intersect(one, other)) / (2 * len(one) - len(list_intersect(one, other))) as jaccard,
-        one[list_position(w_one, list_max(w_one))] <> other[list_position(w_other, list_max(w_other))] as flip,
-        ntile(10) over (partition by layer order by margin) as tenth,
-        ntile(10) over (partition by layer order by list_reverse_sort(w_one)[1] - list_reverse_sort(w_one)[2]) as lead
-    from pairs
-)
-"""
+    from collector.comparison import Comparison
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,65 +43,53 @@ class Bench:
     """Documents for the wide model."""
 
 
-def collect(root: str, model: ModelConfig, data: DataConfig) -> Run:
+def collect(root: str, model: ModelConfig, data: DataConfig) -> str:
     """One run, in this process."""
     config = resolve(data=data, model=model, capture=CaptureConfig(), device="cpu")
     driver.collect_in_process(root, config)
-    return open_run(root)
+    return root
 
 
-def compare(title: str, plain: Run, quantized: Run) -> None:
+def compare(title: str, plain: str, quantized: str) -> None:
     """Prints the comparison of two runs of the same tokens."""
-    con = plain.connection
-    k = con.sql("select max(top_k) from layers").fetchall()[0][0]
-    con.register("b", quantized.connection.sql("select * from routing").to_arrow_table())
-    con.execute("create or replace temp view a as select * from routing")
-    columns = {"a": "a.e", "b": "b.e", "wa": "a.w", "wb": "b.w"}
-    lists = {name: ", ".join(f"{column}{i}" for i in range(k)) for name, column in columns.items()}
-    compared = COMPARE.format(**lists)
-    by_layer = con.sql(
-        f"{compared} select layer, count(*), avg(jaccard), avg(flip::int) from compared group by layer order by layer"
-    ).fetchall()
-    tenths = con.sql(
-        f"{compared} select tenth, jaccard, flips from "
-        "(select tenth, avg(jaccard) as jaccard from compared group by tenth) inner join "
-        "(select lead as tenth, avg(flip::int) as flips from compared group by lead) using (tenth) order by tenth"
-    ).fetchall()
-    change = specialization(plain, quantized)
+    pair = open_runs(plain, quantized)
+    k = max(one["top_k"] for one in pair.run.info["layers"])
+    by_margin, by_lead = (values(pair, by) for by in ("margin", "lead"))
     print(f"\n### {title}\n")
     print(f"| layer | tokens | top-{k} Jaccard | top-1 flips | mean change of DS | largest | same top expert |")
     print("|---|---|---|---|---|---|---|")
-    for layer, tokens, jaccard, flips in by_layer:
-        mean, largest, same = change[layer]
+    metrics = (
+        "topk_jaccard",
+        "top1_flips",
+        "specialization_change",
+        "largest_specialization_change",
+        "same_top_expert",
+    )
+    layers = [one["layer"] for one in pair.run.info["layers"]]
+    for layer in layers:
+        jaccard, flips, mean, largest, same = (by_margin[metric, layer, 0][0] for metric in metrics)
+        tokens = by_margin["topk_jaccard", layer, 0][1]
         print(f"| {layer} | {tokens:,} | {jaccard:.3f} | {flips:.3f} | {mean:.4f} | {largest:.3f} | {same:.2f} |")
-    print("\n| margin, tenths from the smallest | " + " | ".join(str(tenth) for tenth, *_ in tenths) + " |")
+    print("\n| margin, tenths from the smallest | " + " | ".join(map(str, range(1, 11))) + " |")
     print("|---" * 11 + "|")
-    print(f"| top-{k} Jaccard | " + " | ".join(f"{jaccard:.3f}" for _, jaccard, _ in tenths) + " |")
-    print("| top-1 flips | " + " | ".join(f"{flips:.3f}" for *_, flips in tenths) + " |", flush=True)
+    for name, found, metric in (
+        (f"top-{k} Jaccard", by_margin, "topk_jaccard"),
+        ("top-1 flips", by_lead, "top1_flips"),
+    ):
+        tenths = (mean_of_layers([found.get((metric, layer, tenth)) for layer in layers]) for tenth in range(1, 11))
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in tenths) + " |", flush=True)
 
 
-def specialization(plain: Run, quantized: Run) -> dict[int, tuple[float, float, float]]:
-    """{layer: (mean |change| of DS, largest, share of labels whose top expert stays)}."""
-    con = plain.connection
-    for name, run in (("ds_a", plain), ("ds_b", quantized)):
-        con.register(name, run.query("domain_specialization").to_arrow_table())
-    rows = con.sql(
-        """
-        with paired as (
-            select layer, label, expert, a.value as one, b.value as other
-            from ds_a as a inner join ds_b as b using (layer, label, expert)
-        ),
-        tops as (
-            select layer, avg((arg_max_one = arg_max_other)::int) as same
-            from (select layer, label, arg_max(expert, one) as arg_max_one, arg_max(expert, other) as arg_max_other
-                  from paired group by layer, label)
-            group by layer
-        )
-        select layer, avg(abs(one - other)), max(abs(one - other)), any_value(same)
-        from paired inner join tops using (layer) group by layer
-        """
-    ).fetchall()
-    return {layer: (mean, largest, same) for layer, mean, largest, same in rows}
+def values(pair: Comparison, by: str) -> dict[tuple[str, int, int], tuple[float, int]]:
+    """{(metric, layer, decile): (value, tokens)}, all languages together."""
+    rows = pair.query("quantization_fidelity", pooled=True, by=by).project("metric, layer, decile, value, n").fetchall()
+    return {(metric, layer, decile): (value, n) for metric, layer, decile, value, n in rows}
+
+
+def mean_of_layers(cells: Sequence[tuple[float, int] | None]) -> float:
+    """Mean over the tokens of all layers; equal margins can leave a decile of a layer without any."""
+    present = [cell for cell in cells if cell is not None]
+    return sum(value * n for value, n in present) / max(1, sum(n for _, n in present))
 
 
 def main(bench: Bench) -> None:

@@ -1,16 +1,17 @@
 """Collects the routing of Mixture-of-Experts models over whole datasets, and answers in SQL.
 
-from collector import open_run
+from collector import open_run, open_runs
 
 run = open_run("runs/demo")
 run.query("domain_specialization", layer=5).df()
+open_runs("runs/demo", "runs/demo-random").query("router_saturation").df()
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["open_run"]
+__all__ = ["open_run", "open_runs"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from collector.warehouse import open_run
 
         return open_run
+    if name == "open_runs":
+        from collector.comparison import open_runs
+
+        return open_runs
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,7 @@ from collector.config import CaptureConfig, DataConfig, Dtype, LaunchConfig, Mod
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_QUERY_FLAGS = ("list", "format", "help")
+_QUERY_FLAGS = ("list", "format", "by", "beside", "help")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Collect:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Query:
-    """Answer a question about a run: `collector query RUN NAME [--param value …]`.
+    """Answer a question about a run, or about two: `collector query RUN NAME [--beside OTHER] [--param value …]`.
 
     `collector query --list` tells every query's question, parameters and rows.
     """
@@ -56,23 +56,45 @@ class Query:
     """The run directory."""
     name: tyro.conf.Positional[str] = ""
     """The query."""
+    beside: str | None = None
+    """Another run of the same tokens, for example of the quantized or the untrained model.
+    A query that compares two runs needs it; of any other, the other run's rows stand beside the first's."""
     list: bool = False
-    """Tell which queries there are."""
-    format: Literal["table", "csv", "json", "parquet"] = "table"
+    """Tell which queries there are; with --format markdown everything about them, and with RUN and --beside OTHER, runs
+    of the demo, also an example of each one's rows."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
+    format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
     """How the rows are written to standard output."""
     params: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
 
     def run(self) -> int:
         """Runs the query, or lists them."""
-        from collector import show, warehouse
+        from collector import comparison, show, warehouse
 
         if self.list:
-            show.queries(warehouse.list_queries())
-            return 0
+            return self._list()
         if not (self.run_ and self.name):
             raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
+        params = dict(self.params)
         with warehouse.one_line_errors():
-            show.relation(warehouse.open_run(self.run_).query(self.name, **dict(self.params)), self.format)
+            if self.beside is None:
+                show.relation(warehouse.open_run(self.run_, by=self.by).query(self.name, **params), self.format)
+                return 0
+            pair = comparison.open_runs(self.run_, self.beside, by=self.by)
+            rows = pair.query(self.name, **params)
+            sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
+            show.relation(rows, self.format)
+        return 0
+
+    def _list(self) -> int:
+        from collector import comparison, manual, show
+
+        if self.format == "markdown":
+            runs = (self.run_, self.beside) if self.run_ and self.beside else None
+            sys.stdout.write(manual.page(runs))
+        else:
+            show.queries([*comparison.list_queries(), *comparison.list_comparisons()])
         return 0
 
 
@@ -87,6 +109,8 @@ class Sql:
     """The run directory."""
     statement: tyro.conf.Positional[str]
     """For example: select label, count(*) from documents group by all."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
     format: Literal["table", "csv", "json", "parquet"] = "table"
     """How the rows are written to standard output."""
 
@@ -95,7 +119,27 @@ class Sql:
         from collector import show, warehouse
 
         with warehouse.one_line_errors():
-            show.relation(warehouse.open_run(self.run_).sql(self.statement), self.format)
+            show.relation(warehouse.open_run(self.run_, by=self.by).sql(self.statement), self.format)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Views:
+    """Write the SQL script that creates the run's views in any DuckDB: `duckdb -init <(collector views RUN)`.
+
+    It names every file by its full path or URL. For a run on an object store, DuckDB needs its extension httpfs (azure
+    for az://) and the credentials; `collector query` and `sql` need neither.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory."""
+
+    def run(self) -> int:
+        """Writes the script to standard output."""
+        from collector.storage import RunDirectory
+        from collector.warehouse import views_sql
+
+        sys.stdout.write(views_sql(RunDirectory(self.run_), in_place=True))
         return 0
 
 
@@ -135,7 +179,8 @@ class Verify:
 
     Checks files by size and SHA-256, and tables by what they must hold: every token of every document once, and for
     each recorded router a decision about each token of its stack. Run it after a copy, before a publication, or when a
-    disk is in doubt. A run that only lacks shards is incomplete, not unsound.
+    disk is in doubt. A run that only lacks shards is incomplete, not unsound. A rollup is compared with what the tables
+    give, counted by other means than those that made it.
     """
 
     run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
@@ -151,7 +196,7 @@ class Verify:
         run = RunDirectory(self.run_)
         report = verify.verify(run, verify.Ticker())
         sys.stdout.writelines(f"{line}\n" for line in report.lines())
-        if self.recollect and not report.sound:
+        if self.recollect and (report.wrong or report.run):
             aside = verify.recollect(run, report)
             sys.stdout.writelines(f"set aside: {name}\n" for name in aside)
             sys.stdout.write("Run the same collect command again.\n")
@@ -159,8 +204,37 @@ class Verify:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollup:
+    """Count a run once, per document and per label, so that questions about labels and documents are answered at once.
+
+    Writes two files into the run's folder `rollup`; from then on `query`, `sql` and `show` read them instead of
+    counting tokens. A rollup of other commits than the run has now is not read: make it anew when shards were added.
+    """
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]
+    """The run directory: a path or an object store's URL, which is read as a whole."""
+    again: bool = False
+    """Count again although there is a rollup of exactly these commits."""
+
+    def run(self) -> int:
+        """Makes the rollup, unless it is there."""
+        from collector import verify
+        from collector.rollup import files, making
+        from collector.storage import RunDirectory
+
+        run = RunDirectory(self.run_)
+        if not self.again and (names := files.current(run)):
+            sys.stdout.write(f"{' and '.join(names.values())}: there already, and of all that is committed\n")
+            return 0
+        made = making.make(run, verify.Ticker("counted"))
+        sys.stdout.write(f"{' and '.join(made.files.values())}: {made.shards:,} shards, {made.tokens:,} tokens, "
+                         f"{made.bytes:,} bytes, {made.bytes / max(1, made.tokens):.1f} a token\n")  # fmt: skip
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gc:
-    """Remove the orphans of a run: files that no commit record names, left by replicas that died.
+    """Remove the orphans of a run: files that no commit record names, left by replicas that died, and old rollups.
 
     They count for nothing and only take room. What is committed stays, whatever its age. On object stores the parts of
     uploads that were cut are out of sight: give the bucket a lifecycle rule that aborts incomplete uploads.
@@ -201,13 +275,15 @@ class Show:
     """Another run, for example the same model with random weights."""
     labels: tuple[str, ...] | None = None
     """Which labels (default: all)."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
 
     def run(self) -> int:
         """Prints the table."""
         from collector import show, warehouse
 
-        beside = warehouse.open_run(self.beside) if self.beside else None
-        show.top_experts_by_layer(warehouse.open_run(self.run_), self.labels, beside)
+        beside = warehouse.open_run(self.beside, by=self.by) if self.beside else None
+        show.top_experts_by_layer(warehouse.open_run(self.run_, by=self.by), self.labels, beside)
         return 0
 
 
@@ -336,8 +412,10 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect,
     "query": Query,
     "sql": Sql,
+    "views": Views,
     "status": Status,
     "verify": Verify,
+    "rollup": Rollup,
     "gc": Gc,
     "show": Show,
     "trace": Trace,

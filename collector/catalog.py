@@ -1,7 +1,9 @@
 """The queries of `queries/`: what their headers say, and values for their parameters.
 
-A query is one SQL file with one select. Its header, the leading comments, tells the question, the
-formula with its denominators, the source, what a row is, the views it reads, and its parameters:
+A query is one SQL file with one select; those that compare two runs are in `queries/compare/`, and the views of the
+second run are in a schema of their own there, `other`. Its header, the leading comments, tells the question, the
+formula with its denominators, the source, what a row is, the views it reads, parameters for an example, and its
+parameters:
 
     -- Params:
     --   m integer >= 1 = null: size of the sets (default: the layer's k)
@@ -21,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Value = int | float | bool | str | list[str] | None
+OTHER = "other"
+"""The schema that has the views of the second run, in queries of two."""
 
 _PARAM = re.compile(r"(?P<name>\w+) (?P<type>\S+?)(?: >= (?P<minimum>-?\d+))? = (?P<default>[^:]*): (?P<help>.*)")
 
@@ -75,8 +79,17 @@ class Query:
     """What a row is, and its keys."""
     reads: tuple[str, ...]
     """Views that the statement reads."""
+    example: str
+    """Parameters, as a command line gives them, of a question to the demo run."""
     params: tuple[Param, ...]
     sql: str
+    of_two_runs: bool
+    """Whether it compares two runs."""
+
+    def keys(self, columns: Sequence[str]) -> list[str]:
+        """The columns that tell its rows apart, out of all columns: those that the grain begins with."""
+        named = re.findall(r"(?<!\$)\b\w+", re.split(r"[;.]", self.grain)[0])
+        return [column for column in columns if column in named]
 
     def bind(self, given: Mapping[str, object]) -> dict[str, Value]:
         """Values for all parameters: what is given, else the defaults.
@@ -91,8 +104,13 @@ class Query:
 
 
 def list_queries() -> list[Query]:
-    """All queries, by name."""
+    """All queries of one run, by name."""
     return [_read_query(path) for path in sorted(query_folder().glob("*.sql"))]
+
+
+def list_comparisons() -> list[Query]:
+    """All queries of two runs, by name."""
+    return [_read_query(path) for path in sorted(comparison_folder().glob("*.sql"))]
 
 
 def find_query(name: str) -> Query:
@@ -101,12 +119,11 @@ def find_query(name: str) -> Query:
     Raises:
         ValueError: there is none; names what comes closest, or all.
     """
-    path = query_folder() / f"{name}.sql"
-    names = sorted(path.stem for path in query_folder().glob("*.sql"))
-    if name in names:
-        return _read_query(path)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+    paths = {path.stem: path for folder in (query_folder(), comparison_folder()) for path in folder.glob("*.sql")}
+    if name in paths:
+        return _read_query(paths[name])
+    close = difflib.get_close_matches(name, sorted(paths), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(paths))}"
     raise ValueError(f"no query {name!r}; {hint}")
 
 
@@ -114,6 +131,11 @@ def query_folder() -> Path:
     """Where the SQL files are: `queries/` of an installed package, else of a checkout."""
     installed = Path(__file__).parent / "queries"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "queries"
+
+
+def comparison_folder() -> Path:
+    """Where the queries of two runs are."""
+    return query_folder() / "compare"
 
 
 def read_header(sql: str) -> dict[str, str]:
@@ -137,7 +159,8 @@ def _read_query(path: Path) -> Query:
     params = tuple(_read_params(header.pop("params", "")))
     query = Query(
         name=path.stem, sql=sql, params=params, reads=split_names(header.pop("reads")),
-        **{key: header[key] for key in ("question", "formula", "source", "grain")},
+        of_two_runs=path.parent == comparison_folder(),
+        **{key: header[key] for key in ("question", "formula", "source", "grain", "example")},
     )  # fmt: skip
     used = duckdb.extract_statements(sql)[0].named_parameters
     # An undeclared parameter could take its value from elsewhere in the session.

@@ -155,7 +155,8 @@ class LaunchConfig:
     host_memory: str | None = None
     """Host memory for a replica's weights with --offload, for example 24GB (default: what is free)."""
     cpus_per_replica: int | None = None
-    """CPU cores per replica (default: 1 beside a GPU; on CPUs all cores of its node)."""
+    """CPU cores per replica (default: 1 beside a GPU; on CPUs all cores of its node, which then holds the model once;
+    very small models are faster with 1)."""
     accelerator_type: str | None = None
     """Only on nodes with this accelerator, by Ray's name: A100, H100, L4 …"""
     node_labels: tuple[str, ...] = ()

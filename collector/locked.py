@@ -18,43 +18,40 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
-from collector.objectfiles import PROTOCOL, RunFiles
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from collector.storage import ObjectStore
+    from collector.objectfiles import RunFiles
 
-__all__ = ["PROTOCOL", "connect", "connect_remote", "one_line_errors"]
+__all__ = ["connect", "one_line_errors"]
 
 _REMOTE_THREADS = 16
 """At least: threads that read an object store wait most of the time."""
-_mounted: weakref.WeakSet[duckdb.DuckDBPyConnection] = weakref.WeakSet()
+_mounted: weakref.WeakKeyDictionary[duckdb.DuckDBPyConnection, list[str]] = weakref.WeakKeyDictionary()
+"""Protocols of the file systems that a connection has."""
 
 
-def connect(paths: Iterable[str]) -> duckdb.DuckDBPyConnection:
+def connect(
+    paths: Iterable[str], mounts: Sequence[RunFiles] = (), memory_limit: str | None = None
+) -> duckdb.DuckDBPyConnection:
     """A locked DuckDB in memory.
 
     Args:
         paths: the files that it may open, spelled as statements spell them.
+        mounts: file systems of those that are on an object store, `PROTOCOL://NAME`.
+        memory_limit: what it may take, for example 4GB (default: 80 % of the machine's memory).
     """
-    connection = _open()
+    connection = _open(threads=_REMOTE_THREADS if mounts else 1)
+    if memory_limit is not None:
+        connection.execute("set memory_limit = $limit", {"limit": memory_limit})
+    if mounts:
+        connection.execute(
+            "set enable_external_file_cache = false"
+        )  # `objectfiles` has one that knows they never change
+        _mounted[connection] = [files.protocol for files in mounts]
+    for files in mounts:
+        connection.register_filesystem(files)
     _lock(connection, paths)
-    return connection
-
-
-def connect_remote(store: ObjectStore, sizes: Mapping[str, int]) -> duckdb.DuckDBPyConnection:
-    """A locked DuckDB in memory that reads files of an object store as `run://NAME`.
-
-    Args:
-        store: where they are.
-        sizes: name -> bytes of the files that it may open.
-    """
-    connection = _open(threads=_REMOTE_THREADS)
-    connection.execute("set enable_external_file_cache = false")  # `objectfiles` has one that knows they never change
-    connection.register_filesystem(RunFiles(store, sizes))
-    _mounted.add(connection)
-    _lock(connection, [f"{PROTOCOL}://{name}" for name in sizes])
     return connection
 
 
@@ -99,6 +96,7 @@ def _lock(connection: duckdb.DuckDBPyConnection, paths: Iterable[str]) -> None:
 @atexit.register
 def _unmount_all() -> None:
     """Else DuckDB's binding complains of leaks on standard error when the interpreter ends."""
-    for connection in _mounted:
-        with contextlib.suppress(duckdb.Error):
-            connection.unregister_filesystem(PROTOCOL)
+    for connection, protocols in list(_mounted.items()):
+        for protocol in protocols:
+            with contextlib.suppress(duckdb.Error):
+                connection.unregister_filesystem(protocol)

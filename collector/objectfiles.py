@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collector.storage import ObjectStore
 
 PROTOCOL = "run"
+OTHER_PROTOCOL = "other"
 BLOCK = 64 * 2**10
 """Bytes. One expert's column in a row group takes some 20 to 100 KB, and a column that is not read lies between."""
 CACHED_BLOCKS = 4096
@@ -159,3 +160,9 @@ class RunFiles(fsspec.AbstractFileSystem):
         """Long ago: committed files do not change."""
         self.info(path)
         return _LONG_AGO
+
+
+class OtherRunFiles(RunFiles):
+    """Those of the other run of a comparison, in the same DuckDB: `other://`."""
+
+    protocol = OTHER_PROTOCOL

@@ -1,11 +1,12 @@
-"""What a run directory holds that counts for nothing: parts without a commit record, and leftovers of writes.
+"""What a run directory holds that counts for nothing: parts without a commit record, old rollups, leftovers of writes.
 
-They come from replicas that died between publishing and committing, from records that were set aside, and from
-processes killed while writing. Readers never see them; they only take room.
+They come from replicas that died between publishing and committing, from records that were set aside, from shards that
+were committed after a rollup was made, and from processes killed while writing. Readers never see them; they only take
+room.
 
-Guarantees: what a commit record names stays, whatever its age, and so does everything younger than the limit. Nothing
-is removed where a record cannot be read, because what it names is not known. On object stores the parts of uploads that
-were cut are out of sight: a lifecycle rule of the bucket removes those.
+Guarantees: what a commit record names stays, whatever its age, and so do the current rollup and everything younger
+than the limit. Nothing is removed where a record cannot be read, because what it names is not known. On object stores
+the parts of uploads that were cut are out of sight: a lifecycle rule of the bucket removes those.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from collector.storage import PART_FOLDERS, PLAN
+from collector.rollup.files import Covered
+from collector.storage import PART_FOLDERS, PLAN, ROLLUP
 
 if TYPE_CHECKING:
     from collector.storage import Entry, RunDirectory
@@ -59,11 +61,15 @@ def find(run: RunDirectory, older_than: float) -> list[Entry]:
     # its record would be missed, and committed data removed. A part that is listed here and committed only after the
     # records were read is younger than any age limit but 0.
     now = time.time()
-    found = [entry for folder in PART_FOLDERS for entry in run.store.entries(folder)]
+    found = [entry for folder in (*PART_FOLDERS, ROLLUP) for entry in run.store.entries(folder)]
     found += run.store.litter()
-    committed = {part.path for record in run.records() for part in record.files.values()}
+    kept, covered = set(), Covered()
+    for record in run.records():
+        covered.add(record)
+        kept |= {part.path for part in record.files.values()}
+    kept |= set(covered.names().values())
     return sorted(
-        (each for each in found if each.name not in committed and now - each.modified >= older_than),
+        (each for each in found if each.name not in kept and now - each.modified >= older_than),
         key=lambda each: each.name,
     )
 

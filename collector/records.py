@@ -27,14 +27,14 @@ them; weights are stored exactly as the model applied them. This module never op
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -122,6 +122,16 @@ class Layer:
     def name(self) -> str:
         """How messages call it."""
         return f"{self.stack} layer {self.layer}"
+
+
+def recorded_layers(info: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """The routers that run.json names, in its order.
+
+    Raises:
+        KeyError, TypeError: it is not what a replica writes.
+    """
+    keys = [field.name for field in dataclasses.fields(Layer)]
+    return tuple(Layer(**{key: one[key] for key in keys}) for one in info["layers"])
 
 
 def expert_dtype(layers: Sequence[Layer]) -> np.dtype:

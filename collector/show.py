@@ -190,6 +190,8 @@ def queries(available: Sequence[Query]) -> None:
     out = console()
     for query in available:
         out.print(f"[bold]{query.name}[/]  {query.question}", soft_wrap=True)
+        if query.of_two_runs:
+            out.print(f"  of two runs: collector query RUN {query.name} --beside OTHER", soft_wrap=True)
         out.print(f"  one row per {query.grain}", markup=False, soft_wrap=True)
         for param in query.params:
             default = "" if param.default is None else f" = {str(param.default).lower()}"
@@ -230,9 +232,13 @@ def models(descriptions: Sequence[Description], style: str) -> None:
     from transformers import __version__
 
     captured = sum(not each.reason for each in descriptions)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     introduction = _MODELS_INTRODUCTION.format(version=__version__, captured=captured, all=len(rows))
-    sys.stdout.write("\n".join([introduction, *lines, ""]))
+    sys.stdout.write(f"{introduction}\n{markdown_table(header, rows)}")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines of a table in Markdown."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
 
 
 def _count(number: int | None) -> str:
@@ -240,9 +246,11 @@ def _count(number: int | None) -> str:
 
 
 def relation(result: duckdb.DuckDBPyRelation, style: str) -> None:
-    """Writes a result to standard output as `table`, `csv`, `json` or `parquet`."""
+    """Writes a result to standard output as `table`, `markdown`, `csv`, `json` or `parquet`."""
     if style == "table":
         _print_table(result)
+    elif style == "markdown":
+        sys.stdout.write(markdown_table(result.columns, [[cell(value) for value in row] for row in result.fetchall()]))
     elif style == "json":
         rows = [dict(zip(result.columns, row, strict=True)) for row in result.fetchall()]
         sys.stdout.write(json.dumps(rows, default=str, ensure_ascii=False) + "\n")
@@ -258,11 +266,12 @@ def _print_table(result: duckdb.DuckDBPyRelation) -> None:
     rows = result.limit(MAX_ROWS + 1).fetchall()
     table = Table(*result.columns, box=None)
     for row in rows[:MAX_ROWS]:
-        table.add_row(*(_text(value) for value in row))
+        table.add_row(*(cell(value) for value in row))
     console().print(table)
     if len(rows) > MAX_ROWS:
         sys.stderr.write(f"only the first {MAX_ROWS} rows are shown; --format csv, json or parquet gives all\n")
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def cell(value: Any, digits: int = 4) -> str:
+    """A value as a table shows it, numbers with this many significant digits."""
+    return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -8,6 +8,7 @@
     RUN/commits/<shard>.json                    what makes an attempt's parts count
     RUN/failures/<shard>.json                   why a shard's last attempt failed
     RUN/replaced/<shard>-<attempt>.json         commit records that `collector verify --recollect` set aside
+    RUN/rollup/<table>-<digest>.parquet         counts per document and per label, of exactly the commits of the digest
     RUN/views.sql, RUN/_MANIFEST.parquet        when every shard is committed: views; all commit records in one file
     RUN/_SUCCESS                                last of all; holds the manifest's hash
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 __all__ = [
-    "MANIFEST", "PART_FOLDERS", "PLAN", "REJECTS", "RUN", "SUCCESS", "TABLES", "VIEWS", "VOCAB",
+    "MANIFEST", "PART_FOLDERS", "PLAN", "REJECTS", "ROLLUP", "RUN", "SUCCESS", "TABLES", "VIEWS", "VOCAB",
     "Commit", "DamagedRecordError", "Entry", "LocalStore", "ObjectStore", "Part", "RunDirectory", "Skipped", "Store",
     "StoreError", "sha256_of",
 ]  # fmt: skip
@@ -49,6 +50,8 @@ TABLES = ("routing", "tokens", "documents")
 REJECTS = "rejects"
 """The table of rows that became no document; a shard without such rows has no part of it."""
 PART_FOLDERS = ("data", REJECTS)
+ROLLUP = "rollup"
+"""The folder of what `collector rollup` counts; see the package of that name."""
 _READERS = 16
 """Records of an unfinished run that are read at once: on an object store each takes a round trip."""
 _WINDOW = 1024

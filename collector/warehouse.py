@@ -3,7 +3,8 @@
 The base relations `routing`, `tokens`, `documents`, `rejects` and `vocab` read exactly the files that commit
 records name when the run is opened, never a glob; `layers` comes from run.json. A run without a
 commit has the same columns and no rows. The views of `queries/views/` build on them. `views_sql`
-writes the same views as a script for any DuckDB. A run on an object store is read by ranges, in place.
+writes the same views as a script for any DuckDB. A run on an object store is read by ranges, in place. What `label`
+means in the views, and whether counts come from a rollup (see `rollup`), is decided when the run is opened.
 
 Guarantees: a query runs with all its parameters bound; a label or router that the run does not have
 is an error, never an empty table; `Run.sql` runs reading statements only, in a DuckDB that is locked (see `locked`).
@@ -13,21 +14,26 @@ Nothing here writes: results are DuckDB relations, and what becomes of them is t
 from __future__ import annotations
 
 import dataclasses
-import graphlib
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 
 from collector import locked
-from collector.catalog import Query, Value, find_query, list_queries, query_folder, read_header, split_names
-from collector.locked import PROTOCOL, one_line_errors
+from collector.catalog import Query, Value, find_query, list_queries
+from collector.groupings import LABEL, derived_views, find_grouping
+from collector.locked import one_line_errors
+from collector.objectfiles import RunFiles
+from collector.rollup import files as rollups
 from collector.storage import REJECTS, RUN, SUCCESS, TABLES, VOCAB, ObjectStore, RunDirectory
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+    from pathlib import Path
 
     import pyarrow as pa
+
+    from collector.groupings import Grouping
 
 __all__ = ["Query", "Run", "list_queries", "one_line_errors", "open_run", "views_sql"]
 
@@ -41,13 +47,25 @@ _SQL_TYPES = {
 class Run:
     """An opened run: views over its committed files, in a DuckDB of its own."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, info: dict[str, Any], *, complete: bool) -> None:
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        info: dict[str, Any],
+        *,
+        complete: bool,
+        by: str = LABEL,
+        schema: str = "main",
+    ) -> None:
         self.connection = connection
         """In-memory DuckDB that holds the views."""
         self.info = info
         """What run.json says."""
         self.complete = complete
         """Whether every shard was committed when the run was opened."""
+        self.by = by
+        """What `label` means: the recorded label, or the name of a grouping."""
+        self.schema = schema
+        """Where in the connection the views are."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
         """Asks a question of `queries/`.
@@ -61,14 +79,30 @@ class Run:
             `.to_arrow_table()`).
 
         Raises:
-            ValueError: unknown query or parameter, a bad value, or a stack, layer or label that the
-                run does not have.
+            ValueError: unknown query or parameter, a bad value, a stack, layer or label that the
+                run does not have, or a query that compares two runs.
         """
         query = find_query(name)
+        if query.of_two_runs:
+            raise ValueError(f"{name} compares two runs: name the other one with --beside, in Python with open_runs")
+        return self.cursor().sql(query.sql, params=self.bind(query, params))
+
+    def bind(self, query: Query, params: Mapping[str, object]) -> dict[str, Value]:
+        """Values for all parameters of a query, which make sense for this run.
+
+        Raises:
+            ValueError: unknown parameter, a bad value, or a stack, layer or label that the run does not have.
+        """
         values = query.bind(params)
-        self._check_router(values.get("stack"), values.get("layer"))
-        self._check_labels(values.get("labels"))
-        return self.connection.cursor().sql(query.sql, params=values)
+        self.check(stack=values.get("stack"), layer=values.get("layer"), labels=values.get("labels"))
+        return values
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """A connection to the same DuckDB, in which the bare names are the views of this run."""
+        cursor = self.connection.cursor()
+        if self.schema != "main":
+            cursor.execute(f"use {self.schema}")
+        return cursor
 
     def sql(self, statement: str) -> duckdb.DuckDBPyRelation:
         """Runs one reading statement over the views.
@@ -77,7 +111,7 @@ class Run:
             ValueError: it is not one SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE …), it
                 writes, or it has a mistake.
         """
-        cursor = self.connection.cursor()
+        cursor = self.cursor()
         try:
             kinds = [parsed.type.name for parsed in duckdb.extract_statements(statement)]
             if kinds != ["SELECT"]:
@@ -89,6 +123,15 @@ class Run:
             hint = f"{_READS_ONLY}, without a CTE that writes: " if "must be at the top level" in reason else ""
             raise ValueError(hint + reason) from error
         return cursor.sql(statement)
+
+    def check(self, *, stack: Value = None, layer: Value = None, labels: Value = None) -> None:
+        """Refuses what would select nothing.
+
+        Raises:
+            ValueError: a stack, layer or label that the run does not have; names those that it has.
+        """
+        self._check_router(stack, layer)
+        self._check_labels(labels)
 
     def _check_router(self, stack: Value, layer: Value) -> None:
         stacks = list(dict.fromkeys(router["stack"] for router in self.info["layers"]))
@@ -103,42 +146,131 @@ class Run:
     def _check_labels(self, labels: Value) -> None:
         if not isinstance(labels, list):
             return
-        known = [row[0] for row in self.connection.cursor().sql("select label from labels order by label").fetchall()]
+        known = [row[0] for row in self.cursor().sql("select label from labels order by label").fetchall()]
         if unknown := [label for label in labels if label not in known]:
             raise ValueError(
-                f"no document of this run has the label {unknown[0]!r}; it has {', '.join(known) or 'none'}"
+                f"no document of this run has the {self.by} {unknown[0]!r}; it has {', '.join(known) or 'none'}"
             )
 
 
-def open_run(root: str | os.PathLike[str]) -> Run:
+def open_run(
+    root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True, memory_limit: str | None = None
+) -> Run:
     """Opens a run, complete or not; local or on an object store.
 
     Args:
         root: the run directory: a path, or the URL that it was collected to.
+        by: what `label` means in all views and queries: the recorded label, or a grouping of
+            `queries/groupings/`: source, script, length, position or token_class.
+        rollup: whether to read counts from the run's rollup where there is a current one.
+        memory_limit: what DuckDB may take, for example 4GB (default: 80 % of the machine's memory); what does not fit
+            goes to the folder for temporary files.
 
     Raises:
         FileNotFoundError: there is no run.
         StoreError: the object store refuses or does not answer.
-        ValueError: a commit record is damaged, or the run is in the layout of an earlier version.
+        ValueError: a commit record is damaged, the run is in the layout of an earlier version, or there is no such
+            grouping, or not of this run.
     """
-    run = RunDirectory(root)
-    info, files = _read_info(run), _committed_files(run)
+    located = locate(root, by=by, rollup=rollup)
+    connection = locked.connect(located.paths, located.mounts, memory_limit)
+    connection.execute(located.script)
+    return Run(connection, located.info, complete=located.complete, by=by)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Located:
+    """What it takes to open a run in a DuckDB."""
+
+    info: dict[str, Any]
+    """What run.json says."""
+    complete: bool
+    """Whether every shard is committed."""
+    paths: frozenset[str]
+    """The files that the script opens, as it spells them."""
+    mounts: tuple[RunFiles, ...]
+    """The file system that has them, if it is not the local one."""
+    script: str
+    """Creates the views."""
+
+
+def locate(
+    root: str | os.PathLike[str],
+    *,
+    by: str = LABEL,
+    rollup: bool = True,
+    schema: str = "main",
+    files_of: type[RunFiles] = RunFiles,
+) -> Located:
+    """Finds the committed files of a run.
+
+    Args:
+        root: the run directory.
+        by: what `label` means, see `open_run`.
+        rollup: whether to read counts from the run's rollup, see `open_run`.
+        schema: where the views go; there they read one another.
+        files_of: the file system of a remote run.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        StoreError: the object store refuses or does not answer.
+        ValueError: what `open_run` refuses.
+    """
+    grouping, run = find_grouping(by), RunDirectory(root)
+    info, files = _read_info(run), _committed_files(run, rollup=rollup)
+    _check_grouping(grouping, info, files)
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
+    mounts: tuple[RunFiles, ...] = ()
     if isinstance(run.store, ObjectStore):
-        prefix = f"{PROTOCOL}://"
-        connection = locked.connect_remote(run.store, sizes)
+        mounts = (files_of(run.store, sizes),)
+        prefix = f"{files_of.protocol}://"
+        paths = {prefix + path for path in sizes}
     else:
         prefix = run.store.location("").rstrip("/") + "/"
         paths = {prefix + path for path in sizes}
-        connection = locked.connect(paths | {_escape_glob(path) for path in paths})
-    connection.execute(_script(files, info, prefix=_escape_glob(prefix)))
-    return Run(connection, info, complete=run.read_or_none(SUCCESS) is not None)
+        paths |= {_escape_glob(path) for path in paths}
+    return Located(
+        info=info, complete=run.read_or_none(SUCCESS) is not None, paths=frozenset(paths), mounts=mounts,
+        script=_script(files, info, prefix=_escape_glob(prefix), grouping=grouping, schema=schema),
+    )  # fmt: skip
 
 
-def views_sql(run_directory: RunDirectory) -> str:
-    """Script that creates the views of a run, for a DuckDB that is started inside its folder."""
-    head = "-- The views of this run, over its committed files. Inside its folder: duckdb -init views.sql\n\n"
-    return head + _script(_committed_files(run_directory), _read_info(run_directory), prefix="")
+def _check_grouping(grouping: Grouping | None, info: dict[str, Any], files: Mapping[str, Mapping[str, int]]) -> None:
+    if grouping is not None and not all(files[relation] for relation in grouping.needs):
+        raise ValueError(
+            f"--by {grouping.name} needs {' and '.join(grouping.needs)}, which this run does not have, because it was "
+            f"collected with --token-ids {info['config'].get('token_ids')}; a run with --token-ids keep has it"
+        )
+
+
+def open_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Run:
+    """Opens the files of one shard, as if they were all of the run.
+
+    Args:
+        paths: table -> local file.
+        info: what run.json says.
+    """
+    files: dict[str, dict[str, int]] = {table: {} for table in (*TABLES, REJECTS, "vocab")}
+    files |= {table: {_escape_glob(str(path)): 0} for table, path in paths.items()}
+    connection = locked.connect(
+        {str(path) for path in paths.values()} | {name for one in files.values() for name in one}
+    )
+    connection.execute(_script(files, info, prefix=""))
+    return Run(connection, info, complete=False)
+
+
+def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
+    """Script that creates the views of a run in any DuckDB.
+
+    Args:
+        run_directory: the run.
+        in_place: whether files have their full path or URL, so that DuckDB may start anywhere (its extension httpfs
+            reads s3:// and gs://, azure reads az://); else it is for a DuckDB that is started inside the run's folder.
+    """
+    prefix = _escape_glob(run_directory.store.location("").rstrip("/") + "/") if in_place else ""
+    start = "" if in_place else " Inside its folder: duckdb -init views.sql"
+    head = f"-- The views of this run, over its committed files.{start}\n\n"
+    return head + _script(_committed_files(run_directory), _read_info(run_directory), prefix=prefix)
 
 
 def _read_info(run: RunDirectory) -> dict[str, Any]:
@@ -155,25 +287,36 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
 # ---- the script that creates the views ----
 
 
-def _committed_files(run: RunDirectory) -> dict[str, dict[str, int]]:
-    """Table -> path relative to the run directory -> bytes."""
+def _committed_files(run: RunDirectory, *, rollup: bool = False) -> dict[str, dict[str, int]]:
+    """Relation -> path relative to the run directory -> bytes; with the current rollup, if it is wanted and there."""
     files: dict[str, dict[str, int]] = {table: {} for table in (*TABLES, REJECTS, "vocab")}
+    covered = rollups.Covered()
     for commit in run.commits():
+        covered.add(commit)
         for table in files.keys() & commit.files.keys():
             files[table][commit.files[table].path] = commit.files[table].bytes
     vocabulary = run.read_or_none(VOCAB)
     if vocabulary is not None:
         files["vocab"][VOCAB] = len(vocabulary)
-    return files
+    return files | (rollups.find(run, covered) if rollup else {})
 
 
-def _script(files: Mapping[str, Mapping[str, int]], info: dict[str, Any], prefix: str) -> str:
-    """Statements for all views; `prefix` goes before the paths that commit records name."""
+def _script(
+    files: Mapping[str, Mapping[str, int]],
+    info: dict[str, Any],
+    prefix: str,
+    grouping: Grouping | None = None,
+    schema: str = "main",
+) -> str:
+    """Statements for all views of a schema; `prefix` goes before the paths that commit records name."""
+    views = derived_views(grouping, rollup=rollups.DOCUMENTS in files)
     statements = {"layers": _layers_select(info["layers"])}
     for name, paths in files.items():
-        statements[name] = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
-    statements |= _derived_views()
-    return "\n".join(f"create or replace view {name} as\n{select};\n" for name, select in statements.items())
+        select = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
+        statements[f"recorded_{name}" if name in views else name] = select
+    statements |= views
+    within = "" if schema == "main" else f"{schema}."
+    return "\n".join(f"create or replace view {within}{name} as\n{select};\n" for name, select in statements.items())
 
 
 def _literal(text: str) -> str:
@@ -215,17 +358,8 @@ def _schema(name: str, info: dict[str, Any]) -> pa.Schema:
 
     stored = info["config"].get("store") or ()
     if name == "routing":
-        keys = [field.name for field in dataclasses.fields(records.Layer)]
-        layers = [records.Layer(**{key: one[key] for key in keys}) for one in info["layers"]]
-        return records.routing_schema(layers, probabilities="probabilities" in stored)
+        return records.routing_schema(records.recorded_layers(info), probabilities="probabilities" in stored)
     if name == "documents":
         return records.documents_schema(text="text" in stored, target=bool(info["config"].get("target_column")))
     schemas = {"tokens": records.TOKENS_SCHEMA, REJECTS: records.REJECTS_SCHEMA, "vocab": records.VOCAB_SCHEMA}
     return schemas[name]
-
-
-def _derived_views() -> dict[str, str]:
-    """Name -> select of `queries/views/`, each after those that it reads."""
-    selects = {path.stem: path.read_text(encoding="utf-8").strip() for path in (query_folder() / "views").glob("*.sql")}
-    reads = {name: split_names(read_header(select)["reads"]) for name, select in sorted(selects.items())}
-    return {name: selects[name] for name in graphlib.TopologicalSorter(reads).static_order() if name in selects}

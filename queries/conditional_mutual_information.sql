@@ -13,6 +13,7 @@
 -- Grain: metric, stack, layer. n = tokens of all labels, labels = #D. No rows where the run dropped the ids
 --   of its tokens.
 -- Reads: decisions, labelled_tokens, layers
+-- Example: --layer 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

@@ -8,6 +8,7 @@
 -- Source: OLMoE, arXiv 2409.02060, section 5 (domain specialization).
 -- Grain: metric, stack, layer, label, expert; every expert of the layer, 0 when never chosen. n = N_D.
 -- Reads: assignments
+-- Example: --layer 4 --labels heb_Hebr,kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

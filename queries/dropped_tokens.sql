@@ -6,6 +6,7 @@
 -- Source: expert capacity as in Switch Transformers, arXiv 2101.03961, section 2.2.
 -- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
 -- Reads: decisions, layers
+-- Example: --layer 4 --labels eng_Latn,kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

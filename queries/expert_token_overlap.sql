@@ -7,6 +7,7 @@
 -- Grain: metric, stack, layer, expert < other_expert, for experts with any id. n = |T_i or T_j|; size and
 --   other_size are |T_i| and |T_j|. All labels together. No rows where the run dropped the ids of its tokens.
 -- Reads: token_decisions
+-- Example: --layer 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

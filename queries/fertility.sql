@@ -12,6 +12,7 @@
 --   tokens and characters are those of the documents that were not truncated. The text is what the encoder
 --   reads of an encoder-decoder model.
 -- Reads: labelled_tokens
+-- Example: --labels eng_Latn,kor_Hang
 -- Params:
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,

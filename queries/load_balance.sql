@@ -14,7 +14,8 @@
 --     mean of 1 - (1 - k/E)^T for T tokens in the document, drawn at random.
 -- Source: standard definitions; the loss is that of Switch Transformers, arXiv 2101.03961, section 2.2.
 -- Grain: metric, stack, layer, label (null if pooled). n = N, tokens, but for document_union.
--- Reads: assignments, decisions, token_decisions, layers
+-- Reads: assignments, decisions, document_counts, layers
+-- Example: --layer 4 --pooled true
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)
@@ -109,8 +110,9 @@ placed as (
         stack,
         layer,
         if($pooled, null, label) as label,
+        tokens,
         experts
-    from token_decisions
+    from document_counts
     where
         ($stack is null or stack = $stack)
         and ($layer is null or layer = $layer)
@@ -118,51 +120,28 @@ placed as (
         and ($include_special or not is_special)
 ),
 
-lengths as (
+unions as (
     select
-        shard,
-        doc,
         stack,
         layer,
         label,
-        count(*) as tokens
+        sum(tokens) as tokens,
+        len(list_distinct(flatten(list(experts)))) as experts
     from placed
     group by shard, doc, stack, layer, label
 ),
 
-picked as (
-    select
-        shard,
-        doc,
-        stack,
-        layer,
-        unnest(experts) as expert
-    from placed
-),
-
-unions as (
-    select
-        shard,
-        doc,
-        stack,
-        layer,
-        count(distinct expert) as experts
-    from picked
-    group by shard, doc, stack, layer
-),
-
 documents_of as (
     select
-        lengths.stack,
-        lengths.layer,
-        lengths.label,
+        unions.stack,
+        unions.layer,
+        unions.label,
         count(*) as n,
         avg(unions.experts / layers.n_experts) as value,
-        avg(1 - (1 - layers.top_k / layers.n_experts) ** lengths.tokens) as baseline
-    from lengths
-    inner join unions using (shard, doc, stack, layer)
+        avg(1 - (1 - layers.top_k / layers.n_experts) ** unions.tokens) as baseline
+    from unions
     inner join layers using (stack, layer)
-    group by lengths.stack, lengths.layer, lengths.label
+    group by unions.stack, unions.layer, unions.label
 ),
 
 metrics as (

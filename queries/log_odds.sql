@@ -11,6 +11,7 @@
 --   Words, eq. 22.
 -- Grain: metric, stack, layer, label, expert; every expert of the layer. n = N_D, the tokens of the label.
 -- Reads: assignments
+-- Example: --layer 4 --labels eng_Latn,kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

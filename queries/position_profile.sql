@@ -6,6 +6,7 @@
 -- Grain: metric, stack, layer, label, first_position (of the bucket), expert; every expert of the layer,
 --   every bucket with tokens. n = N_Db; last_position = end of the bucket.
 -- Reads: token_decisions, experts
+-- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

@@ -5,6 +5,7 @@
 -- Grain: metric, stack, layer, label, expert; every expert of the layer, every label but the reference. n =
 --   the smaller of N_D and reference_tokens, the tokens of the two labels.
 -- Reads: assignments, labels
+-- Example: --layer 4 --labels kor_Hang --reference eng_Latn
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

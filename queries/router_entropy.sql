@@ -8,6 +8,7 @@
 -- Source: Shannon entropy; router_entropy, topk_mass and margin are recorded while the model runs.
 -- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
 -- Reads: decisions, layers
+-- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

@@ -6,6 +6,7 @@
 -- Grain: document, stack, position (from 0, special tokens counted), layer. The first document, by shard and
 --   place in it, that the parameters leave. token is null where the run has no vocabulary for the id.
 -- Reads: decisions, labelled_tokens
+-- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

@@ -9,6 +9,7 @@
 -- Grain: metric, stack, layer, expert (null in the rows of a layer); every expert. n = token ids, tokens =
 --   their occurrences, all labels together. No rows where the run dropped the ids of its tokens.
 -- Reads: token_decisions, experts, layers
+-- Example: --layer 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
 --   layer integer = null: only this layer, by the model's own number (default: all)

@@ -11,8 +11,9 @@ from browser import chromium as chromium
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeModel
 
 from collector import models
-from collector.config import ModelConfig
+from collector.config import DataConfig, ModelConfig
 from collector.demo.corpus import MODEL_DIR, read_sentences
+from tests.runs import collect_here, run_config
 
 TINY = {"vocab_size": 8192, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2,
@@ -50,3 +51,13 @@ def mixed_texts() -> list[str]:
             wanted[sentence.iso] -= 1
             texts.append(sentence.text)
     return texts
+
+
+@pytest.fixture(scope="session")
+def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo over 12 sentences per language, with pretrained and with random weights."""
+    folder = tmp_path_factory.mktemp("demo")
+    for weights in ("pretrained", "random"):
+        config = run_config(DataConfig(per_label=12), ModelConfig(weights=weights), store=("text",))
+        collect_here(folder / weights, config)
+    return {weights: folder / weights for weights in ("pretrained", "random")}

@@ -29,6 +29,7 @@ from collector.storage import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
 VOCABULARY = 50
+VOCABULARY_ENTRIES = tuple((f"token {i}", i == 0) for i in range(VOCABULARY))
 Key = int | tuple[str, int]
 
 
@@ -62,6 +63,10 @@ class Shard:
     """[documents], or none."""
     parallel_ids: Sequence[str | None] | None = None
     """[documents], or none."""
+    document_ids: Sequence[str] | None = None
+    """[documents], or synthetic#SHARD-DOC."""
+    sources: Sequence[str | None] | None = None
+    """[documents], or the same for all."""
 
     @classmethod
     def of_picks(
@@ -105,12 +110,12 @@ class Shard:
     @property
     def lengths(self) -> np.ndarray:
         """[documents] tokens of each."""
-        return np.array([length for _, length in self.documents])
+        return np.array([length for _, length in self.documents], np.int64)
 
     @property
     def labels(self) -> np.ndarray:
         """[T] each token's label."""
-        return np.repeat([label for label, _ in self.documents], self.lengths)
+        return np.repeat(np.array([label for label, _ in self.documents], str), self.lengths)
 
     @property
     def ids(self) -> np.ndarray:
@@ -168,6 +173,29 @@ def random_shard(
     )
 
 
+def joined(shards: Sequence[Shard]) -> Shard:
+    """The documents of several shards in one; each has all ids of its own."""
+
+    def join(name: str) -> Any:
+        return np.concatenate([getattr(shard, name) for shard in shards])
+
+    def join_routing(name: str) -> dict[Key, Any]:
+        return {one: np.concatenate([getattr(s, name)[one] for s in shards]) for one in getattr(shards[0], name)}
+
+    statistics = {
+        one: {name: np.concatenate([shard.statistics[one][name] for shard in shards]) for name in STATISTICS}
+        for one in shards[0].statistics
+    }
+    return Shard(
+        documents=[document for shard in shards for document in shard.documents],
+        document_ids=[name for shard in shards for name in shard.document_ids or ()],
+        parallel_ids=[name for shard in shards for name in shard.parallel_ids or ()],
+        **{name: join(name) for name in ("is_special", "token_ids", "characters", "truncated")},
+        **{name: join_routing(name) for name in ("experts", "weights", "dropped", "probabilities")},
+        statistics=statistics,
+    )
+
+
 def _random_texts(rng: np.random.Generator, documents: Documents, vocabulary: int) -> dict[str, Any]:
     lengths = np.array([length for _, length in documents])
     return {
@@ -185,16 +213,27 @@ def write_run(
     *,
     probabilities: bool = False,
     complete: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    vocabulary: Sequence[tuple[str, bool]] | None = VOCABULARY_ENTRIES,
 ) -> Path:
-    """Writes and commits all shards; returns the run's folder."""
+    """Writes and commits all shards; returns the run's folder.
+
+    `settings` are some of run.json's config. `vocabulary` says of each token id its text and whether it is special;
+    None writes none, as a run that drops ids.
+    """
     run = RunDirectory(folder)
     routers = [dataclasses.asdict(one) | {"router": f"layers.{one.layer}.mlp.gate"} for one in layers]
-    config = {"model": "synthetic", "store": ["probabilities"] if probabilities else []}
-    info = {"format": 1, "config": config, "plan_hash": "0", "plan": {"shards": len(shards)}, "layers": routers}
+    token_ids = "drop" if vocabulary is None else "keep"
+    config = {"model": "synthetic", "store": ["probabilities"] if probabilities else [], "token_ids": token_ids}
+    info = {
+        "format": 1, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},
+        "layers": routers,
+    }  # fmt: skip
     run.store.put_new(RUN, json.dumps(info).encode())
-    with run.scratch() as scratch:
-        records.write_table(Path(scratch, VOCAB), _vocabulary())
-        run.store.publish(Path(scratch, VOCAB), VOCAB)
+    if vocabulary is not None:
+        with run.scratch() as scratch:
+            records.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
+            run.store.publish(Path(scratch, VOCAB), VOCAB)
     for number, shard in enumerate(shards):
         commit_shard(run, number, publish_shard(run, layers, number, shard, probabilities=probabilities), shard)
     if complete:
@@ -275,9 +314,9 @@ def _documents(number: int, shard: Shard) -> pa.Table:
     columns = {
         "shard": np.full(count, number),
         "doc": np.arange(count),
-        "doc_id": [f"synthetic#{number}-{doc}" for doc in range(count)],
+        "doc_id": shard.document_ids or [f"synthetic#{number}-{doc}" for doc in range(count)],
         "label": [label for label, _ in shard.documents],
-        "source": ["synthetic"] * count,
+        "source": shard.sources or ["synthetic"] * count,
         "parallel_id": shard.parallel_ids or [None] * count,
         "tokens": shard.lengths,
         "target_tokens": [None] * count,
@@ -287,9 +326,9 @@ def _documents(number: int, shard: Shard) -> pa.Table:
     return _table(columns, records.documents_schema(text=False))
 
 
-def _vocabulary() -> pa.Table:
-    ids = range(VOCABULARY)
-    columns = {"token_id": ids, "token": [f"token {i}" for i in ids], "is_special": [i == 0 for i in ids]}
+def _vocabulary(entries: Sequence[tuple[str, bool]]) -> pa.Table:
+    tokens, special = zip(*entries, strict=True)
+    columns = {"token_id": range(len(entries)), "token": tokens, "is_special": special}
     return _table(columns, records.VOCAB_SCHEMA)
 
 

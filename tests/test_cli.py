@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from collector import __main__ as cli
+from collector.comparison import list_comparisons
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
 from collector.warehouse import list_queries
 from tests.runs import collect_here, run_config, write_jsonl
@@ -88,6 +89,7 @@ def test_every_setting_has_its_flag():
         (["collect", "--data", "/no/such/*.jsonl"], "/no/such/*.jsonl"),
         (["query"], "takes RUN and NAME"),
         (["query", "nowhere", "top_experts"], "nowhere"),
+        (["query", "nowhere", "top_experts", "--beside", "nothing"], "nowhere"),
         (["query", "nowhere", "top_experts", "--layer"], "--layer needs a value"),
         (["status", "nowhere"], "nowhere"),
     ],
@@ -115,6 +117,30 @@ def test_all_formats_say_the_same(run):
     table = list(csv.DictReader(io.StringIO(out["csv"].decode())))
     assert [float(row["value"]) for row in table] == [row["value"] for row in rows]
     assert len(out["table"].decode().strip().splitlines()) == 1 + len(rows)
+
+
+def test_two_runs_stand_side_by_side(run, capsys):
+    assert cli.parse(["query", str(run), "router_saturation", "--beside", str(run), "--format", "json"]).run() == 0
+    shown = capsys.readouterr()
+    assert {row["value"] for row in json.loads(shown.out)} == {1}
+    assert shown.err == ""
+    line = shlex.split(f"--beside {shlex.quote(str(run))} --labels ko --layer 1 --format markdown")
+    assert cli.parse(["query", str(run), "effective_experts", *line]).run() == 0
+    head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("| metric | stack | layer | label | value | value_beside | difference | baseline | ")
+    assert rule.count("---") == head.count("|") - 1
+    assert len(rows) == 1
+
+
+def test_what_two_runs_could_not_be_compared_in_is_told(run, tmp_path, capsys, tiny_folder, tiny_model):
+    data = DataConfig(data=(str(run.parent / "texts.jsonl"),), docs_per_shard=5)
+    config = run_config(data, ModelConfig(model=str(tiny_folder)), token_ids="drop")
+    collect_here(tmp_path / "dropped", config, loaded=tiny_model)
+    line = ["query", str(run), "router_saturation", "--beside", str(tmp_path / "dropped"), "--format", "csv"]
+    assert cli.parse(line).run() == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"not compared: vocabulary and token ids, for {tmp_path / 'dropped'} has none\n"
+    assert {row["value"] for row in csv.DictReader(io.StringIO(shown.out))} == {"1"}
 
 
 def test_sql_reads_and_never_writes(run):
@@ -147,9 +173,10 @@ def test_a_quantized_copy_is_collected_like_its_original(tmp_path, capsys, tiny_
 
 def test_the_list_tells_every_query():
     text = collector("query", "--list").stdout.decode()
-    for query in list_queries():
+    for query in (*list_queries(), *list_comparisons()):
         assert query.name in text
         assert query.question in text.replace("\n", " ")
+    assert "of two runs: collector query RUN router_saturation --beside OTHER" in text
 
 
 def readme_commands() -> list[str]:
@@ -161,7 +188,8 @@ def readme_commands() -> list[str]:
 def test_every_command_of_the_readme_can_be_parsed_and_every_query_exists():
     commands = readme_commands()
     assert len(commands) >= 5
-    names = {query.name: {param.name for param in query.params} for query in list_queries()}
+    queries = (*list_queries(), *list_comparisons())
+    names = {query.name: {param.name for param in query.params} for query in queries}
     for line in commands:
         command = cli.parse(shlex.split(line.split(" #")[0].split(" > ")[0])[1:])
         if isinstance(command, cli.Query) and not command.list:
@@ -175,10 +203,11 @@ def test_an_installed_wheel_finds_its_queries_its_model_and_its_app(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
-        "import collector.warehouse, collector.models\n"
+        "import collector.catalog, collector.models\n"
         "from collector.config import ModelConfig\n"
         f"assert collector.__file__.startswith({str(tmp_path)!r})\n"
-        "assert len(collector.warehouse.list_queries()) >= 6\n"
+        "assert len(collector.catalog.list_queries()) >= 6\n"
+        "assert len(collector.catalog.list_comparisons()) >= 2\n"
         "assert collector.models.load(ModelConfig(), 'cpu').model.config.num_experts == 64\n"
         "from collector.explore import panel, serving\n"
         "assert serving.app_file() == collector.warehouse.query_folder().parent / 'notebooks' / 'explore.py'\n"

@@ -8,20 +8,13 @@ import pytest
 from safetensors import safe_open
 
 from collector import open_run
-from collector.config import DataConfig, ModelConfig
 from collector.demo.corpus import LABEL_OF_ISO, MODEL_DIR, read_sentences
-from tests.runs import collect_here, run_config
-
-DATA = DataConfig(per_label=12)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(demo_runs):
     """The demo, and the same model untrained."""
-    folder = tmp_path_factory.mktemp("demo")
-    for weights in ("pretrained", "random"):
-        collect_here(folder / weights, run_config(DATA, ModelConfig(weights=weights)))
-    return open_run(folder / "pretrained"), open_run(folder / "random")
+    return open_run(demo_runs["pretrained"]), open_run(demo_runs["random"])
 
 
 @pytest.mark.parametrize("layer", range(8))

@@ -23,11 +23,13 @@ from reference.base import groups
 from synthetic import Shard, random_shard, write_run
 from synthetic import key as router_key
 
+from collector.comparison import list_comparisons, open_runs
 from collector.records import Layer
 from collector.warehouse import Run, list_queries, open_run
 
 CASES = Path(__file__).parent / "cases"
 QUERIES = [query.name for query in list_queries()]
+COMPARISONS = [query.name for query in list_comparisons()]
 
 UNEQUAL = (
     Layer(layer=0, n_experts=7, top_k=1),
@@ -55,9 +57,9 @@ def case_layers(case: Path) -> list[Layer]:
     ]  # fmt: skip
 
 
-def case_shards(case: Path) -> list[Shard]:
+def case_shards(case: Path, picks: str = "picks.csv") -> list[Shard]:
     """Rows are tokens, and documents of their own unless a column `doc` says which; routers repeat the tokens."""
-    layers, rows = case_layers(case), read_csv(case / "picks.csv")
+    layers, rows = case_layers(case), read_csv(case / picks)
     return [
         case_shard(layers, [row for row in rows if row["shard"] == number])
         for number in sorted({r["shard"] for r in rows})
@@ -88,6 +90,7 @@ def case_shard(layers: list[Layer], rows: list[dict[str, str]]) -> Shard:
         characters=np.array([int(rows[0]["characters"]) for rows in texts]) if "characters" in tokens[0] else None,
         truncated=np.array([rows[0].get("truncated") == "1" for rows in texts]),
         parallel_ids=[rows[0].get("parallel_id") for rows in texts],
+        document_ids=[rows[0]["doc_id"] for rows in texts] if "doc_id" in tokens[0] else None,
     )
 
 
@@ -107,7 +110,11 @@ def same(actual: object, expected: str, rounding: float) -> bool:
 def test_a_case_worked_out_by_hand(case: Path, tmp_path: Path) -> None:
     layers, shards = case_layers(case), case_shards(case)
     stored = shards[0].probabilities is not None
-    run = open_run(write_run(tmp_path / "run", layers, shards, probabilities=stored))
+    folder = write_run(tmp_path / "run", layers, shards, probabilities=stored)
+    if (case / "other.csv").exists():
+        run = open_runs(folder, write_run(tmp_path / "other", layers, case_shards(case, "other.csv")))
+    else:
+        run = open_run(folder)
     relation = run.query(case.parent.name, **json.loads((case / "params.json").read_text()))
     actual = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
     expected = read_csv(case / "expected.csv")
@@ -119,7 +126,7 @@ def test_a_case_worked_out_by_hand(case: Path, tmp_path: Path) -> None:
 
 
 def test_every_query_has_a_case() -> None:
-    assert {case.parent.name for case in CASES.glob("*/*")} == set(QUERIES)
+    assert {case.parent.name for case in CASES.glob("*/*")} == {*QUERIES, *COMPARISONS}
 
 
 # ---- an independent implementation ----

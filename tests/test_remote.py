@@ -18,17 +18,21 @@ from pathlib import Path
 
 import boto3
 import duckdb
+import fsspec
 import numpy as np
+import obstore.fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
+from query_runs import assert_same, keyed
 from werkzeug.serving import make_server
 
 from collector import __main__ as cli
-from collector import objectstore, verify
+from collector import objectstore, open_runs, verify
 from collector.config import DataConfig, ModelConfig
 from collector.objectfiles import BLOCK, BlockCache, RangeFile, RunFiles
+from collector.rollup import files
 from collector.storage import ObjectStore, RunDirectory, StoreError
 from collector.warehouse import open_run
 from tests.runs import collect_here, run_config, write_jsonl
@@ -158,10 +162,28 @@ def test_a_remote_run_answers_as_a_local_one(run, local, name, params):
     assert open_run(run.root).query(name, **params).fetchall() == open_run(local.root).query(name, **params).fetchall()
 
 
+def test_runs_compare_wherever_they_are(run, local):
+    for here, there in ((run.root, local.root), (local.root, run.root), (run.root, run.root)):
+        pair = open_runs(here, there)
+        assert {row[4] for row in pair.query("router_saturation").fetchall()} == {1}
+        assert pair.other.query("effective_experts").fetchall() == open_run(there).query("effective_experts").fetchall()
+
+
 def test_every_value_arrives(run, local):
     for table in ("routing", "tokens", "documents", "rejects", "vocab"):
         rows = f"select * from {table} order by all"
         assert open_run(run.root).sql(rows).fetchall() == open_run(local.root).sql(rows).fetchall(), table
+
+
+def test_the_script_of_views_serves_any_duckdb_that_reads_the_store(run, local, capsys):
+    """Which is DuckDB with its extension httpfs, or, as here, with a file system of fsspec."""
+    assert collector("views", run.root) == 0
+    obstore.fsspec.register("s3")
+    connection = duckdb.connect()
+    connection.register_filesystem(fsspec.filesystem("s3"))
+    connection.execute(capsys.readouterr().out)
+    rows = "from assignments order by all"
+    assert connection.execute(rows).fetchall() == open_run(local.root).sql(rows).fetchall()
 
 
 def test_status_verify_and_gc_take_the_url(run, capsys):
@@ -259,6 +281,28 @@ def test_a_remote_run_is_as_locked_as_a_local_one(run, s3, statement):
     with pytest.raises(duckdb.Error):
         open_run(run.root).connection.execute(statement).fetchall()
     assert objects() == before
+
+
+def test_a_rollup_lies_beside_a_remote_run_and_is_read_in_place(config, tiny_model, local, server, capsys):
+    root = f"s3://{BUCKET}/counted"
+    run = collect_here(root, config, loaded=tiny_model)
+    assert collector("rollup", root) == 0
+    assert ": 3 shards, " in capsys.readouterr().out
+    names = set(files.current(run).values())
+    assert set(run.store.list("rollup")) == names
+    for by, name, keys in (("label", "domain_specialization", 5), ("length", "load_balance", 4)):
+        counted, expected = open_run(root, by=by), open_run(local.root, by=by)
+        server.seen.clear()
+        assert_same(keyed(counted, name, keys), keyed(expected, name, keys))
+        assert not [url for _, url, _ in server.seen if ".routing.parquet" in url], "nothing is counted again"
+    assert collector("verify", root) == 0
+    assert capsys.readouterr().out.endswith("what they must be, and so is the rollup\n")
+    run.reopen()
+    run.set_aside(1)
+    assert files.current(run) == {}
+    assert collector("gc", root, "--older-than", "0", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
 
 
 # ---- damage and orphans ----

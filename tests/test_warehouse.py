@@ -16,7 +16,7 @@ import pytest
 from synthetic import Shard, commit_shard, publish_shard, random_shard, write_run
 
 from collector import locked
-from collector.catalog import Param, read_header
+from collector.catalog import Param, list_comparisons, read_header
 from collector.records import Layer
 from collector.storage import RunDirectory
 from collector.warehouse import Run, list_queries, one_line_errors, open_run, views_sql
@@ -28,7 +28,9 @@ TWO_STACKS = [
     Layer(stack="decoder", layer=5, n_experts=6, top_k=2),
 ]
 BASE = {"routing", "tokens", "documents", "rejects", "vocab", "layers"}
-VIEWS = {path.stem: path.read_text() for path in Path(__file__).parent.parent.glob("queries/views/*.sql")}
+QUERY_FOLDER = Path(__file__).parent.parent / "queries"
+VIEWS = {path.stem: path.read_text() for path in QUERY_FOLDER.glob("views/*.sql")}
+ALIGNING = {path.stem: path.read_text() for path in QUERY_FOLDER.glob("compare/views/*.sql")}
 
 
 def shards(count: int = 2, layers: list[Layer] = LAYERS) -> list[Shard]:
@@ -197,6 +199,9 @@ def test_views_sql_gives_the_same_in_any_duckdb(run: Run, folder: Path) -> None:
     printed = subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, text=True)
     assert printed.stdout.strip() == str(run.sql("from assignments order by all").fetchall())
     assert str(folder) not in (folder / "views.sql").read_text()
+    anywhere = duckdb.connect()
+    anywhere.execute(views_sql(RunDirectory(folder), in_place=True))
+    assert str(anywhere.sql("from assignments order by all").fetchall()) == printed.stdout.strip()
 
 
 # ---- what is refused ----
@@ -293,10 +298,11 @@ def test_sql_does_not_read_python_variables(run: Run) -> None:
 
 
 def test_headers_tell_everything() -> None:
-    for query in list_queries():
+    for query in (*list_queries(), *list_comparisons()):
         assert query.question.endswith("?"), query.name
         assert all((query.formula, query.source, query.grain)), query.name
-        of_router = {"stack", "layer"} if {"decisions", "selections", "assignments"} & set(query.reads) else set()
+        of_routers = {"decisions", "selections", "assignments", "document_counts", "aligned_decisions"}
+        of_router = {"stack", "layer"} if of_routers & set(query.reads) else set()
         assert {param.name for param in query.params} >= {"labels", "include_special"} | of_router
         assert all(param.help for param in query.params)
 
@@ -314,17 +320,22 @@ def test_a_minimum_and_a_help_of_two_lines_are_read() -> None:
 def tables_of(sql: str) -> set[str]:
     """Relations after FROM and JOIN that no CTE of the statement defines."""
     code = "\n".join(line for line in sql.splitlines() if not line.strip().startswith("--"))
-    return set(re.findall(r"\b(?:from|join) (\w+)", code)) - set(re.findall(r"(\w+) as \(\n", code))
+    return set(re.findall(r"\b(?:from|join) ((?:other\.)?\w+)", code)) - set(re.findall(r"(\w+) as \(\n", code))
 
 
 def test_queries_read_only_views_and_say_which() -> None:
     for query in list_queries():
         assert set(query.reads) == tables_of(query.sql), query.name
         assert set(query.reads) <= {*VIEWS, "layers"}
+    for query in list_comparisons():
+        assert set(query.reads) == tables_of(query.sql), query.name
+        assert {name.removeprefix("other.") for name in query.reads} <= {*VIEWS, *ALIGNING, "layers"}
 
 
 def test_views_say_what_they_read() -> None:
-    for name, sql in VIEWS.items():
+    variants = [*QUERY_FOLDER.glob("views/*/*.sql"), *QUERY_FOLDER.glob("groupings/*.sql")]
+    assert variants
+    for name, sql in [*(VIEWS | ALIGNING).items(), *((str(path), path.read_text()) for path in variants)]:
         reads = {each.strip() for each in read_header(sql)["reads"].split(",")}
         assert reads == tables_of(sql), name
 
@@ -347,7 +358,7 @@ def test_a_session_variable_never_stands_in_for_a_parameter(run: Run) -> None:
 
 
 def test_an_undeclared_parameter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    header = "".join(f"-- {key}: x\n" for key in ("Question", "Formula", "Source", "Grain", "Reads"))
+    header = "".join(f"-- {key}: x\n" for key in ("Question", "Formula", "Source", "Grain", "Reads", "Example"))
     (tmp_path / "sly.sql").write_text(f"{header}select $layer\n")
     monkeypatch.setattr("collector.catalog.query_folder", lambda: tmp_path)
     with pytest.raises(ValueError, match="other parameters than the statement uses: layer"):

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from collector import records
-from collector.records import Layer
 from collector.storage import REJECTS
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from collector.records import Layer
     from collector.storage import Commit
 
     Problems = Generator[str, None, None]
@@ -49,8 +49,7 @@ class Card:
         Raises:
             KeyError, TypeError: run.json is not what a replica writes.
         """
-        keys = [field.name for field in dataclasses.fields(Layer)]
-        layers = tuple(Layer(**{key: one[key] for key in keys}) for one in info["layers"])
+        layers = records.recorded_layers(info)
         config = info["config"]
         stored = config.get("store") or ()
         schemas = {

@@ -25,11 +25,13 @@ class Report:
     """Shard -> what is wrong with what was committed of it."""
     run: list[str] = dataclasses.field(default_factory=list)
     """What is wrong with the run's own files."""
+    rollup: list[str] | None = None
+    """What is wrong with the rollup; None without a current one."""
 
     @property
     def sound(self) -> bool:
         """Whether what is there is right."""
-        return not self.wrong and not self.run
+        return not self.wrong and not self.run and not self.rollup
 
     @property
     def complete(self) -> bool:
@@ -43,29 +45,33 @@ class Report:
             yield from (f"shard {shard}: {what}" for what in found[:_LINES_PER_SHARD])
             if len(found) > _LINES_PER_SHARD:
                 yield f"shard {shard}: and {len(found) - _LINES_PER_SHARD} more"
+        yield from self.rollup or ()
         checked = self.shards - len(self.missing)
         if not self.sound:
-            yield f"unsound: {len(self.wrong):,} of {checked:,} committed shards are wrong"
+            also = ", and so is the rollup: `collector rollup RUN --again` counts again" if self.rollup else ""
+            yield f"unsound: {len(self.wrong):,} of {checked:,} committed shards are wrong{also}"
         if self.missing:
             named = ", ".join(map(str, self.missing[:10])) + (" …" if len(self.missing) > 10 else "")
             yield f"incomplete: {len(self.missing):,} of {self.shards:,} shards are not committed ({named})"
         if self.sound:
-            yield f"sound: all of {checked:,} committed shards are what they must be"
+            also = ", and so is the rollup" if self.rollup is not None else ""
+            yield f"sound: all of {checked:,} committed shards are what they must be{also}"
 
 
 class Ticker:
     """Progress on standard error: in place in a terminal, elsewhere a line a minute."""
 
-    def __init__(self) -> None:
+    def __init__(self, done: str = "verified") -> None:
+        self._done = done
         self._terminal = sys.stderr.isatty()
         self._told = time.monotonic()
 
     def __call__(self, done: int, of: int) -> None:
-        """Tells how many shards of how many are verified."""
+        """Tells how many shards of how many are done."""
         now = time.monotonic()
         if now - self._told < (0.2 if self._terminal else 60) and not (self._terminal and done == of):
             return
         self._told = now
-        line = f"verified {done:,}/{of:,} shards"
+        line = f"{self._done} {done:,}/{of:,} shards"
         sys.stderr.write(f"\r{line}" + ("\n" if done == of else "") if self._terminal else f"{line}\n")
         sys.stderr.flush()

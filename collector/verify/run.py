@@ -35,6 +35,7 @@ from collector.storage import (
 from collector.verify import tables
 from collector.verify.reading import Card
 from collector.verify.report import Report
+from collector.verify.rollup import RollupCheck, open_rollup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,7 +71,10 @@ def verify(run: RunDirectory, progress: Callable[[int, int], None] = lambda _don
     card = _check_card(run, plan, report, needed=bool(committed))
     if card is not None:
         there = [planned[shard] for shard in sorted(committed & planned.keys())]
-        _check_shards(run, there, plan, card, report, progress)
+        with open_rollup(run) as rollup:
+            _check_shards(run, there, plan, card, report, progress, rollup)
+            if rollup is not None and not report.wrong:
+                report.rollup = rollup.finish()
     _check_marks(run, plan, report)
     return report
 
@@ -153,19 +157,22 @@ def _lists_the_records(stored: bytes, run: RunDirectory) -> bool:
 
 
 def _check_shards(
-    run: RunDirectory, shards: list[Shard], plan: Plan, card: Card, report: Report, progress: Callable[[int, int], None]
-) -> None:
+    run: RunDirectory, shards: list[Shard], plan: Plan, card: Card, report: Report,
+    progress: Callable[[int, int], None], rollup: RollupCheck | None,
+) -> None:  # fmt: skip
     with ThreadPoolExecutor(_IN_WORK) as pool:
         for first in range(0, len(shards), _WINDOW):
             window = shards[first : first + _WINDOW]
-            found = pool.map(lambda shard: _check_shard(run, shard, plan.hash, card), window)
+            found = pool.map(lambda shard: _check_shard(run, shard, plan.hash, card, rollup), window)
             for done, (shard, wrong) in enumerate(zip(window, found, strict=True), first + 1):
                 if wrong:
                     report.wrong[shard.shard] = wrong
                 progress(done, len(shards))
 
 
-def _check_shard(run: RunDirectory, shard: Shard, plan_hash: str, card: Card) -> list[str]:
+def _check_shard(
+    run: RunDirectory, shard: Shard, plan_hash: str, card: Card, rollup: RollupCheck | None
+) -> list[str]:  # fmt: skip
     try:
         commit = run.read_commit(shard.shard)
     except DamagedRecordError as error:
@@ -182,6 +189,8 @@ def _check_shard(run: RunDirectory, shard: Shard, plan_hash: str, card: Card) ->
                 wrong += tables.problems(paths, commit, card)
             except (pa.ArrowException, OSError, ValueError) as error:
                 wrong.append(f"its tables cannot be read: {type(error).__name__}: {_first_line(error)}")
+        if not wrong and rollup is not None:
+            rollup.check_shard(shard.shard, paths)
     return wrong
 
 

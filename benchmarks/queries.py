@@ -1,0 +1,258 @@
+"""What queries cost: time and memory of each, against numpy and pandas, as runs grow, and with a rollup.
+
+    python -m benchmarks.queries --parts queries floor growth rollup
+
+Runs are generated (`benchmarks.generated`: 16 layers, top-8 of 64, 20 languages) into a folder that stays, and read
+from a warm page cache. Every measurement is in a process of its own, from opening the run to the last row; wall time,
+CPU time of all threads, and the most memory that the process ever held. Ratios are of CPU time, which depends little on
+what else the machine does: DuckDB divides it among the cores, numpy and pandas use one.
+
+- `queries`: each query with its defaults; those whose time grows with pairs of texts or ids on one layer.
+- `floor`: the counts of the frequency family by numpy's `bincount`, in one thread, over columns that are in memory; and
+  by pandas as notebooks do it, an exploded frame and `value_counts` per language, on one layer and times the layers.
+- `growth`: some queries on runs of several sizes, with DuckDB's memory limited.
+- `rollup`: the largest of these runs once it is counted: `collector rollup`, then each query of labels.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import resource
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import tyro
+
+from benchmarks.generated import Geometry, generate
+from collector.catalog import list_queries
+from collector.storage import SUCCESS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+Part = Literal["queries", "floor", "growth", "rollup"]
+FREQUENCY = ("domain_specialization", "selection_frequency", "top_experts", "effective_experts", "language_overlap",
+             "mutual_information", "log_odds", "reference_difference")  # fmt: skip
+"""Queries that read nothing but counts by label: the frequency family."""
+GROWING = ("domain_specialization", "selection_frequency", "router_entropy", "coactivation", "repetition")
+ONE_LAYER = {name: {"layer": 0} for name in ("routing_divergence", "expert_token_overlap", "expert_profile",
+                                            "conditional_mutual_information")}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure what queries cost."""
+
+    parts: tuple[Part, ...] = ("queries", "floor")
+    """What to measure."""
+    folder: Path = Path("runs/generated")
+    """Where the runs are, or go."""
+    tokens: int = 1_000_000
+    """Tokens of the run for `queries` and `floor`."""
+    growth: tuple[int, ...] = (100_000, 1_000_000, 10_000_000)
+    """Tokens of the runs for `growth`; the last is that of `rollup`."""
+    memory_limit: str = "4GB"
+    """What DuckDB may take for `growth`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one measurement took."""
+
+    seconds: float
+    cpu: float
+    """Seconds of all threads."""
+    megabytes: float
+    """Most memory of the process."""
+    rows: int
+
+    def cells(self) -> str:
+        """As cells of a Markdown table."""
+        return f"{self.seconds:.2f} | {self.cpu:.2f} | {self.megabytes:,.0f}"
+
+
+def apart(work: Callable[..., int], *arguments: object) -> Cost:
+    """The cost of a function that returns a number of rows, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measured, work, *arguments).result()
+
+
+def _measured(work: Callable[..., int], *arguments: object) -> Cost:
+    started, before = time.perf_counter(), _cpu()
+    rows = work(*arguments)
+    return Cost(seconds=time.perf_counter() - started, cpu=_cpu() - before, megabytes=_peak(), rows=rows)
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _peak() -> float:
+    """Megabytes; of this program alone, unlike getrusage's, which remembers what ran before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def run_query(root: str, name: str, params: dict[str, object], memory_limit: str | None = None, *, rollup: bool) -> int:
+    """Opens a run and asks; how many rows there are."""
+    from collector.warehouse import open_run
+
+    run = open_run(root, rollup=rollup, memory_limit=memory_limit)
+    return run.query(name, **params).to_arrow_table().num_rows
+
+
+def make_rollup(root: str) -> int:
+    """Counts a run, as `collector rollup` does."""
+    from collector.rollup import making
+    from collector.storage import RunDirectory
+
+    making.make(RunDirectory(root))
+    return 0
+
+
+def generated(bench: Bench, tokens: int) -> str:
+    """The run of so many tokens, made if it is not there."""
+    root = bench.folder / str(tokens)
+    if not (root / SUCCESS).exists():
+        generate(str(root), Geometry(tokens=tokens))
+    return str(root)
+
+
+def read_columns(root: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.float32]]:
+    """[L, T] numbers of labels, [L, T, k] experts, [L, T, k] weights."""
+    from collector.warehouse import open_run
+
+    geometry = Geometry()
+    picks = ", ".join(f"{name}{i}" for name in "ew" for i in range(geometry.top_k))
+    statement = f"select substr(label, 6)::integer as language, {picks} from routing where layer = $layer"
+    cursor = open_run(root).cursor()
+    layers = [cursor.execute(statement, {"layer": layer}).fetchnumpy() for layer in range(geometry.layers)]
+    experts, weights = (
+        np.stack([np.stack([one[f"{name}{i}"] for i in range(geometry.top_k)], 1) for one in layers]) for name in "ew"
+    )
+    return np.stack([one["language"] for one in layers]).astype(np.int64), experts, weights
+
+
+def floor(root: str) -> dict[str, float]:
+    """CPU seconds of numpy for picks alone, and for picks, top-1 and weights."""
+    languages_lt, experts_ltk, weights_ltk = read_columns(root)
+    size = Geometry().languages * Geometry().experts
+    seconds = {"picks": 0.0, "everything": 0.0}
+    for languages_t, experts_tk, weights_tk in zip(languages_lt, experts_ltk, weights_ltk, strict=True):
+        started = time.process_time()
+        cell_tk = languages_t[:, None] * Geometry().experts + experts_tk
+        np.bincount(cell_tk.ravel(), minlength=size)
+        picked = time.process_time()
+        first_t = weights_tk.argmax(1)
+        np.bincount(cell_tk[np.arange(len(cell_tk)), first_t], minlength=size)
+        np.bincount(cell_tk.ravel(), weights_tk.ravel(), minlength=size)
+        seconds["picks"] += picked - started
+        seconds["everything"] += time.process_time() - started
+    return seconds
+
+
+def pandas_seconds(root: str) -> float:
+    """CPU seconds of one layer: explode the lists of experts, then value_counts language by language."""
+    import pandas as pd
+
+    languages_lt, experts_ltk, _ = read_columns(root)
+    frame = pd.DataFrame({"language": languages_lt[0], "expert": [row.tolist() for row in experts_ltk[0]]})
+    started = time.process_time()
+    exploded = frame.explode("expert")
+    for language in range(Geometry().languages):
+        exploded[exploded.language == language].expert.value_counts()
+    return time.process_time() - started
+
+
+def in_process(work: Callable[[str], object], root: str) -> object:
+    """What a function returns, from a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, root).result()
+
+
+def measure_queries(bench: Bench) -> None:
+    """Prints the cost of each query."""
+    root = generated(bench, bench.tokens)
+    print("\n| query | seconds | CPU s | peak MB | rows |\n|---|---|---|---|---|")
+    for query in list_queries():
+        params = ONE_LAYER.get(query.name, {})
+        cost = apart(run_rows, root, query.name, params)
+        shown = query.name + (" (one layer)" if params else "")
+        print(f"| `{shown}` | {cost.cells()} | {cost.rows:,} |", flush=True)
+
+
+def run_rows(root: str, name: str, params: dict[str, object]) -> int:
+    """Without a rollup."""
+    return run_query(root, name, params, rollup=False)
+
+
+def measure_floor(bench: Bench) -> None:
+    """Prints what numpy and pandas take."""
+    root = generated(bench, bench.tokens)
+    seconds = in_process(floor, root)
+    slow = in_process(pandas_seconds, root)
+    assert isinstance(seconds, dict)
+    assert isinstance(slow, float)
+    print("\n| counts | CPU s |\n|---|---|")
+    print(f"| numpy `bincount`, picks | {seconds['picks']:.2f} |")
+    print(f"| numpy `bincount`, picks, top-1 and weights | {seconds['everything']:.2f} |")
+    layers = Geometry().layers
+    print(f"| pandas, picks, one layer × {layers} | {slow * layers:.0f} |")
+    print("\n| query | seconds | CPU s | peak MB | CPU of numpy's | CPU of pandas' |\n|---|---|---|---|---|---|")
+    for name in FREQUENCY:
+        cost = apart(run_rows, root, name, {})
+        least = seconds["everything" if name == "selection_frequency" else "picks"]
+        print(f"| `{name}` | {cost.cells()} | {cost.cpu / least:.1f} | {cost.cpu / slow / layers:.3f} |", flush=True)
+
+
+def run_limited(root: str, name: str, memory_limit: str) -> int:
+    """Without a rollup, in little memory."""
+    return run_query(root, name, {}, memory_limit, rollup=False)
+
+
+def measure_growth(bench: Bench) -> None:
+    """Prints the cost of some queries at several sizes."""
+    print(f"\nDuckDB limited to {bench.memory_limit}.\n")
+    print("| tokens | query | seconds | CPU s | peak MB | CPU s per million |\n|---|---|---|---|---|---|")
+    for tokens in bench.growth:
+        root = generated(bench, tokens)
+        for name in GROWING:
+            cost = apart(run_limited, root, name, bench.memory_limit)
+            print(f"| {tokens:,} | `{name}` | {cost.cells()} | {cost.cpu / tokens * 1e6:.2f} |", flush=True)
+
+
+def run_rolled_up(root: str, name: str) -> int:
+    """From the rollup."""
+    return run_query(root, name, {}, rollup=True)
+
+
+def measure_rollup(bench: Bench) -> None:
+    """Prints what a rollup costs and what it saves."""
+    tokens = bench.growth[-1]
+    root = generated(bench, tokens)
+    print(f"\n| {tokens:,} tokens | seconds | CPU s | peak MB |\n|---|---|---|---|")
+    if not list(Path(root).glob("rollup/assignments-*")):
+        print(f"| `collector rollup` | {apart(make_rollup, root).cells()} |", flush=True)
+    for name in (*FREQUENCY, "load_balance", "dropped_tokens"):
+        print(f"| `{name}` | {apart(run_rolled_up, root, name).cells()} |", flush=True)
+
+
+def main(bench: Bench) -> None:
+    """Measures the parts asked for."""
+    print(f"load average when it began: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+    measures = {"queries": measure_queries, "floor": measure_floor, "growth": measure_growth, "rollup": measure_rollup}
+    for part in bench.parts:
+        measures[part](bench)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
