@@ -183,11 +183,12 @@ def _bars(title: str, rows: Sequence[tuple[str, float, float]]) -> str:
 
 def _contexts(found: Sequence[tuple[str, float]]) -> str:
     """Lines with the token in the middle, each in the direction in which it is read."""
-    lines = "".join(_context(*re.split("[⟦⟧]", item, maxsplit=2), weight) for item, weight in found)
+    lines = "".join(_context(item, weight) for item, weight in found)
     return f"<section><h3>Highest weights, one a document</h3>{lines}</section>" if found else ""
 
 
-def _context(before: str, token: str, after: str, weight: float) -> str:
+def _context(item: str, weight: float) -> str:
+    before, token, after = re.split("[⟦⟧]", item, maxsplit=2)
     parts = pieces.in_context(before, token, after)
     direction = "rtl" if pieces.is_right_to_left("".join(parts)) else "ltr"
     left, middle, right = map(_words, parts)
