@@ -1,4 +1,4 @@
--- Question: What is this expert for: which tokens, labels, positions, and with which other experts?
+-- Question: What is this expert for: which tokens, in which contexts, labels, positions, with which others?
 -- Formula: N_a = tokens that have item a, N_ae = those for which the expert was among the k chosen, N_e and N
 --   of all tokens. Aspects, with their items:
 --   token     a token of the vocabulary (its id where there is no vocabulary): value = N_ae / N_a.
@@ -6,10 +6,13 @@
 --   position  positions first-last in the document, counted from 0: value = N_ae / N_a.
 --   expert    another expert, which the tokens of N_a chose: value = N_ae / N_e, P(a given the expert).
 --   Baseline N_e / N, and N_a / N for the aspect expert: what items that say nothing give.
+--   context   the tokens around one of the N_e, itself between ⟦ and ⟧: value = the weight that the model
+--     gave the expert there, the highest of the document; baseline the mean weight over the N_e.
 -- Source: counts.
 -- Grain: aspect, stack, layer, expert, rank; items that the expert never had are left out. Tokens and experts
---   by N_ae, labels by value, the first $n of each; positions in their order, all. n = N_a, but N_e for the
---   aspect expert; count = N_ae. No tokens where the run dropped their ids.
+--   by N_ae, labels and contexts by value, the first $n of each; positions in their order, all. n = N_a, but
+--   N_e for the aspects expert and context; count = N_ae. No tokens where the run dropped their ids, no
+--   contexts where it has no vocabulary.
 -- Reads: decisions, labelled_tokens, shards
 -- Example: --layer 4 --expert 55 --n 2
 -- Params:
@@ -20,6 +23,7 @@
 --     language codes); they say nothing about the text
 --   expert integer >= 0 = 0: the expert, in each layer that has it
 --   n integer >= 1 = 10: items of each aspect
+--   width integer >= 0 = 8: tokens of a context on each side
 --   every integer >= 1 = 1: only one shard of so many, from the first on: a sample of a large run
 with sampled as (
     select shard
@@ -30,12 +34,13 @@ with sampled as (
 decided as (
     select
         shard,
+        tok,
         stack,
         layer,
-        tok,
         label,
         experts,
-        list_contains(experts, $expert) as is_own
+        list_contains(experts, $expert) as is_own,
+        weights[list_position(experts, $expert)] as weight
     from decisions
     where
         ($stack is null or stack = $stack)
@@ -45,13 +50,16 @@ decided as (
         and shard in (select sampled.shard from sampled)
 ),
 
--- asked for again: through the join it would not reach the files of the tokens
+-- asked for again: through a join it would not reach the files of the tokens
 words as (
     select
         shard,
         tok,
+        doc,
+        position,
         token_id,
         token,
+        is_special,
         if(position = 0, 0, 2 ** floor(log2(position)))::bigint as first_position
     from labelled_tokens
     where shard in (select sampled.shard from sampled)
@@ -60,6 +68,8 @@ words as (
 chosen as (
     select
         decided.*,
+        words.doc,
+        words.position,
         words.token_id,
         words.token,
         words.first_position
@@ -72,7 +82,8 @@ totals as (
         stack,
         layer,
         count(*) as tokens,
-        count_if(is_own) as own
+        count_if(is_own) as own,
+        avg(weight) as mean_weight
     from chosen
     group by stack, layer
 ),
@@ -135,6 +146,44 @@ by_expert as (
     group by stack, layer, number
 ),
 
+strongest as (
+    select
+        *,
+        row_number() over (partition by stack, layer, shard, doc order by weight desc, position asc) as place
+    from chosen
+    where is_own and token is not null
+),
+
+centres as (
+    select *
+    from strongest
+    where place = 1
+    qualify row_number() over (partition by stack, layer order by weight desc, shard asc, tok asc) <= $n
+),
+
+-- as far apart in the tokens table as in the document: a document's tokens of the other stack are not
+by_context as (
+    select
+        centres.stack,
+        centres.layer,
+        centres.weight,
+        centres.shard,
+        centres.tok,
+        string_agg(
+            if(around.tok = centres.tok, '⟦' || around.token || '⟧', around.token), ''
+            order by around.position
+        ) as item
+    from centres
+    inner join words as around
+        on
+            centres.shard = around.shard
+            and centres.doc = around.doc
+            and around.tok::bigint - centres.tok = around.position::bigint - centres.position
+            and abs(around.position::bigint - centres.position) <= $width -- noqa: RF02
+    where around.tok = centres.tok or $include_special or not around.is_special -- noqa: RF02
+    group by centres.stack, centres.layer, centres.weight, centres.shard, centres.tok
+),
+
 -- sorted within an aspect by the two columns `first_by`, which is what ranks it, and `then_by`
 items as (
     select
@@ -180,6 +229,17 @@ items as (
         n,
         own
     from by_expert
+    union all
+    select
+        'context' as aspect,
+        stack,
+        layer,
+        item,
+        -weight as first_by,
+        row_number() over (order by shard, tok) as then_by,
+        null as n,
+        1 as own
+    from by_context
 ),
 
 ranked as (
@@ -198,9 +258,17 @@ select
     ranked.expert,
     ranked.rank,
     ranked.item,
-    ranked.own / if(ranked.aspect = 'expert', totals.own, ranked.n) as value,
-    if(ranked.aspect = 'expert', ranked.n, totals.own) / totals.tokens as baseline,
-    if(ranked.aspect = 'expert', totals.own, ranked.n) as n,
+    case ranked.aspect
+        when 'context' then -ranked.first_by
+        when 'expert' then ranked.own / totals.own
+        else ranked.own / ranked.n
+    end as value,
+    case ranked.aspect
+        when 'context' then totals.mean_weight
+        when 'expert' then ranked.n / totals.tokens
+        else totals.own / totals.tokens
+    end as baseline,
+    if(ranked.aspect in ('context', 'expert'), totals.own, ranked.n) as n,
     ranked.own as count
 from ranked
 inner join totals using (stack, layer)

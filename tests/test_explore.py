@@ -98,12 +98,13 @@ def test_a_card_says_what_the_queries_say(synthetic_run):
     given = {"stack": "decoder", "layer": 3, "expert": 2}
     said = " ".join(Texts(views.card(synthetic_run, found, label="en", name="layer 3", **given)).found)
     assert "Expert 2 in layer 3" in said
-    for aspect, item, value in synthetic_run.query("expert_profile", **given).project("aspect, item, value").fetchall():
-        name = item.replace("token ", "token ") if aspect == "token" else item
-        assert re.search(rf"{re.escape(name)} {value:.3f}\b", said), (aspect, item)
-    contexts = synthetic_run.query("expert_contexts", labels=["en"], around=12, **given)
-    for token, weight in contexts.project("token, weight").fetchall():
-        assert re.search(rf"{token} .*{weight:.2f}", said)
+    for aspect, item, value in (
+        synthetic_run.query("expert_profile", width=12, **given).project("aspect, item, value").fetchall()
+    ):
+        if aspect == "context":
+            assert f"{item.replace('⟦', ' ').replace('⟧', ' ').strip()} {value:.2f}" in said
+        else:
+            assert re.search(rf"{re.escape(item)} {value:.3f}\b", said), (aspect, item)
     with pytest.raises(ValueError, match="layer 7"):
         views.card(synthetic_run, found, stack="decoder", layer=7, expert=2, label="en", name="layer 7")
 
@@ -142,11 +143,10 @@ def test_a_document_is_read_from_its_own_row_groups(many_shards):
     assert {scan for scan in read if scan[1] == 24} == {(1, 24)}
 
 
-@pytest.mark.parametrize("name", ["expert_profile", "expert_contexts"])
-def test_a_sample_is_read_from_its_own_row_groups(many_shards, name):
-    read = row_groups(many_shards, name, stack="decoder", layer=3, expert=2, every=6)
+def test_a_sample_is_read_from_its_own_row_groups(many_shards):
+    read = row_groups(many_shards, "expert_profile", stack="decoder", layer=3, expert=2, every=6)
     assert (4, 48) in read, "routing"
-    assert (4, 24) in read, "tokens"
+    assert {scan for scan in read if scan[1] == 24} >= {(4, 24)}, "tokens"
 
 
 # ---- the server ----

@@ -23,12 +23,13 @@ LAYERS = (Layer(layer=0, n_experts=7, top_k=2), Layer(layer=3, n_experts=5, top_
 @few_examples
 @given(
     random=random_runs(), include_special=st.booleans(), probabilities=st.booleans(), expert=st.integers(0, 5),
-    n=st.integers(1, 8), every=st.integers(1, 3), data=st.data(),
+    n=st.integers(1, 8), width=st.integers(0, 4), every=st.integers(1, 3), data=st.data(),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(random, include_special, probabilities, expert, n, every, data) -> None:
+def test_agrees_with_numpy_on_random_runs(
+    random, include_special, probabilities, expert, n, width, every, data
+) -> None:
     layers, shards = random
     decided = decisions(layers, shards, include_special=include_special)
-    sample = [decision for decision in decided if decision.shard % every == 0]
     shard = data.draw(st.integers(0, len(shards) - 1))
     doc = data.draw(st.integers(0, len(shards[shard].documents) - 1))
     special = {"include_special": include_special}
@@ -37,11 +38,9 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, probabilities
         trace = texts.token_trace(decided, shard, doc)
         assert_same(keyed(run, "token_trace", 4, shard=shard, doc=doc, **special), trace)
         assert_same(keyed(run, "token_trace", 4, document=f"synthetic#{shard}-{doc}", **special), trace)
-        of_expert = {"expert": expert, "n": n, "every": every, **special}
-        assert_same(keyed(run, "expert_profile", 5, **of_expert), texts.expert_profile(sample, expert, n))
         assert_same(
-            keyed(run, "expert_contexts", 4, around=n, **of_expert),
-            texts.expert_contexts(sample, shards, expert, n, around=n),
+            keyed(run, "expert_profile", 5, expert=expert, n=n, width=width, every=every, **special),
+            texts.expert_profile([d for d in decided if d.shard % every == 0], expert, n, width),
         )
         assert_same(
             keyed(run, "routing_divergence", 5, **special),
@@ -107,7 +106,9 @@ def test_a_trace_spells_the_ids_that_the_vocabulary_has(tmp_path: Path) -> None:
     rows = run.query("token_trace").project("token_id, token, experts").fetchall()
     assert rows == [(7, "token 7", [299, 4]), (4_000_000_000, None, [0, 1])]
     items = run.query("expert_profile", expert=299).project("aspect, item").fetchall()
-    assert items == [("expert", "4"), ("label", "en"), ("position", "0"), ("token", "token 7")]
+    assert items == [
+        ("context", "⟦token 7⟧"), ("expert", "4"), ("label", "en"), ("position", "0"), ("token", "token 7"),
+    ]  # fmt: skip
 
 
 def test_a_trace_without_token_ids_still_has_the_decisions(tmp_path: Path) -> None:
@@ -116,8 +117,7 @@ def test_a_trace_without_token_ids_still_has_the_decisions(tmp_path: Path) -> No
     shard = dataclasses.replace(shard, token_ids=np.array([None, None], object))
     run = open_run(write_run(tmp_path / "run", layers, [shard]))
     assert run.query("token_trace").project("token_id, token, expert").fetchall() == [(None, None, 0), (None, None, 1)]
-    assert "token" not in {row[0] for row in run.query("expert_profile").fetchall()}
-    assert run.query("expert_contexts").fetchall() == []
+    assert not {"token", "context"} & {row[0] for row in run.query("expert_profile").fetchall()}
 
 
 def test_a_profile_knows_experts_above_255_and_layers_without_the_expert(parallel: Run) -> None:
@@ -127,7 +127,8 @@ def test_a_profile_knows_experts_above_255_and_layers_without_the_expert(paralle
 
 
 def test_a_profile_of_an_expert_that_all_tokens_have_shows_no_difference(parallel: Run) -> None:
-    rows = parallel.query("expert_profile", expert=2, layer=3).project("aspect, value, baseline").fetchall()
+    rows = parallel.query("expert_profile", expert=2, layer=3).filter("aspect != 'context'")
+    rows = rows.project("aspect, value, baseline").fetchall()
     assert {row[0] for row in rows} == {"token", "label", "position", "expert"}
     assert {row[1:] for row in rows} == {(1, 1)}
 

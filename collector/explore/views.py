@@ -1,14 +1,14 @@
 """What the explorer shows of a run, as HTML: the experts of a layer, and the card of one expert.
 
 Label-level numbers come from the rollup where the run has one. Those of tokens need the tokens themselves, so a card is
-made from every so manieth shard of a large run, and says from how many tokens.
+made from one shard of so many where a run is large, and says from how many tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import html
-import itertools
+import re
 from typing import TYPE_CHECKING
 
 from collector.trace import palette, pieces
@@ -24,6 +24,8 @@ MOST_DOCUMENTS = 200
 """Documents that are offered at once."""
 ITEMS = 10
 """Of each aspect of a card."""
+WIDTH = 12
+"""Tokens of a context on each side."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,16 +132,15 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
         stack: of the router.
         layer: of the router.
         expert: which one.
-        label: the language that is looked at, and that the contexts are of.
+        label: the language that is looked at.
         name: of the router, for people.
 
     Raises:
         ValueError: the run has no such router or label.
     """
     every = sampling(run)
-    given = {"stack": stack, "layer": layer, "expert": expert, "n": ITEMS, "every": every}
+    given = {"stack": stack, "layer": layer, "expert": expert, "n": ITEMS, "width": WIDTH, "every": every}
     profile = run.query("expert_profile", **given).project("aspect, item, value, baseline, n").fetchall()
-    contexts = run.query("expert_contexts", labels=[label], around=12, **given)
     languages = sorted((each for each in found if each.expert == expert), key=lambda each: -each.value)[:ITEMS]
     lists = [_bars("Languages", [(_bold(e.label, label), e.value, e.baseline) for e in languages])]
     for aspect, title in (("token", "Tokens"), ("expert", "Together with experts"), ("position", "Positions")):
@@ -153,7 +154,7 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
         "its own tokens the share that chose another expert as well. Lines: what to expect if nothing mattered. "
         f"Languages: all tokens. The rest: {tokens:,} tokens{sample}.</p>"
         f'<div class="aspects">{"".join(lists)}</div>'
-        + _contexts(contexts.project("before, token, after, weight, document").fetchall(), label)
+        + _contexts([(item, weight) for aspect, item, weight, *_ in profile if aspect == "context"])
     )
 
 
@@ -180,18 +181,20 @@ def _bars(title: str, rows: Sequence[tuple[str, float, float]]) -> str:
     return f'<section><h3>{title}</h3><div role="group" aria-label="{title}">{table}</div></section>'
 
 
-def _contexts(rows: Sequence[tuple[str | None, str, str | None, float, str]], label: str) -> str:
-    """Lines with the token in the middle, in the direction in which they are read."""
-    texts = [pieces.in_context(before or "", token, after or "") for before, token, after, *_ in rows]
-    direction = "rtl" if pieces.is_right_to_left("".join(itertools.chain(*texts))) else "ltr"
-    lines = "".join(
-        f'<div class="context" dir="{direction}" title="{html.escape(document)}">'
-        f"<span>{_words(before)}</span><mark>{_words(token)}</mark><span>{_words(after)}</span>"
-        f"<small>{weight:.2f}</small></div>"
-        for (before, token, after), (*_, weight, document) in zip(texts, rows, strict=True)
-    )
+def _contexts(found: Sequence[tuple[str, float]]) -> str:
+    """Lines with the token in the middle, each in the direction in which it is read."""
+    lines = "".join(_context(item, weight) for item, weight in found)
+    return f"<section><h3>Highest weights, one a document</h3>{lines}</section>" if found else ""
+
+
+def _context(item: str, weight: float) -> str:
+    before, token, after = re.split("[⟦⟧]", item, maxsplit=2)
+    parts = pieces.in_context(before, token, after)
+    direction = "rtl" if pieces.is_right_to_left("".join(parts)) else "ltr"
+    left, middle, right = map(_words, parts)
     return (
-        f"<section><h3>Highest weights in {html.escape(label)}, each token once</h3>{lines}</section>" if rows else ""
+        f'<div class="context" dir="{direction}"><span>{left}</span><mark>{middle}</mark><span>{right}</span>'
+        f"<small>{weight:.2f}</small></div>"
     )
 
 

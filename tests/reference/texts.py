@@ -60,7 +60,7 @@ def token_trace(found: Sequence[Decision], shard: int, doc: int) -> dict:
     return rows
 
 
-def expert_profile(found: Sequence[Decision], expert: int, n: int) -> dict:
+def expert_profile(found: Sequence[Decision], expert: int, n: int, width: int) -> dict:
     rows = {}
     for one, decided in by_router(found).items():
         own = [d for d in decided if expert in d.experts]
@@ -78,6 +78,10 @@ def expert_profile(found: Sequence[Decision], expert: int, n: int) -> dict:
             if other != expert and count:
                 baseline = np.mean([other in d.experts for d in decided])
                 aspects["expert"].append(((-count, other), str(other), count / len(own), baseline, len(own), count))
+        aspects["context"] = [
+            ((-weight, shard, tok), context, weight, np.mean([_weight(d, expert) for d in own]), len(own), 1)
+            for weight, shard, tok, context in _contexts(own, decided, expert, width)
+        ]
         for aspect, items in aspects.items():
             kept = sorted(item for item in items if item[-1])[: None if aspect == "position" else n]
             for rank, (_, *cells) in enumerate(kept, start=1):
@@ -85,26 +89,23 @@ def expert_profile(found: Sequence[Decision], expert: int, n: int) -> dict:
     return rows
 
 
-def expert_contexts(found: Sequence[Decision], shards: Sequence[Shard], expert: int, n: int, around: int) -> dict:
-    rows = {}
-    for one, decided in by_router(found).items():
-        own = sorted((d for d in decided if expert in d.experts), key=lambda d: (-_weight(d, expert), d.shard, d.tok))
-        best = [same[0] for same in grouped(own, lambda d: d.token_id).values()]
-        for rank, d in enumerate(best[:n], start=1):
-            lengths = shards[d.shard].lengths
-            ids = np.split(shards[d.shard].ids, np.cumsum(lengths)[:-1])[d.doc]
-            words = [f"token {i}" for i in ids]
-            before = "".join(words[max(0, d.position - around) : d.position]) or None
-            after = "".join(words[d.position + 1 : d.position + 1 + around]) or None
-            rows[one.stack, one.layer, expert, rank] = (
-                f"synthetic#{d.shard}-{d.doc}", d.position, d.label, _weight(d, expert), before, words[d.position],
-                after,
-            )  # fmt: skip
-    return rows
-
-
 def _weight(decision: Decision, expert: int) -> float:
     return decision.weights[decision.experts.index(expert)]
+
+
+def _contexts(own: Sequence[Decision], decided: Sequence[Decision], expert: int, width: int) -> list[tuple]:
+    """(weight, shard, tok, context) of the strongest token of each document."""
+    contexts = []
+    for same in grouped(own, lambda d: (d.shard, d.doc)).values():
+        best = min(same, key=lambda d: (-_weight(d, expert), d.position))
+        around = [
+            d
+            for d in decided
+            if (d.shard, d.doc) == (best.shard, best.doc) and abs(d.position - best.position) <= width
+        ]
+        words = [f"⟦token {d.token_id}⟧" if d.tok == best.tok else f"token {d.token_id}" for d in around]
+        contexts.append((_weight(best, expert), best.shard, best.tok, "".join(words)))
+    return contexts
 
 
 _ASPECTS = {
