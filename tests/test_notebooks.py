@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from collector import __main__ as cli
+from collector import open_run
 from collector.config import DataConfig, ModelConfig
 from tests.runs import collect_here, run_config
 
@@ -180,7 +181,6 @@ def test_the_figures_of_a_paper_are_written(runs, tmp_path):
         ("02_languages", ["--per-label", "2"], ["eng_Latn", "untrained", "Korean uses fewer effective experts"]),
         ("03_switch_prompts", [], ["prompt base-0", "probability", "routing_divergence"]),
         ("04_paper_figures", ["--per-label", "2"], ["expert", "tokens"]),
-        pytest.param("05_scale", [], ["complete", "sound", "eng_Latn"], marks=pytest.mark.ray),
     ],
 )
 def test_a_notebook_is_a_script(name, arguments, says):
@@ -191,9 +191,10 @@ def test_a_notebook_is_a_script(name, arguments, says):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_from_launch_to_query():
-    shown = run("05_scale")
-    assert "4 of 4" in shown["first"]
-    assert shown["shards"].documents.tolist() == [60] * 4
-    assert "4 of 4" in shown["again"]
-    assert set(shown["favourites"].label) == {"eng_Latn", "kor_Hang"}
+def test_from_launch_to_query(tmp_path):
+    out = script("05_scale", "--out", str(tmp_path / "run"))
+    assert "documents  240 of 240 planned" in out
+    assert "sound: all of 4 committed shards" in out
+    top = open_run(tmp_path / "run").query("top_experts", layer=4, labels=["eng_Latn", "kor_Hang"], n=3).fetchall()
+    printed = out.splitlines()[-len(top) :]
+    assert [line.split()[5] for line in printed] == [str(row[5]) for row in top]
