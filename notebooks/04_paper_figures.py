@@ -1,4 +1,4 @@
-"""The figures that a paper about routing wants: specialization, co-activation, vocabulary specialization."""
+"""The figures that a paper about routing wants: specialization, saturation, co-activation, vocabulary."""
 
 import marimo
 
@@ -14,7 +14,7 @@ with app.setup:
     import pandas as pd
     import torch
 
-    from collector import open_run
+    from collector import open_run, open_runs
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
     from collector.driver import collect_in_process
 
@@ -66,7 +66,7 @@ def _(given, per_label):
     }
     runs = {weights: open_run(root) for weights, root in roots.items()}
     connection = runs["trained"].connection
-    return connection, runs
+    return connection, roots, runs
 
 
 @app.cell
@@ -138,6 +138,36 @@ def _(layer, runs, shown):
     )
     specialization_figure
     return specialization, specialization_figure
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md("""
+    ## Saturation
+
+    How many of a token's k experts two runs choose alike. Between a checkpoint and the last one it tells when routing
+    settles (`collector collect --revision` takes either); here the other run is the untrained model. The dashed line is
+    k/E, two routers that choose at random.
+    """)
+    return
+
+
+@app.cell
+def _(roots):
+    saturation = open_runs(roots["trained"], roots["untrained"]).query("router_saturation", pooled=True).df()
+    agreement = (
+        alt.Chart(saturation)
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("layer:O", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("value:Q", title="router saturation", scale=alt.Scale(domain=[0, 1])),
+            tooltip=["layer", alt.Tooltip("value", format=".3f"), "n"],
+        )
+    )
+    at_random = alt.Chart(saturation).mark_rule(strokeDash=[4, 4]).encode(y="baseline:Q")
+    saturation_figure = (agreement + at_random).properties(width=440, height=220)
+    saturation_figure
+    return (saturation_figure,)
 
 
 @app.cell(hide_code=True)
@@ -216,9 +246,10 @@ def _(layer, runs):
 
 
 @app.cell
-def _(coactivation_figure, examples, given, specialization_figure, vocabulary_figure):
+def _(coactivation_figure, examples, given, saturation_figure, specialization_figure, vocabulary_figure):
     figures = {
         "specialization": specialization_figure,
+        "saturation": saturation_figure,
         "coactivation": coactivation_figure,
         "vocabulary": vocabulary_figure,
     }

@@ -159,7 +159,7 @@ def test_the_table_of_a_prompt_is_what_transformers_returns():
 
 def test_the_figures_of_a_paper_are_written(runs, tmp_path):
     shown = run("04_paper_figures", *runs, "--layer", "5", "--figures", str(tmp_path / "figures"))
-    names = {"specialization", "coactivation", "vocabulary"}
+    names = {"specialization", "saturation", "coactivation", "vocabulary"}
     assert {path.stem for path in (tmp_path / "figures").glob("*.svg")} == names
     drawn = shown["coactivation_figure"].to_dict()
     (data,) = drawn["datasets"].values()
