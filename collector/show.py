@@ -149,7 +149,8 @@ def routers(layers: Sequence[Mapping[str, Any]]) -> str:
     geometry = sorted({(layer["n_experts"], layer["top_k"]) for layer in layers})
     experts = ", ".join(f"top-{k} of {e}" for e, k in geometry)
     by_stack = Counter(layer["stack"] for layer in layers)
-    counts = [f"{n} layers" if by_stack.keys() == {"decoder"} else f"{n} {s} layers" for s, n in by_stack.items()]
+    several = by_stack.keys() != {"decoder"}
+    counts = [f"{n} {f'{stack} ' if several else ''}layer{'s' if n > 1 else ''}" for stack, n in by_stack.items()]
     return f"{', '.join(counts)}, {experts}"
 
 

@@ -316,7 +316,7 @@ def test_both_stacks_show_side_by_side(tmp_path, folders, loaded, prompts, capsy
     config = settings("nllb", folders, prompts, target=True, stacks=("encoder", "decoder"))
     run = collect_here(tmp_path / "run", config, loaded=loaded["nllb"])
     assert show.status(run)
-    assert "1 encoder layers, 2 decoder layers, top-2 of 4" in capsys.readouterr().out
+    assert "1 encoder layer, 2 decoder layers, top-2 of 4" in capsys.readouterr().out
     show.top_experts_by_layer(open_run(run.root), ["base"])
     heads = " ".join(capsys.readouterr().out.split("label")[1].split("base")[0].split())
     assert heads == "encoder layer 1 decoder layer 0 decoder layer 1"
