@@ -73,3 +73,10 @@ def assert_same(actual: dict, expected: dict) -> None:
         for got, wanted in zip(actual[key], values, strict=True):
             exact = wanted is None or isinstance(wanted, str | bool)
             assert got == (wanted if exact else pytest.approx(wanted, rel=1e-8, abs=1e-9)), (key, actual[key], values)
+
+
+def assert_same_rows(actual: Sequence[tuple], expected: Sequence[tuple]) -> None:
+    """The same rows in the same order; numbers approximately, for DuckDB adds up in the order in which threads come."""
+    assert [len(row) for row in actual] == [len(row) for row in expected]
+    cells = [[cell for row in rows for cell in row] for rows in (actual, expected)]
+    assert cells[0] == pytest.approx(cells[1])

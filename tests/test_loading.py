@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from query_runs import assert_same_rows
 
 from collector import committed_files, open_run
 from collector.config import DataConfig, ModelConfig
@@ -67,7 +68,7 @@ def test_the_page_does_what_it_says(place, monkeypatch):
     assert entropy["entropy"].to_list() == pytest.approx([mean for *_, mean in means], rel=1e-5)
     assert list(found["first"].values()) == list(asked("from routing limit 1")[0])
     assert len(found["texts"]) == asked("select count(*) from documents")[0][0] == 120
-    assert found["top"].rows() == run.query("top_experts", layer=4, labels=["kor_Hang"], n=3).fetchall()
+    assert_same_rows(found["top"].rows(), run.query("top_experts", layer=4, labels=["kor_Hang"], n=3).fetchall())
     assert len(found["tokens"]) == asked("select count(*) from tokens")[0][0]
     assert found["vocabulary"].token.tolist() == [row[0] for row in asked("select token from vocab order by token_id")]
     label, tokens = asked("select label, tokens from labels order by tokens desc limit 1")[0]

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
-from query_runs import assert_same, keyed
+from query_runs import assert_same, assert_same_rows, keyed
 from werkzeug.serving import make_server
 
 from collector import __main__ as cli
@@ -159,14 +159,16 @@ def collector(*arguments: str) -> int:
 
 @pytest.mark.parametrize(("name", "params"), QUERIES)
 def test_a_remote_run_answers_as_a_local_one(run, local, name, params):
-    assert open_run(run.root).query(name, **params).fetchall() == open_run(local.root).query(name, **params).fetchall()
+    remote, here = (open_run(each.root).query(name, **params).fetchall() for each in (run, local))
+    assert_same_rows(remote, here)
 
 
 def test_runs_compare_wherever_they_are(run, local):
     for here, there in ((run.root, local.root), (local.root, run.root), (run.root, run.root)):
         pair = open_runs(here, there)
         assert {row[4] for row in pair.query("router_saturation").fetchall()} == {1}
-        assert pair.other.query("effective_experts").fetchall() == open_run(there).query("effective_experts").fetchall()
+        alone = open_run(there).query("effective_experts").fetchall()
+        assert_same_rows(pair.other.query("effective_experts").fetchall(), alone)
 
 
 def test_every_value_arrives(run, local):
@@ -183,7 +185,7 @@ def test_the_script_of_views_serves_any_duckdb_that_reads_the_store(run, local, 
     connection.register_filesystem(fsspec.filesystem("s3"))
     connection.execute(capsys.readouterr().out)
     rows = "from assignments order by all"
-    assert connection.execute(rows).fetchall() == open_run(local.root).sql(rows).fetchall()
+    assert_same_rows(connection.execute(rows).fetchall(), open_run(local.root).sql(rows).fetchall())
 
 
 def test_status_verify_and_gc_take_the_url(run, capsys):
