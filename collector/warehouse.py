@@ -117,7 +117,7 @@ class Run:
             if kinds != ["SELECT"]:
                 raise ValueError(f"{_READS_ONLY}; got {', '.join(kinds) or 'nothing'}")
             # A SELECT may still write through a CTE, but only at the top level; query() is below it.
-            cursor.execute(f"explain select * from query({_literal(statement)})").fetchall()
+            cursor.execute(f"explain select * from query({literal(statement)})").fetchall()
         except duckdb.Error as error:
             reason = str(error).split("\n\nLINE ")[0]
             hint = f"{_READS_ONLY}, without a CTE that writes: " if "must be at the top level" in reason else ""
@@ -341,7 +341,8 @@ def _script(
     return "\n".join(f"create or replace view {within}{name} as\n{select};\n" for name, select in statements.items())
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """The text as a string of SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -352,14 +353,14 @@ def _escape_glob(path: str) -> str:
 
 def _files_select(paths: list[str]) -> str:
     # A folder called `layer=3` on the way would otherwise become a column.
-    names = ",\n    ".join(map(_literal, paths))
+    names = ",\n    ".join(map(literal, paths))
     return f"select * from read_parquet([\n    {names}\n], hive_partitioning = false)"
 
 
 def _layers_select(layers: list[dict[str, Any]]) -> str:
     rows = ",\n    ".join(
-        f"({_literal(one['stack'])}, {one['layer']}::utinyint, {one['n_experts']}::integer, {one['top_k']}::integer, "
-        f"{str(one['has_capacity']).lower()}, {_literal(one['router'])})"
+        f"({literal(one['stack'])}, {one['layer']}::utinyint, {one['n_experts']}::integer, {one['top_k']}::integer, "
+        f"{str(one['has_capacity']).lower()}, {literal(one['router'])})"
         for one in layers
     )
     return f"select * from (values\n    {rows}\n) as layers (stack, layer, n_experts, top_k, has_capacity, router)"

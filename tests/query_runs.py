@@ -78,5 +78,9 @@ def assert_same(actual: dict, expected: dict) -> None:
 def assert_same_rows(actual: Sequence[tuple], expected: Sequence[tuple]) -> None:
     """The same rows in the same order; numbers approximately, for DuckDB adds up in the order in which threads come."""
     assert [len(row) for row in actual] == [len(row) for row in expected]
-    cells = [[cell for row in rows for cell in row] for rows in (actual, expected)]
-    assert cells[0] == pytest.approx(cells[1])
+    assert _cells(actual) == pytest.approx(_cells(expected))
+
+
+def _cells(rows: Sequence[tuple]) -> list:
+    """All cells, those of lists one by one."""
+    return [each for row in rows for cell in row for each in (cell if isinstance(cell, list) else [cell])]

@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from collector.trace import palette, pieces
+from collector.warehouse import literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -66,9 +67,8 @@ def documents(run: Run, label: str, condition: str = "") -> list[Document]:
     Raises:
         ValueError: the condition is none, or would write.
     """
-    quoted = "'" + label.replace("'", "''") + "'"
     rows = run.sql(
-        f"select shard, doc, doc_id, tokens from documents where label = {quoted} and tokens > 0\n"
+        f"select shard, doc, doc_id, tokens from documents where label = {literal(label)} and tokens > 0\n"
         f"and ({condition.strip() or 'true'}\n) order by shard, doc limit {MOST_DOCUMENTS}"
     ).fetchall()
     return [Document(shard=shard, doc=doc, doc_id=doc_id, tokens=tokens) for shard, doc, doc_id, tokens in rows]

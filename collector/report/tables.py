@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from collector import inference
+from collector.warehouse import literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -145,7 +146,7 @@ def _with_intervals(side: Side, query: str, resamples: int, params: Mapping[str,
 
 def in_labels(labels: Sequence[str], column: str = "label") -> str:
     """SQL condition that keeps the rows of these labels."""
-    return f"{column} in ({', '.join(_quoted(label) for label in labels)})"
+    return f"{column} in ({', '.join(literal(label) for label in labels)})"
 
 
 def places(table: Table, column: str, orders: Mapping[Router, Sequence[Any]]) -> list[int]:
@@ -197,7 +198,3 @@ def _as_text(value: object) -> str:
     if isinstance(value, list | tuple):
         return shlex.quote(",".join(map(str, value)))
     return shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
