@@ -133,11 +133,7 @@ def open_runs(
     second = locate(other, by=by, rollup=rollup, schema=OTHER, files_of=OtherRunFiles)
     connection = locked.connect(first.paths | second.paths, (*first.mounts, *second.mounts))
     connection.execute(f"create schema {OTHER};\n{first.script}\n{second.script}\n{_aligning_views()}")
-    runs = [
-        Run(connection, each.info, complete=each.complete, by=by, schema=schema)
-        for each, schema in ((first, "main"), (second, OTHER))
-    ]
-    return Comparison(runs[0], runs[1], (os.fspath(root), os.fspath(other)))
+    return Comparison(first.open(connection), second.open(connection), (os.fspath(root), os.fspath(other)))
 
 
 def _aligning_views() -> str:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
-from collector import locked
+from collector import locked, records
 from collector.catalog import Query, Value, find_query, list_queries
 from collector.groupings import LABEL, derived_views, find_grouping
+from collector.label_counts import LabelCounts, counts_tokens
 from collector.locked import one_line_errors
 from collector.objectfiles import RunFiles
 from collector.rollup import files as rollups
@@ -55,6 +56,7 @@ class Run:
         complete: bool,
         by: str = LABEL,
         schema: str = "main",
+        label_counts: LabelCounts | None = None,
     ) -> None:
         self.connection = connection
         """In-memory DuckDB that holds the views."""
@@ -66,6 +68,8 @@ class Run:
         """What `label` means: the recorded label, or the name of a grouping."""
         self.schema = schema
         """Where in the connection the views are."""
+        self._label_counts = label_counts
+        """Counts on demand; None: as the views say."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
         """Asks a question of `queries/`.
@@ -85,7 +89,10 @@ class Run:
         query = find_query(name)
         if query.of_two_runs:
             raise ValueError(f"{name} compares two runs: name the other one with --beside, in Python with open_runs")
-        return self.cursor().sql(query.sql, params=self.bind(query, params))
+        cursor, values = self.cursor(), self.bind(query, params)
+        if self._label_counts is not None:
+            self._label_counts.provide(cursor, query, values)
+        return cursor.sql(query.sql, params=values)
 
     def bind(self, query: Query, params: Mapping[str, object]) -> dict[str, Value]:
         """Values for all parameters of a query, which make sense for this run.
@@ -175,7 +182,7 @@ def open_run(
     located = locate(root, by=by, rollup=rollup)
     connection = locked.connect(located.paths, located.mounts, memory_limit)
     connection.execute(located.script)
-    return Run(connection, located.info, complete=located.complete, by=by)
+    return located.open(connection)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,8 +197,24 @@ class Located:
     """The files that the script opens, as it spells them."""
     mounts: tuple[RunFiles, ...]
     """The file system that has them, if it is not the local one."""
+    views: dict[str, str]
+    """Name -> select of the derived views."""
+    by: str
+    """What `label` means."""
+    schema: str
+    """Where the views go."""
     script: str
     """Creates the views."""
+
+    def open(self, connection: duckdb.DuckDBPyConnection) -> Run:
+        """The run, in a DuckDB that has the views."""
+        label_counts = None
+        if counts_tokens(self.views):
+            layers = records.recorded_layers(self.info)
+            label_counts = LabelCounts(connection, layers, self.views, self.schema)
+        return Run(
+            connection, self.info, complete=self.complete, by=self.by, schema=self.schema, label_counts=label_counts
+        )
 
 
 def locate(
@@ -219,6 +242,7 @@ def locate(
     grouping, run = find_grouping(by), RunDirectory(root)
     info, files = _read_info(run), _committed_files(run, rollup=rollup)
     _check_grouping(grouping, info, files)
+    views = derived_views(grouping, rollup=rollups.DOCUMENTS in files)
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
     mounts: tuple[RunFiles, ...] = ()
     if isinstance(run.store, ObjectStore):
@@ -231,7 +255,8 @@ def locate(
         paths |= {_escape_glob(path) for path in paths}
     return Located(
         info=info, complete=run.read_or_none(SUCCESS) is not None, paths=frozenset(paths), mounts=mounts,
-        script=_script(files, info, prefix=_escape_glob(prefix), grouping=grouping, schema=schema),
+        views=views, by=by, schema=schema,
+        script=_script(files, info, views, prefix=_escape_glob(prefix), schema=schema),
     )  # fmt: skip
 
 
@@ -255,7 +280,7 @@ def open_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Run:
     connection = locked.connect(
         {str(path) for path in paths.values()} | {name for one in files.values() for name in one}
     )
-    connection.execute(_script(files, info, prefix=""))
+    connection.execute(_script(files, info, derived_views(None, rollup=False), prefix=""))
     return Run(connection, info, complete=False)
 
 
@@ -292,7 +317,8 @@ def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
     prefix = _escape_glob(run_directory.store.location("").rstrip("/") + "/") if in_place else ""
     start = "" if in_place else " Inside its folder: duckdb -init views.sql"
     head = f"-- The views of this run, over its committed files.{start}\n\n"
-    return head + _script(_committed_files(run_directory), _read_info(run_directory), prefix=prefix)
+    views = derived_views(None, rollup=False)
+    return head + _script(_committed_files(run_directory), _read_info(run_directory), views, prefix=prefix)
 
 
 def _read_info(run: RunDirectory) -> dict[str, Any]:
@@ -326,12 +352,12 @@ def _committed_files(run: RunDirectory, *, rollup: bool = False) -> dict[str, di
 def _script(
     files: Mapping[str, Mapping[str, int]],
     info: dict[str, Any],
+    views: Mapping[str, str],
+    *,
     prefix: str,
-    grouping: Grouping | None = None,
     schema: str = "main",
 ) -> str:
     """Statements for all views of a schema; `prefix` goes before the paths that commit records name."""
-    views = derived_views(grouping, rollup=rollups.DOCUMENTS in files)
     statements = {"layers": _layers_select(info["layers"])}
     for name, paths in files.items():
         select = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
@@ -377,8 +403,6 @@ def _arrow_type(field: pa.Field) -> str:
 
 
 def _schema(name: str, info: dict[str, Any]) -> pa.Schema:
-    from collector import records
-
     stored = info["config"].get("store") or ()
     if name == "routing":
         return records.routing_schema(records.recorded_layers(info), probabilities="probabilities" in stored)
