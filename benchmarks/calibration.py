@@ -32,7 +32,7 @@ from scipy import stats
 from collector.catalog import find_query
 from collector.counts import DocumentCounts
 from collector.inference.answers import SampledQuery
-from collector.inference.bootstrap import estimates, interval, sampled_values
+from collector.inference.bootstrap import effective_documents, estimates, interval, sampled_values
 from collector.inference.permutation import group_sums, p_values
 from collector.inference.resampling import Sums, whole
 
@@ -243,12 +243,13 @@ def coverage(world: World, query: str, runs: int, resamples: int) -> dict[tuple[
     rows = rows.filter(rows["value"].is_valid())
     metrics, kept_R = np.array(rows["metric"].to_pylist()), pairs_that_differ(rows)
     truth_R = rows["value"].to_numpy()
-    documents_R, value = np.full(rows.num_rows, world.documents[0]), rows.column_names.index("value")
+    value = rows.column_names.index("value")
     held = {name: np.zeros(rows.num_rows) for name in METHODS}
     for run in range(runs):
         counts = world.run(np.random.default_rng([2, run]))
         answer = rows.set_column(value, "value", pa.array(asked.values(rows, counts, whole(counts))[:, 0]))
         values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=run)
+        documents_R = effective_documents(rows, counts)
         for name, method in METHODS.items():
             low_R, high_R = method(values_RS, documents_R, estimates(answer, "value"))
             held[name] += (low_R <= truth_R) & (truth_R <= high_R)

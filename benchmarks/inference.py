@@ -23,7 +23,7 @@ from collector.catalog import find_query
 from collector.counts import DocumentCounts
 from collector.inference import specialization_test, split_half
 from collector.inference.answers import SampledQuery
-from collector.inference.bootstrap import estimates, interval, sampled_values
+from collector.inference.bootstrap import effective_documents, estimates, interval, sampled_values
 from collector.inference.resampling import whole
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def bootstrapped(query: str, routers: Iterable[DocumentCounts], resamples: int, 
         with watch:
             answer = asked.answer(counts, whole(counts))
             values_RS = sampled_values(asked, answer, counts, resamples=resamples, seed=0)
-            documents_R = np.full(len(values_RS), len(counts.label_D) // LABELS)
-            interval(values_RS, documents_R, 95, estimates(answer, "value"))
+            interval(values_RS, effective_documents(answer, counts), 95, estimates(answer, "value"))
         rows += answer.num_rows
     return rows
 

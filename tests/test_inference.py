@@ -21,7 +21,7 @@ from collector.catalog import find_query, list_queries
 from collector.counts import DocumentCounts, document_counts
 from collector.inference import permutation, resampling
 from collector.inference.answers import KEYS, ask
-from collector.inference.bootstrap import interval, sampled_values
+from collector.inference.bootstrap import effective_documents, interval, sampled_values
 from collector.records import Layer
 from collector.warehouse import Run, open_run
 
@@ -188,6 +188,15 @@ def test_quantiles_are_those_of_numpy_further_out_for_few_documents() -> None:
     assert [low[1], high[1]] == pytest.approx(np.quantile(values[1], [0.00855, 1 - 0.00855]), abs=1e-3)
     assert error[:2] == pytest.approx(values[:2].std(axis=1, ddof=1))
     assert np.isnan([low[2], high[2], error[2]]).all()
+
+
+def test_documents_of_unequal_length_are_worth_fewer() -> None:
+    counts = counts_of(["en"] * 4 + ["ko"] * 3, [1, 1, 1, 3, 2, 2, 2], np.ones((7, 2)))
+    of_labels = pa.table({"label": ["ko", "en"]})
+    assert effective_documents(of_labels, counts).tolist() == [3.0, 6**2 / 12]
+    assert effective_documents(pa.table({"label_a": ["ko"], "label_b": ["en"]}), counts).tolist() == [3.0]
+    counts = counts_of(["en"] * 4 + ["ko"] * 3, [1, 1, 1, 9, 2, 2, 2], np.ones((7, 2)))
+    assert effective_documents(pa.table({"expert": [0, 1]}), counts).tolist() == [12**2 / 84] * 2
 
 
 @pytest.mark.parametrize(
