@@ -81,7 +81,8 @@ def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str
         tables={"rows": rows},
         notes=[
             f"{labels} languages, {span(rows['n'])} tokens of each; grey: those that are not in colour.",
-            f"Bands: {LEVEL} % intervals, a bootstrap over documents ({rows.resamples:,} samples)."
+            f"Bands: {LEVEL} % intervals, a bootstrap over documents ({rows.resamples:,} samples). Where none is to be "
+            "seen it is narrower than the curve."
             if rows.resamples
             else "No intervals were asked for (--resamples).",
         ],
