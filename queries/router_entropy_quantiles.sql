@@ -17,8 +17,8 @@
 with chosen as (
     select
         *,
-        -- the last of 12
-        if(weight_entropy > 0, pow(2, floor(log2(weight_entropy)) - 11), 1) as bit
+        -- the last of its 12
+        if(weight_entropy = 0, 1, pow(2, floor(log2(abs(weight_entropy))) - 11)) as bit
     from decisions
     where
         ($stack is null or stack = $stack)
