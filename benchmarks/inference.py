@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from collector.catalog import find_query
-from collector.counts import DocumentCounts
+from collector.counts import STATISTICS, DocumentCounts
 from collector.inference import specialization_test, split_half
 from collector.inference.answers import SampledQuery
 from collector.inference.bootstrap import effective_documents, estimates, interval, sampled_values
@@ -45,7 +45,8 @@ def synthetic(documents: int, experts: int, routers: int) -> Iterator[DocumentCo
         picks_DE = np.minimum(rng.poisson(TOP_K * tokens_D[:, None] * rate_DE), tokens_D[:, None]).astype(np.uint32)
         yield DocumentCounts(
             stack="decoder", layer=layer, n_experts=experts, top_k=TOP_K, labels=labels, label_D=label_D,
-            shard_D=np.zeros(documents, np.int64), doc_D=np.arange(documents), tokens_D=tokens_D, picks_DE=picks_DE,
+            shard_D=np.zeros(documents, np.int64), doc_D=np.arange(documents), tokens_D=tokens_D,
+            statistics_DM=rng.random((documents, len(STATISTICS))) * tokens_D[:, None], picks_DE=picks_DE,
             top1_DE=picks_DE // TOP_K, weight_sum_DE=(picks_DE / TOP_K).astype(np.float32),
         )  # fmt: skip
 

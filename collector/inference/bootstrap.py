@@ -116,8 +116,8 @@ def routers(
 ) -> Iterator[tuple[NDArray[np.intp], pa.Table, DocumentCounts]]:
     """The answer router by router: the numbers of the router's rows, these rows, and the counts of its documents."""
     values: dict[str, Any] = asked.query.bind(params)
-    # A query that reads more than `assignments` may compare with a label that `labels` does not name.
-    labels = values["labels"] if asked.query.reads == ("assignments",) else None
+    # A query that reads `labels` may compare with one that its parameter `labels` does not name.
+    labels = None if "labels" in asked.query.reads else values["labels"]
     where = {name: values[name] for name in ("stack", "layer", "include_special")}
     for counts in document_counts(run, labels=labels, **where):
         here = pc.and_(pc.equal(answer["stack"], counts.stack), pc.equal(answer["layer"], counts.layer))
