@@ -42,6 +42,8 @@ PAPER = Layout(width=416, row=7.8, panel=110, column=202, text=7)
 
 _SMALLEST = 5
 """Letters that are smaller cannot be read."""
+_COUNTS = {"n", "tokens"}
+"""Columns with whole numbers, told in full."""
 _SIGNIFICANT = "isValid(datum.q) && datum.q < 0.05"
 
 
@@ -58,12 +60,8 @@ def axis(layout: Layout, cell: float, **options: Any) -> alt.Axis:
 
 def tooltip_of(fields: Mapping[str, str]) -> list[alt.Tooltip]:
     """What hovering shows: column -> N, O or Q."""
-    return [
-        alt.Tooltip(f"{field}:{kind}", format={"Q": ".3~g"}.get(kind, ""))
-        if kind == "Q"
-        else alt.Tooltip(f"{field}:{kind}")
-        for field, kind in fields.items()
-    ]
+    formats = {field: "," if field in _COUNTS else ".3~g" for field, kind in fields.items() if kind == "Q"}
+    return [alt.Tooltip(f"{field}:{kind}", format=formats.get(field, "")) for field, kind in fields.items()]
 
 
 def matrix(
