@@ -27,21 +27,21 @@ def report(browser: Browser, folder: Path) -> None:
         page = Path(scratch, "report.html")
         write(RUN, page, compare=UNTRAINED, labels=LABELS)
         browser.prefer("light")
-        browser.page.set_viewport_size({"width": 1280, "height": 1000})
+        browser.page.set_viewport_size({"width": 1280, "height": 1080})
         browser.open(page)
         browser.page.wait_for_selector("html[data-drawn='light'][data-layer]", timeout=60_000)
         for figure, name in (("specialization", "report"), ("overlap", "report-overlap")):
             browser.page.evaluate("name => document.getElementById(name).scrollIntoView()", figure)
-            browser.page.screenshot(path=folder / f"{name}.png", clip={"x": 80, "y": 0, "width": 1000, "height": 1000})
+            browser.page.screenshot(path=folder / f"{name}.png", clip={"x": 70, "y": 0, "width": 1120, "height": 1060})
 
 
 def explorer(browser: Browser, folder: Path) -> None:
     """An English document by its experts, with one token told in full."""
     with serving.served(RUN) as (url, _):
         browser.prefer("light")
-        browser.open(f"{url}&language=eng_Latn&layer=4")
+        browser.open(f"{url}&language=eng_Latn&layer=4&where=tokens+%3E+70")
         browser.page.locator("[data-part=card] h2").wait_for(timeout=60_000)
-        browser.page.locator(".tokens button").nth(4).hover()
+        browser.page.locator(".tokens button").nth(9).hover()
         browser.page.get_by_role("tooltip").wait_for()
         browser.page.screenshot(path=folder / "explorer.png", clip={"x": 90, "y": 40, "width": 1100, "height": 720})
 
