@@ -117,7 +117,7 @@ def test_a_card_of_a_large_run_is_made_from_shards_all_over_it(synthetic_run, mo
     assert views.sampling(synthetic_run) == 2
     found = views.frequencies(synthetic_run, "decoder", 0)
     card = views.card(synthetic_run, found, stack="decoder", layer=0, expert=2, label="en", name="layer 0")
-    assert "102 tokens, of every 2th shard" in card
+    assert "102 tokens, of one shard in 2;" in card
     monkeypatch.setattr(views, "SAMPLE", 1)
     assert views.sampling(synthetic_run) == 4, "one shard at least"
 

@@ -145,14 +145,16 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
     """
     every = sampling(run)
     given = {"stack": stack, "layer": layer, "expert": expert, "n": ITEMS, "width": WIDTH, "every": every}
-    profile = run.query("expert_profile", **given).project("aspect, item, value, baseline, n").fetchall()
+    profile = run.query("expert_profile", **given).project("aspect, item, value, baseline, n, count").fetchall()
     languages = sorted((each for each in found if each.expert == expert), key=lambda each: -each.value)[:ITEMS]
     lists = [_bars("Languages", [(_bold(e.label, label), e.value, e.baseline, e.n) for e in languages])]
     for aspect, title in (("token", "Tokens"), ("expert", "Together with experts"), ("position", "Positions")):
-        rows = [(_item(aspect, item), *numbers) for kind, item, *numbers in profile if kind == aspect]
+        rows = [(_item(aspect, item), *numbers) for kind, item, *numbers, _ in profile if kind == aspect]
         lists.append(_bars(title, rows))
-    tokens = sum(n for aspect, *_, n in profile if aspect == "position")
-    sample = "" if every == 1 else f", of every {every}th shard"
+    # baseline = N_e / N; positions that never chose the expert are not told, so their n do not add up to N
+    own = [(count, baseline) for aspect, _, _, baseline, _, count in profile if aspect == "position"]
+    tokens = round(sum(count for count, _ in own) / own[0][1]) if own else 0
+    sample = "" if every == 1 else f", of one shard in {every}"
     return (
         f"<h2>Expert {expert} in {html.escape(name)}</h2>"
         "<p class=\"quiet\">Bars: the share of a language's, a spelling's or a position's tokens that chose it, and of "
