@@ -164,7 +164,7 @@ def _(layer, run, sentences):
         ignore_index=True,
     )
     top_experts = trace[["label", "position", "token", "expert", "experts", "router_entropy", "topk_mass"]]
-    top_experts.round(3)
+    top_experts.astype({"router_entropy": float, "topk_mass": float}).round(3)
     return (top_experts,)
 
 

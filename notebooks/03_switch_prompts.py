@@ -161,7 +161,7 @@ def _(layer, prompt, run):
     tokens = trace.assign(probability=trace.weights.str[0])[
         ["position", "token", "expert", "probability", "router_entropy", "dropped_picks"]
     ]
-    tokens.round(3)
+    tokens.astype({"probability": float, "router_entropy": float}).round(3)
     return (tokens,)
 
 
