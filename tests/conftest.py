@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from collector import models
 from collector.config import DataConfig, ModelConfig
 from collector.demo.corpus import MODEL_DIR, read_sentences
 from tests.runs import collect_here, run_config
+
+# Two threads of OpenMP wait for each other, awake, longer than tiny models compute: for these processes and their own.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = {"vocab_size": 8192, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2,
