@@ -161,9 +161,10 @@ def test_a_shard_that_cannot_be_read_is_left_out_and_told_until_it_is_tried_agai
 
     spoiler = threading.Thread(target=spoil_the_source)
     spoiler.start()
-    first = collector(*arguments)
+    first = launch(arguments)
+    said, errors = first.communicate(timeout=120)
     spoiler.join()
-    assert first.returncode == 1, first.stderr
+    assert first.returncode == 1, errors
     run = RunDirectory(root)
     failures = run.failures()
     assert failures
@@ -172,9 +173,9 @@ def test_a_shard_that_cannot_be_read_is_left_out_and_told_until_it_is_tried_agai
     failure = failures[min(failures)]
     assert (failure["attempts"], failure["left_out"], failure["node"]) == (2, True, socket.gethostname())
     assert "source changed" in failure["error"]
-    assert f"shard {min(failures)} failed after 2 attempts, left out" in first.stdout
-    assert "raise ValueError" in first.stdout, "with its traceback"
-    events = [json.loads(line) for line in first.stderr.splitlines()]
+    assert f"shard {min(failures)} failed after 2 attempts, left out" in said
+    assert "raise ValueError" in said, "with its traceback"
+    events = [json.loads(line) for line in errors.splitlines()]
     told = [event for event in events if event["event"] == "shard_failed" and event["shard"] == min(failures)]
     assert [(event["attempt"], event["left_out"]) for event in told] == [(1, False), (2, True)]
     assert all(event["time"] and "source changed" in event["error"] for event in told)
