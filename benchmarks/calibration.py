@@ -6,7 +6,8 @@
 
 A simulated document has preferences of its own: in each of k groups of experts, of which a token takes one, its
 probabilities are drawn from a Dirichlet distribution around its label's, so that the tokens of a document are
-correlated and a label's domain specialization is known exactly. Lengths vary (log-normal).
+correlated and a label's domain specialization is known exactly. Its router entropy too is drawn around the label's
+(gamma), and that of its tokens around the document's (exponential). Lengths vary (log-normal).
 
 (tests) kinds of runs: labels that say nothing; labels that differ in number, length and uniformity of documents but
 not in domain specialization; labels of which half have one expert more than the others. Tests: the one of
@@ -27,12 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy import stats
 
 from collector.catalog import find_query
-from collector.counts import DocumentCounts
+from collector.counts import STATISTICS, DocumentCounts
 from collector.inference.answers import SampledQuery
-from collector.inference.bootstrap import estimates, interval, sampled_values
+from collector.inference.bootstrap import effective_documents, estimates, interval, sampled_values
 from collector.inference.permutation import group_sums, p_values
 from collector.inference.resampling import Sums, whole
 
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 EXPERTS, TOP_K = 16, 4
+ENTROPY = STATISTICS.index("router_entropy")
+"""The statistic that is simulated, with a mean of 1 for every label; the others are NaN."""
 LEVEL = 0.05
 
 
@@ -96,12 +100,16 @@ class World:
         taste_DGX /= taste_DGX.sum(axis=2, keepdims=True)
         picks_DE = rng.multinomial(tokens_D[:, None], taste_DGX).reshape(len(label_D), EXPERTS).astype(np.uint32)
         first_DE = np.where(np.arange(EXPERTS) < EXPERTS // TOP_K, picks_DE, 0).astype(np.uint32)
+        concentration_D = np.array(self.concentration)[label_D]
+        statistics_DM = np.full((len(label_D), len(STATISTICS)), np.nan)
+        entropy_D = rng.standard_gamma(concentration_D) / concentration_D
+        statistics_DM[:, ENTROPY] = entropy_D * rng.standard_gamma(tokens_D)
         labels = tuple(f"label {i}" for i in range(len(self.documents)))
         zeros_D = np.zeros(len(label_D), np.int64)
         return DocumentCounts(
             stack="decoder", layer=0, n_experts=EXPERTS, top_k=TOP_K, labels=labels, label_D=label_D, shard_D=zeros_D,
-            doc_D=np.arange(len(label_D)), tokens_D=tokens_D, picks_DE=picks_DE, top1_DE=first_DE,
-            weight_sum_DE=(picks_DE / TOP_K).astype(np.float32),
+            doc_D=np.arange(len(label_D)), tokens_D=tokens_D, statistics_DM=statistics_DM, picks_DE=picks_DE,
+            top1_DE=first_DE, weight_sum_DE=(picks_DE / TOP_K).astype(np.float32),
         )  # fmt: skip
 
 
@@ -200,10 +208,10 @@ def measure_tests(runs: int, resamples: int, kinds: Sequence[str], tests: Sequen
 # -- coverage ----------------------------------------------------------------------------------------
 
 
-FREQUENCY = ("domain_specialization",)
-QUERIES = (*FREQUENCY, "effective_experts", "language_overlap", "mutual_information")
+MEANS = ("domain_specialization", "router_entropy")
+QUERIES = (*MEANS, "effective_experts", "language_overlap", "mutual_information")
 CASES: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
-    *(("alike", {"effect": 0.15}, documents, FREQUENCY) for documents in (10, 20, 200)),
+    *(("alike", {"effect": 0.15}, documents, MEANS) for documents in (10, 20, 200)),
     ("alike", {"effect": 0.15}, 50, QUERIES),
     ("all differ", {"all_differ": True}, 20, QUERIES),
     ("all differ", {"all_differ": True}, 50, QUERIES),
@@ -217,7 +225,12 @@ def true_sums(world: World) -> Sums:
     picks_SLE = np.rint(world.truth_LE * tokens)[None]
     labels = tuple(f"label {i}" for i in range(len(world.documents)))
     tokens_SL = np.full((1, len(labels)), float(tokens))
-    return Sums(labels=labels, tokens_SL=tokens_SL, picks_SLE=picks_SLE, top1_SLE=picks_SLE, weight_sum_SLE=picks_SLE)
+    statistics_SLM = np.full((*tokens_SL.shape, len(STATISTICS)), np.nan)
+    statistics_SLM[:, :, ENTROPY] = tokens_SL
+    return Sums(
+        labels=labels, tokens_SL=tokens_SL, statistics_SLM=statistics_SLM, picks_SLE=picks_SLE, top1_SLE=picks_SLE,
+        weight_sum_SLE=picks_SLE,
+    )  # fmt: skip
 
 
 def ours(values_RS: NDArray, documents_R: NDArray, estimate_R: NDArray) -> tuple[NDArray, NDArray]:
@@ -240,15 +253,16 @@ def coverage(world: World, query: str, runs: int, resamples: int) -> dict[tuple[
     asked = SampledQuery(find_query(query), {})
     exemplar = world.run(np.random.default_rng(0))
     rows = asked.answer(exemplar, true_sums(world))
-    rows = rows.filter(rows["value"].is_valid())
+    rows = rows.filter(pc.is_finite(rows["value"]))
     metrics, kept_R = np.array(rows["metric"].to_pylist()), pairs_that_differ(rows)
     truth_R = rows["value"].to_numpy()
-    documents_R, value = np.full(rows.num_rows, world.documents[0]), rows.column_names.index("value")
+    value = rows.column_names.index("value")
     held = {name: np.zeros(rows.num_rows) for name in METHODS}
     for run in range(runs):
         counts = world.run(np.random.default_rng([2, run]))
         answer = rows.set_column(value, "value", pa.array(asked.values(rows, counts, whole(counts))[:, 0]))
         values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=run)
+        documents_R = effective_documents(rows, counts)
         for name, method in METHODS.items():
             low_R, high_R = method(values_RS, documents_R, estimates(answer, "value"))
             held[name] += (low_R <= truth_R) & (truth_R <= high_R)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from collector.catalog import find_query
-from collector.counts import DocumentCounts
+from collector.counts import STATISTICS, DocumentCounts
 from collector.inference import specialization_test, split_half
 from collector.inference.answers import SampledQuery
-from collector.inference.bootstrap import estimates, interval, sampled_values
+from collector.inference.bootstrap import effective_documents, estimates, interval, sampled_values
 from collector.inference.resampling import whole
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def synthetic(documents: int, experts: int, routers: int) -> Iterator[DocumentCo
         picks_DE = np.minimum(rng.poisson(TOP_K * tokens_D[:, None] * rate_DE), tokens_D[:, None]).astype(np.uint32)
         yield DocumentCounts(
             stack="decoder", layer=layer, n_experts=experts, top_k=TOP_K, labels=labels, label_D=label_D,
-            shard_D=np.zeros(documents, np.int64), doc_D=np.arange(documents), tokens_D=tokens_D, picks_DE=picks_DE,
+            shard_D=np.zeros(documents, np.int64), doc_D=np.arange(documents), tokens_D=tokens_D,
+            statistics_DM=rng.random((documents, len(STATISTICS))) * tokens_D[:, None], picks_DE=picks_DE,
             top1_DE=picks_DE // TOP_K, weight_sum_DE=(picks_DE / TOP_K).astype(np.float32),
         )  # fmt: skip
 
@@ -71,8 +72,7 @@ def bootstrapped(query: str, routers: Iterable[DocumentCounts], resamples: int, 
         with watch:
             answer = asked.answer(counts, whole(counts))
             values_RS = sampled_values(asked, answer, counts, resamples=resamples, seed=0)
-            documents_R = np.full(len(values_RS), len(counts.label_D) // LABELS)
-            interval(values_RS, documents_R, 95, estimates(answer, "value"))
+            interval(values_RS, effective_documents(answer, counts), 95, estimates(answer, "value"))
         rows += answer.num_rows
     return rows
 

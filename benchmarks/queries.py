@@ -41,7 +41,8 @@ Part = Literal["queries", "floor", "growth", "rollup"]
 FREQUENCY = ("domain_specialization", "selection_frequency", "top_experts", "effective_experts", "language_overlap",
              "mutual_information", "log_odds", "reference_difference")  # fmt: skip
 """Queries that read nothing but counts by label: the frequency family."""
-GROWING = ("domain_specialization", "selection_frequency", "router_entropy", "coactivation", "repetition")
+GROWING = ("domain_specialization", "selection_frequency", "router_entropy", "router_entropy_quantiles", "coactivation",
+           "repetition")  # fmt: skip
 ONE_LAYER = {name: {"layer": 0} for name in ("routing_divergence", "expert_token_overlap", "expert_profile",
                                             "conditional_mutual_information")}  # fmt: skip
 
@@ -58,6 +59,8 @@ class Bench:
     """Tokens of the run for `queries` and `floor`."""
     growth: tuple[int, ...] = (100_000, 1_000_000, 10_000_000)
     """Tokens of the runs for `growth`; the last is that of `rollup`."""
+    growing: tuple[str, ...] = GROWING
+    """Queries for `growth`."""
     memory_limit: str = "4GB"
     """What DuckDB may take for `growth`."""
 
@@ -225,7 +228,7 @@ def measure_growth(bench: Bench) -> None:
     print("| tokens | query | seconds | CPU s | peak MB | CPU s per million |\n|---|---|---|---|---|---|")
     for tokens in bench.growth:
         root = generated(bench, tokens)
-        for name in GROWING:
+        for name in bench.growing:
             cost = apart(run_limited, root, name, bench.memory_limit)
             print(f"| {tokens:,} | `{name}` | {cost.cells()} | {cost.cpu / tokens * 1e6:.2f} |", flush=True)
 
@@ -242,7 +245,7 @@ def measure_rollup(bench: Bench) -> None:
     print(f"\n| {tokens:,} tokens | seconds | CPU s | peak MB |\n|---|---|---|---|")
     if not list(Path(root).glob("rollup/assignments-*")):
         print(f"| `collector rollup` | {apart(make_rollup, root).cells()} |", flush=True)
-    for name in (*FREQUENCY, "load_balance", "dropped_tokens"):
+    for name in (*FREQUENCY, "router_entropy", "dropped_tokens", "load_balance"):
         print(f"| `{name}` | {apart(run_rolled_up, root, name).cells()} |", flush=True)
 
 

@@ -23,12 +23,15 @@ from collector.agreement import compare_routers, compare_texts, uncomparable
 from collector.catalog import OTHER, Query, comparison_folder, find_query, list_comparisons, list_queries
 from collector.groupings import LABEL, find_grouping, in_order, read_views
 from collector.objectfiles import OtherRunFiles
-from collector.warehouse import Run, locate
+from collector.views import locate
+from collector.warehouse import opened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import duckdb
+
+    from collector.warehouse import Run
 
 __all__ = ["Comparison", "list_comparisons", "list_queries", "open_runs"]
 
@@ -133,11 +136,7 @@ def open_runs(
     second = locate(other, by=by, rollup=rollup, schema=OTHER, files_of=OtherRunFiles)
     connection = locked.connect(first.paths | second.paths, (*first.mounts, *second.mounts))
     connection.execute(f"create schema {OTHER};\n{first.script}\n{second.script}\n{_aligning_views()}")
-    runs = [
-        Run(connection, each.info, complete=each.complete, by=by, schema=schema)
-        for each, schema in ((first, "main"), (second, OTHER))
-    ]
-    return Comparison(runs[0], runs[1], (os.fspath(root), os.fspath(other)))
+    return Comparison(opened(first, connection), opened(second, connection), (os.fspath(root), os.fspath(other)))
 
 
 def _aligning_views() -> str:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from collector.rollup import files as rollups
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 
     from collector.warehouse import Run
 
-_ROWS = """
-select shard, doc, label, tokens, experts, picks, top1, weight_sums
+STATISTICS = (*rollups.STATISTICS, "dropped_picks", "dropped_tokens")
+"""What the views `document_counts` and `label_statistics` sum up over tokens, besides the tokens themselves."""
+_ROWS = f"""
+select shard, doc, label, tokens, {", ".join(STATISTICS)}, experts, picks, top1, weight_sums
 from document_counts
 where stack = $stack and layer = $layer
     and ($labels is null or list_contains($labels, label))
@@ -32,7 +36,7 @@ order by shard, doc, label, is_special
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentCounts:
-    """Counts of one router for a run's documents; D documents that have tokens there, E experts.
+    """Counts of one router for a run's documents; D documents that have tokens there, E experts, M `STATISTICS`.
 
     Where labels are groups of tokens (`by="position"` for example), a document has a row for each group of its
     tokens: rows of the same `shard_D` and `doc_D` belong together.
@@ -51,6 +55,8 @@ class DocumentCounts:
     doc_D: NDArray[np.int64]
     """The document's place in its shard."""
     tokens_D: NDArray[np.int64]
+    statistics_DM: NDArray[np.float64]
+    """Sums over the document's tokens, in the order of `STATISTICS`."""
     picks_DE: NDArray[np.uint32]
     """Times each expert was chosen, dropped or not; a row sums to k times its tokens."""
     top1_DE: NDArray[np.uint32]
@@ -101,6 +107,9 @@ def _dense(rows: pa.Table, *, stack: str, layer: int, n_experts: int, top_k: int
     lengths = lists["experts"].value_lengths().to_numpy()
     cells = np.repeat(document, lengths) * n_experts + lists["experts"].flatten().to_numpy()
 
+    def summed(name: str) -> NDArray[np.float64]:
+        return np.add.reduceat(rows[name].to_numpy(), np.flatnonzero(opens), dtype=np.float64)
+
     def spread(name: str, dtype: type[np.uint32 | np.float32]) -> NDArray:
         counts = np.zeros(int(opens.sum()) * n_experts, dtype)
         np.add.at(counts, cells, lists[name].flatten().to_numpy())
@@ -109,7 +118,7 @@ def _dense(rows: pa.Table, *, stack: str, layer: int, n_experts: int, top_k: int
     return DocumentCounts(
         stack=stack, layer=layer, n_experts=n_experts, top_k=top_k,
         labels=tuple(names.tolist()), label_D=label[opens].astype(np.int64), shard_D=shard[opens], doc_D=doc[opens],
-        tokens_D=np.add.reduceat(rows["tokens"].to_numpy().astype(np.int64), np.flatnonzero(opens)),
+        tokens_D=summed("tokens").astype(np.int64), statistics_DM=np.stack([*map(summed, STATISTICS)], axis=1),
         picks_DE=spread("picks", np.uint32), top1_DE=spread("top1", np.uint32),
         weight_sum_DE=spread("weight_sums", np.float32),
     )  # fmt: skip

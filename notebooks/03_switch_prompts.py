@@ -194,20 +194,24 @@ def _(run):
 
 @app.cell
 def _(run):
-    entropy = run.query("router_entropy").df().query("metric in ('router_entropy', 'topk_mass')")
+    _decisive = "metric in ('router_entropy', 'topk_mass')"
+    entropy = run.query("router_entropy").df().query(_decisive)
+    quantiles = run.query("router_entropy_quantiles").df().query(_decisive)
     drops = run.query("dropped_tokens").df().query("metric == 'dropped_tokens'")
     divergence = run.query("routing_divergence", labels=["base", "context"]).df().query("label_a < label_b")
     mo.vstack(
         [
             mo.md("How decided the router is: the mean over a set's tokens, beside what no preference would give."),
-            entropy[["metric", "layer", "label", "value", "median", "baseline", "n"]],
+            entropy[["metric", "layer", "label", "value", "baseline", "n"]],
+            mo.md("The median, and what the middle half of the tokens lie between:"),
+            quantiles[["metric", "layer", "label", "value", "first_quartile", "third_quartile"]],
             mo.md("Tokens that the capacity kept from their expert:"),
             drops[["layer", "label", "value", "n"]],
             mo.md("The same question in both sets: 0 where it is routed alike, 1 where the two share no expert."),
             divergence[["metric", "layer", "value", "n"]],
         ]
     )
-    return divergence, drops, entropy
+    return divergence, drops, entropy, quantiles
 
 
 @app.cell

@@ -5,7 +5,7 @@
 --   all other queries.
 -- Source: expert capacity as in Switch Transformers, arXiv 2101.03961, section 2.2.
 -- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
--- Reads: decisions, layers
+-- Reads: label_statistics, layers
 -- Example: --layer 4 --labels eng_Latn,kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -15,7 +15,7 @@
 --     language codes); they say nothing about the text
 with chosen as (
     select *
-    from decisions
+    from label_statistics
     where
         ($stack is null or stack = $stack)
         and ($layer is null or layer = $layer)
@@ -23,23 +23,23 @@ with chosen as (
         and ($include_special or not is_special)
 ),
 
-counted as (
+summed as (
     select
         stack,
         layer,
         label,
-        count(*) as n,
-        count_if(dropped_picks > 0) as tokens_with_drops,
-        sum(dropped_picks) as picks_dropped
+        sum(tokens)::bigint as n,
+        sum(dropped_tokens)::bigint as dropped_tokens,
+        sum(dropped_picks)::bigint as dropped_picks
     from chosen
     group by stack, layer, label
 ),
 
 located as (
     select
-        counted.*,
+        summed.*,
         layers.top_k
-    from counted
+    from summed
     inner join layers using (stack, layer)
 ),
 
@@ -47,15 +47,15 @@ metrics as (
     select
         'dropped_tokens' as metric,
         *,
-        tokens_with_drops / n as value,
-        tokens_with_drops as count
+        dropped_tokens / n as value,
+        dropped_tokens as count
     from located
     union all
     select
         'dropped_picks' as metric,
         *,
-        picks_dropped / (top_k * n) as value,
-        picks_dropped as count
+        dropped_picks / (top_k * n) as value,
+        dropped_picks as count
     from located
 )
 
@@ -67,6 +67,6 @@ select
     value,
     0 as baseline,
     n,
-    count::bigint as count
+    count
 from metrics
 order by metric, stack, layer, label

@@ -7,7 +7,7 @@
 --   The baseline is what a router with p = 1/E everywhere gives. value = mean over N_D tokens.
 -- Source: Shannon entropy; router_entropy, topk_mass and margin are recorded while the model runs.
 -- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
--- Reads: decisions, layers
+-- Reads: label_statistics, layers
 -- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -17,7 +17,7 @@
 --     language codes); they say nothing about the text
 with chosen as (
     select *
-    from decisions
+    from label_statistics
     where
         ($stack is null or stack = $stack)
         and ($layer is null or layer = $layer)
@@ -25,30 +25,26 @@ with chosen as (
         and ($include_special or not is_special)
 ),
 
-measured as (
+summed as (
     select
         stack,
         layer,
         label,
-        count(*) as n,
-        avg(router_entropy::double) as mean_router_entropy,
-        median(router_entropy::double) as median_router_entropy,
-        avg(weight_entropy) as mean_weight_entropy,
-        median(weight_entropy) as median_weight_entropy,
-        avg(topk_mass::double) as mean_topk_mass,
-        median(topk_mass::double) as median_topk_mass,
-        avg(margin::double) as mean_margin,
-        median(margin::double) as median_margin
+        sum(tokens)::bigint as n,
+        sum(router_entropy) as router_entropy,
+        sum(weight_entropy) as weight_entropy,
+        sum(topk_mass) as topk_mass,
+        sum(margin) as margin
     from chosen
     group by stack, layer, label
 ),
 
 located as (
     select
-        measured.*,
+        summed.*,
         layers.n_experts,
         layers.top_k
-    from measured
+    from summed
     inner join layers using (stack, layer)
 ),
 
@@ -56,33 +52,29 @@ metrics as (
     select
         'router_entropy' as metric,
         *,
-        mean_router_entropy as value,
-        ln(n_experts) as baseline,
-        median_router_entropy as median
+        router_entropy / n as value,
+        ln(n_experts) as baseline
     from located
     union all
     select
         'weight_entropy' as metric,
         *,
-        mean_weight_entropy as value,
-        ln(top_k) as baseline,
-        median_weight_entropy as median
+        weight_entropy / n as value,
+        ln(top_k) as baseline
     from located
     union all
     select
         'topk_mass' as metric,
         *,
-        mean_topk_mass as value,
-        top_k / n_experts as baseline,
-        median_topk_mass as median
+        topk_mass / n as value,
+        top_k / n_experts as baseline
     from located
     union all
     select
         'margin' as metric,
         *,
-        mean_margin as value,
-        0 as baseline,
-        median_margin as median
+        margin / n as value,
+        0 as baseline
     from located
 )
 
@@ -93,7 +85,6 @@ select
     label,
     value,
     baseline,
-    n,
-    median
+    n
 from metrics
 order by metric, stack, layer, label

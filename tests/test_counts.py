@@ -10,7 +10,7 @@ from query_runs import few_examples, opened, random_runs
 from reference.base import Decision, by_router, decisions, grouped
 from synthetic import Shard, write_run
 
-from collector.counts import DocumentCounts, document_counts
+from collector.counts import STATISTICS, DocumentCounts, document_counts
 from collector.records import Layer
 from collector.warehouse import open_run
 
@@ -51,6 +51,11 @@ def test_arrays_worked_out_by_hand(tmp_path) -> None:
     assert counts.picks_DE.tolist() == [[1, 2, 0, 1], [0, 0, 1, 1]]
     assert counts.top1_DE.tolist() == [[1, 0, 0, 1], [0, 0, 1, 0]]
     assert counts.weight_sum_DE.tolist() == [[0.5, 0.375, 0, 0.25], [0, 0, 0.75, 0.25]]
+    statistics = dict(zip(STATISTICS, counts.statistics_DM.T.tolist(), strict=True))
+    # H(1/2, 1/2) + H(1/5, 4/5) = ln 2 + 0.500402; H(3/4, 1/4) = 0.562335; nothing else is recorded but drops
+    assert statistics.pop("weight_entropy") == pytest.approx([1.193550, 0.562335])
+    zeros = {name: [0, 0] for name in ("router_entropy", "topk_mass", "margin")}
+    assert statistics == zeros | {"dropped_picks": [2, 1], "dropped_tokens": [1, 1]}
     types = counts.picks_DE.dtype, counts.top1_DE.dtype, counts.weight_sum_DE.dtype, counts.label_D.dtype
     assert types == (np.uint32, np.uint32, np.float32, np.int64)
 
@@ -67,6 +72,12 @@ def assert_counts(counts: DocumentCounts, found: list[Decision]) -> None:
         for one in members:
             np.add.at(picks, one.experts, 1)
             np.add.at(weights, one.experts, one.weights)
+        for name, recorded in (("router_entropy", "entropy"), ("topk_mass", "topk_mass"), ("margin", "margin")):
+            summed = sum(one.statistics[recorded] for one in members)
+            np.testing.assert_allclose(counts.statistics_DM[d, STATISTICS.index(name)], summed, rtol=1e-5)
+        drops = [sum(one.dropped) for one in members]
+        assert counts.statistics_DM[d, STATISTICS.index("dropped_picks")] == sum(drops)
+        assert counts.statistics_DM[d, STATISTICS.index("dropped_tokens")] == np.count_nonzero(drops)
         top1 = np.bincount([one.top1 for one in members], minlength=counts.n_experts)
         np.testing.assert_array_equal(counts.picks_DE[d], picks)
         np.testing.assert_array_equal(counts.top1_DE[d], top1)

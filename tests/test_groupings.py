@@ -196,6 +196,8 @@ def test_queries_over_groups_of_tokens_count_these_tokens(with_rollup, by) -> No
         assert_same(keyed(run, "domain_specialization", 5, **special), frequency.domain_specialization(found))
         assert_same(keyed(run, "selection_frequency", 5, **special), frequency.selection_frequency(found))
         assert_same(keyed(run, "router_entropy", 4, **special), frequency.router_entropy(found))
+        quantiles = frequency.router_entropy_quantiles(found)
+        assert_same(keyed(run, "router_entropy_quantiles", 4, **special), quantiles)
         assert_same(keyed(run, "dropped_tokens", 4, **special), frequency.dropped_tokens(found))
     for name in QUERIES:
         run.query(name).fetchall()
@@ -235,7 +237,8 @@ def test_groups_are_chosen_by_name_and_unknown_ones_refused(folder) -> None:
 
 @pytest.mark.parametrize("by", GROUPINGS)
 def test_a_condition_on_the_router_reaches_the_files(folder, with_rollup, by) -> None:
-    for path, relation in itertools.product((folder, with_rollup), ("routing", "decisions", "assignments")):
+    relations = ("routing", "decisions", "assignments", "label_statistics")
+    for path, relation in itertools.product((folder, with_rollup), relations):
         run = open_run(path, by=by)
         plan = run.connection.sql(f"explain select * from {relation} where layer = 3").fetchall()[0][1]
         assert "Filters: layer = 3" in plan, relation

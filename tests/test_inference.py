@@ -18,19 +18,19 @@ from benchmarks.calibration import World, false_discoveries, independent_tokens,
 from collector import __main__ as cli
 from collector import inference
 from collector.catalog import find_query, list_queries
-from collector.counts import DocumentCounts, document_counts
+from collector.counts import STATISTICS, DocumentCounts, document_counts
 from collector.inference import permutation, resampling
 from collector.inference.answers import KEYS, ask
-from collector.inference.bootstrap import interval, sampled_values
+from collector.inference.bootstrap import effective_documents, interval, sampled_values
 from collector.records import Layer
 from collector.warehouse import Run, open_run
 
-LAYERS = [Layer(layer=0, n_experts=6, top_k=2), Layer(layer=3, n_experts=5, top_k=1)]
+LAYERS = [Layer(layer=0, n_experts=6, top_k=2, has_capacity=True), Layer(layer=3, n_experts=5, top_k=1)]
 DOCUMENTS = [("en", 7), ("ko", 5), ("en", 3), ("ko", 9), ("en", 12), ("th", 4), ("th", 6), ("ko", 2)]
 LABEL_LEVEL = [
     query.name
     for query in list_queries()
-    if "assignments" in query.reads and not {"decisions", "token_decisions"} & {*query.reads}
+    if {"assignments", "label_statistics"} & {*query.reads} and not {"decisions", "token_decisions"} & {*query.reads}
 ]
 
 
@@ -56,6 +56,7 @@ def counts_of(label, tokens, picks) -> DocumentCounts:
     return DocumentCounts(
         stack="decoder", layer=0, n_experts=picked.shape[1], top_k=1, labels=tuple(names.tolist()), label_D=index,
         shard_D=np.zeros(len(index), np.int64), doc_D=np.arange(len(index)), tokens_D=np.array(tokens),
+        statistics_DM=np.zeros((len(index), len(STATISTICS))),
         picks_DE=picked, top1_DE=picked, weight_sum_DE=picked.astype(np.float32),
     )  # fmt: skip
 
@@ -72,6 +73,7 @@ def repeated(shard: Shard, times: np.ndarray) -> Shard:
         experts={layer: array[tokens] for layer, array in shard.experts.items()},
         weights={layer: array[tokens] for layer, array in shard.weights.items()},
         statistics={layer: {n: array[tokens] for n, array in each.items()} for layer, each in shard.statistics.items()},
+        dropped={layer: array[tokens] for layer, array in shard.dropped.items()},
         probabilities=None,
     )
 
@@ -111,6 +113,8 @@ def test_there_is_a_label_level_query_of_every_kind() -> None:
         "top_experts",
         "language_overlap",
         "mutual_information",
+        "router_entropy",
+        "dropped_tokens",
     } <= {*LABEL_LEVEL}
 
 
@@ -178,6 +182,26 @@ def test_the_spread_is_that_of_scipys_bootstrap() -> None:
     assert np.quantile(ours, [0.025, 0.975]) == pytest.approx([*scipys.confidence_interval], abs=0.004)
 
 
+def test_intervals_of_means_are_those_of_a_bootstrap_of_the_tokens_in_numpy(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    documents = [("en", int(length)) for length in rng.integers(5, 60, 25)]
+    shard = random_shard(rng, LAYERS, documents, special=0)
+    run = open_run(write_run(tmp_path / "run", LAYERS, [shard]))
+    rows = inference.intervals(run, "router_entropy", layer=0, resamples=5000).to_pylist()
+    drawn = rng.integers(25, size=(5000, 25))
+    # t(0.975, 24) = 2.0639; times sqrt(25 / 24) = 2.1064; the normal tail beyond that is 0.01758
+    ends = [0.01758, 1 - 0.01758]
+    for metric, recorded in (("router_entropy", "entropy"), ("topk_mass", "topk_mass"), ("margin", "margin")):
+        values = shard.statistics[0][recorded].astype(np.float64)
+        sums = np.add.reduceat(values, np.cumsum(shard.lengths) - shard.lengths)
+        means = sums[drawn].sum(axis=1) / shard.lengths[drawn].sum(axis=1)
+        (row,) = (row for row in rows if row["metric"] == metric)
+        assert row["value"] == pytest.approx(values.mean(), rel=1e-4)
+        assert row["standard_error"] == pytest.approx(means.std(ddof=1), rel=0.03)
+        tolerance = 0.15 * row["standard_error"]
+        assert [row["low"], row["high"]] == pytest.approx(np.quantile(means, ends), rel=0, abs=tolerance)
+
+
 def test_quantiles_are_those_of_numpy_further_out_for_few_documents() -> None:
     values = np.random.default_rng(0).normal(size=(3, 999))
     documents = np.array([10**9, 10, 1])
@@ -190,10 +214,19 @@ def test_quantiles_are_those_of_numpy_further_out_for_few_documents() -> None:
     assert np.isnan([low[2], high[2], error[2]]).all()
 
 
+def test_documents_of_unequal_length_are_worth_fewer() -> None:
+    counts = counts_of(["en"] * 4 + ["ko"] * 3, [1, 1, 1, 3, 2, 2, 2], np.ones((7, 2)))
+    of_labels = pa.table({"label": ["ko", "en"]})
+    assert effective_documents(of_labels, counts).tolist() == [3.0, 6**2 / 12]
+    assert effective_documents(pa.table({"label_a": ["ko"], "label_b": ["en"]}), counts).tolist() == [3.0]
+    counts = counts_of(["en"] * 4 + ["ko"] * 3, [1, 1, 1, 9, 2, 2, 2], np.ones((7, 2)))
+    assert effective_documents(pa.table({"expert": [0, 1]}), counts).tolist() == [12**2 / 84] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("router_entropy", {}, "router_entropy reads decisions, layers: it looks at single tokens.*domain_special"),
+        ("router_entropy_quantiles", {}, "reads decisions, layers: it looks at single tokens.*domain_spec.*router_ent"),
         ("load_balance", {}, "load_balance reads assignments, decisions"),
         ("domain_specialization", {"level": 0.95, "resamples": 1}, "at least 2, got 1"),
         ("domain_specialization", {"level": 100}, "percentage between 0 and 100"),

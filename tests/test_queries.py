@@ -118,7 +118,7 @@ def test_a_case_worked_out_by_hand(case: Path, tmp_path: Path) -> None:
     relation = run.query(case.parent.name, **json.loads((case / "params.json").read_text()))
     actual = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
     expected = read_csv(case / "expected.csv")
-    rounding = 2.5e-4 if case.parent.name == "router_entropy" else 0  # recorded with 11 significant bits
+    rounding = 2.5e-4 if "router_entropy" in case.parent.name else 0  # recorded with 12 significant bits
     assert len(actual) == len(expected), actual
     for got, wanted in zip(actual, expected, strict=True):
         wrong = [name for name, cell in wanted.items() if not same(got[name], cell, rounding)]
@@ -143,6 +143,8 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, m, n) -> None
         assert_same(keyed(run, "domain_specialization", 5, **special), frequency.domain_specialization(found))
         assert_same(keyed(run, "language_overlap", 5, m=m, **special), frequency.language_overlap(found, m))
         assert_same(keyed(run, "router_entropy", 4, **special), frequency.router_entropy(found))
+        quantiles = frequency.router_entropy_quantiles(found)
+        assert_same(keyed(run, "router_entropy_quantiles", 4, **special), quantiles)
         assert_same(keyed(run, "top_experts", 5, n=n, **special), frequency.top_experts(found, n))
         assert_same(keyed(run, "effective_experts", 4, **special), frequency.effective_experts(found))
         assert_same(keyed(run, "dropped_tokens", 4, **special), frequency.dropped_tokens(found))
@@ -204,7 +206,7 @@ def test_a_layer_that_takes_all_experts_shows_no_difference(unequal: Run) -> Non
 
 
 def test_entropies_and_effective_experts_stay_in_range(unequal: Run) -> None:
-    upper = {(m, layer): b for m, _, layer, _, _, b, *_ in unequal.query("router_entropy").fetchall() if "entropy" in m}
+    upper = {(m, layer): b for m, _, layer, _, _, b, _ in unequal.query("router_entropy").fetchall() if "entropy" in m}
     for metric, _, layer, _, value, *_ in unequal.query("router_entropy").fetchall():
         assert 0 <= value <= upper.get((metric, layer), 1) + 1e-3, metric
     for _, _, layer, _, value, baseline, n, *_ in unequal.query("effective_experts").fetchall():

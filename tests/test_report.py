@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import struct
@@ -79,14 +80,19 @@ def test_both_runs_are_told_apart(page, pair):
 
 def test_intervals_and_q_values_are_those_of_the_inference(page, pair):
     tables, run = payload(page)["tables"], open_run(pair[0])
-    columns = tables["effective-experts/rows"]
-    wanted = inference.intervals(run, "effective_experts", resamples=RESAMPLES)
-    main = [name == "pretrained weights" for name in columns["run"]]
-    for name in ("low", "high"):
-        assert [cell for cell, own in zip(columns[name], main, strict=True) if own] == pytest.approx(
-            wanted[name].to_pylist(), rel=5e-4
-        )
-        assert {cell for cell, own in zip(columns[name], main, strict=True) if not own} == {None}
+    for figure, query, metrics in (
+        ("effective-experts", "effective_experts", ["effective_experts"]),
+        ("decisiveness", "router_entropy", ["router_entropy", "topk_mass"]),
+    ):
+        columns = tables[f"{figure}/rows"]
+        rows = inference.intervals(run, query, resamples=RESAMPLES).to_pylist()
+        main = [name == "pretrained weights" for name in columns["run"]]
+        for name in ("low", "high"):
+            wanted = [row[name] for row in rows if row["metric"] in metrics]
+            assert [cell for cell, own in zip(columns[name], main, strict=True) if own] == pytest.approx(
+                wanted, rel=5e-4
+            )
+            assert {cell for cell, own in zip(columns[name], main, strict=True) if not own} == {None}
     test = inference.specialization_test(document_counts(run), resamples=RESAMPLES)
     keys = zip(*(test[name].to_pylist() for name in ("layer", "label", "expert")), strict=True)
     q = dict(zip(keys, test["q"].to_pylist(), strict=True))
@@ -192,9 +198,9 @@ def test_they_fit_the_text_of_a_paper_and_agree_in_size(printed):
 # ---- any run has one ----
 
 
-def report_of(run: Path, **options: object) -> tuple[str, dict]:
+def report_of(run: Path, resamples: int = 0, **options: object) -> tuple[str, dict]:
     out = run.parent / "report.html"
-    write(str(run), out, resamples=0, **options)
+    write(str(run), out, resamples=resamples, **options)
     text = out.read_text(encoding="utf-8")
     return unescape(text), payload(text)
 
@@ -226,6 +232,17 @@ def test_one_language_has_no_divergence(tmp_path, pair):
     text, data = report_of(synthetic_run(tmp_path / "run", layers, [shard], card=pair[0]))
     assert {"overlap", "divergence-by-layer"}.isdisjoint(figure["name"] for figure in data["figures"])
     assert "one language only" in text
+
+
+@pytest.mark.parametrize("documents", [[("en", 40), ("en", 30)], [("en", 40), ("en", 29), ("ko", 1)]])
+def test_tokens_of_one_language_have_intervals_and_no_test_of_significance(tmp_path, pair, documents):
+    layers = [Layer(layer=0, n_experts=4, top_k=2), Layer(layer=1, n_experts=4, top_k=2)]
+    shard = random_shard(np.random.default_rng(7), layers, documents, special=0)
+    shard = dataclasses.replace(shard, is_special=shard.labels == "ko")
+    text, data = report_of(synthetic_run(tmp_path / "run", layers, [shard], card=pair[0]), resamples=RESAMPLES)
+    assert "No test of significance: it compares a language with the others" in text
+    assert all("q" not in columns for columns in data["tables"]["specialization/rows"])
+    assert None not in data["tables"]["decisiveness/rows"]["low"]
 
 
 def test_a_run_without_token_ids_says_so(tmp_path, pair):

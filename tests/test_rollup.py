@@ -27,7 +27,7 @@ from collector.warehouse import Run, list_queries, open_run
 from tests.runs import collect_here, run_config, write_jsonl
 
 LAYERS = [Layer(layer=1, n_experts=4, top_k=2), Layer(layer=4, n_experts=300, top_k=3, has_capacity=True)]
-VIEWS = ("assignments", "document_assignments", "document_counts", "label_counts")
+VIEWS = ("assignments", "document_assignments", "document_counts", "label_counts", "label_statistics")
 
 
 def shards(count: int = 2) -> list[Shard]:
@@ -127,7 +127,7 @@ def test_row_groups_hold_one_router_and_many_shards(run, monkeypatch) -> None:
 def test_a_condition_on_the_layer_reaches_the_files(run) -> None:
     making.make(run)
     opened = open_run(run.root)
-    for view in ("assignments", "document_assignments", "document_counts"):
+    for view in ("assignments", "document_assignments", "document_counts", "label_statistics"):
         plan = opened.connection.sql(f"explain select * from {view} where layer = 4").fetchall()[0][1]
         assert "Filters: layer = 4" in plan, view
 

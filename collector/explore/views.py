@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from collector.trace import palette, pieces
-from collector.warehouse import literal
+from collector.views import literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

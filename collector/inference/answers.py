@@ -1,7 +1,8 @@
 """A query of `queries/`, asked about many samples of documents at once.
 
-There is one definition of each metric, its SQL file; the samples bring their own `assignments`. Each sample is a
-`stack` of its own there, because every query keeps stacks apart, so one statement answers for all of them.
+There is one definition of each metric, its SQL file; the samples bring their own `assignments` and
+`label_statistics`. Each sample is a `stack` of its own there, because every query keeps stacks apart, so one statement
+answers for all of them.
 
 Stops at queries that read more than sums over documents: these cannot be had from weighted counts.
 """
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from collector import locked
 from collector.catalog import find_query, list_queries
+from collector.counts import STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 KEYS = ("metric", "layer", "label", "label_a", "label_b", "expert")
 """Columns that tell the rows of a router's answer apart, where a query has them."""
-_SAMPLED, _GEOMETRY, _GIVEN = {"assignments"}, {"layers", "experts"}, {"labels"}
+_SAMPLED, _GEOMETRY, _GIVEN = {"assignments", "label_statistics"}, {"layers", "experts"}, {"labels"}
 _EVERY_ROW: dict[str, dict[str, Value]] = {"top_experts": {"n": 2**31 - 1}}
 """Parameters with which a sample leaves out no row that the run has: an expert may rank lower there."""
 
@@ -51,7 +53,7 @@ def ask(run: Run, name: str, params: Mapping[str, object], column: str = "value"
         others = ", ".join(each.name for each in list_queries() if _is_label_level(each))
         raise ValueError(
             f"{name} reads {', '.join(query.reads)}: it looks at single tokens, and samples of documents are known by "
-            f"the sums in `assignments`; queries that follow from these are {others}"
+            f"the sums in {' and '.join(sorted(_SAMPLED))}; queries that follow from these are {others}"
         )
     answer = run.query(name, **params).to_arrow_table()
     numbers = [field.name for field in answer.schema if field.name not in KEYS and _is_number(field.type)]
@@ -72,7 +74,8 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _is_label_level(query: Query) -> bool:
-    return _SAMPLED <= set(query.reads) <= _SAMPLED | _GEOMETRY | _GIVEN
+    reads = set(query.reads)
+    return bool(reads & _SAMPLED) and reads <= _SAMPLED | _GEOMETRY | _GIVEN
 
 
 class SampledQuery:
@@ -125,27 +128,36 @@ class SampledQuery:
 
 
 def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
-    """`assignments`, `layers` and `experts` as the views have them, with the number of the sample for a stack."""
+    """`_SAMPLED` and `_GEOMETRY` as the views have them, with the number of the sample for a stack."""
     samples, labels, experts = sums.picks_SLE.shape
     sample_S, expert_E = np.arange(samples, dtype=np.int32), np.arange(experts, dtype=np.int32)
-    label = np.tile(np.repeat(np.arange(labels, dtype=np.int32), experts), samples)
-    assignments = {
-        "stack": np.repeat(sample_S, labels * experts),
-        "label": pa.DictionaryArray.from_arrays(pa.array(label), pa.array(sums.labels)),
-        "is_special": np.zeros(len(label), bool),
+    assignments = _keys_of_labels(sums, experts) | {
         "expert": np.tile(expert_E, samples * labels),
         "tokens": np.repeat(sums.tokens_SL.astype(np.int64), experts),
         "picks": sums.picks_SLE.astype(np.int64).ravel(),
         "top1": sums.top1_SLE.astype(np.int64).ravel(),
         "weight_sum": sums.weight_sum_SLE.ravel(),
     }
+    statistics = dict(zip(STATISTICS, sums.statistics_SLM.reshape(-1, len(STATISTICS)).T, strict=True))
     columns = {
         "assignments": assignments,
+        "label_statistics": _keys_of_labels(sums, 1) | {"tokens": sums.tokens_SL.ravel()} | statistics,
         "layers": {"stack": sample_S},
         "experts": {"stack": np.repeat(sample_S, experts), "expert": np.tile(expert_E, samples)},
     }
     geometry = {"layer": counts.layer, "n_experts": counts.n_experts, "top_k": counts.top_k}
     return {name: _with_constants(each, geometry) for name, each in columns.items()}
+
+
+def _keys_of_labels(sums: Sums, rows: int) -> dict[str, NDArray | pa.Array]:
+    """Sample, label and whether tokens are special, for so many rows of each sample and label."""
+    samples, labels = sums.tokens_SL.shape
+    label = np.tile(np.repeat(np.arange(labels, dtype=np.int32), rows), samples)
+    return {
+        "stack": np.repeat(np.arange(samples, dtype=np.int32), labels * rows),
+        "label": pa.DictionaryArray.from_arrays(pa.array(label), pa.array(sums.labels)),
+        "is_special": np.zeros(len(label), bool),
+    }
 
 
 def _with_constants(columns: dict[str, NDArray | pa.Array], constants: Mapping[str, int]) -> pa.Table:

@@ -5,7 +5,9 @@ Documents are drawn with replacement within each label, and the query's own stat
 
 - Few documents: the bootstrap takes the spread of N documents for that of the text, too narrow by sqrt((N - 1) / N),
   and a normal tail for a t tail with N - 1 degrees of freedom. The quantiles lie further out accordingly (Hesterberg
-  2015, "What Teachers Should Know About the Bootstrap", arXiv 1411.5279: expanded percentile).
+  2015, "What Teachers Should Know About the Bootstrap", arXiv 1411.5279: expanded percentile). Where documents differ
+  in length, the long ones decide: N is then (sum of n)^2 / (sum of n^2) over their tokens n (Kish 1965, Survey
+  Sampling: effective sample size).
 - Bias: divergences, similarities and numbers of experts depend on the size of the sample, and each sample has the
   bias of the answer once more. Where it is more than chance leaves of it, the interval is moved back by twice the bias
   (mean of the samples - value). Sets jump rather than drift, so `jaccard` and whole numbers stay where they are.
@@ -84,7 +86,7 @@ def intervals(
     for here, rows, counts in routers(run, asked, answer, params):
         documents_R = fewest_documents(rows, counts)
         values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=seed)
-        found = interval(values_RS, documents_R, level, estimates(rows, column))
+        found = interval(values_RS, effective_documents(rows, counts), level, estimates(rows, column))
         for values, each in zip(added.values(), (documents_R, *dataclasses.astuple(found)), strict=True):
             values[here] = each
     for name, values in added.items():
@@ -114,8 +116,8 @@ def routers(
 ) -> Iterator[tuple[NDArray[np.intp], pa.Table, DocumentCounts]]:
     """The answer router by router: the numbers of the router's rows, these rows, and the counts of its documents."""
     values: dict[str, Any] = asked.query.bind(params)
-    # A query that reads more than `assignments` may compare with a label that `labels` does not name.
-    labels = values["labels"] if asked.query.reads == ("assignments",) else None
+    # A query that reads `labels` may compare with one that its parameter `labels` does not name.
+    labels = None if "labels" in asked.query.reads else values["labels"]
     where = {name: values[name] for name in ("stack", "layer", "include_special")}
     for counts in document_counts(run, labels=labels, **where):
         here = pc.and_(pc.equal(answer["stack"], counts.stack), pc.equal(answer["layer"], counts.layer))
@@ -125,11 +127,22 @@ def routers(
 
 def fewest_documents(rows: pa.Table, counts: DocumentCounts) -> NDArray[np.int64]:
     """[R] documents of the label of each row that has the fewest; of all labels where a row names none."""
-    members = {label: len(documents) for label, documents in documents_of(counts).items()}
+    return _least(rows, {label: len(documents) for label, documents in documents_of(counts).items()})
+
+
+def effective_documents(rows: pa.Table, counts: DocumentCounts) -> NDArray[np.float64]:
+    """[R] the same in documents of one length that would be worth as much: as many at most."""
+    members = documents_of(counts).items()
+    tokens = {label: counts.tokens_D[documents].astype(np.float64) for label, documents in members}
+    return _least(rows, {label: n.sum() ** 2 / (n**2).sum() for label, n in tokens.items()})
+
+
+def _least(rows: pa.Table, of_label: Mapping[str, float]) -> NDArray:
+    """[R] the least of the labels that each row names; of all labels where it names none."""
     named = [rows[column].to_pylist() for column in _LABELS if column in rows.column_names]
     if not named:
-        return np.full(rows.num_rows, min(members.values()))
-    return np.array([min(members[label] for label in labels) for labels in zip(*named, strict=True)], np.int64)
+        return np.full(rows.num_rows, min(of_label.values()))
+    return np.array([min(of_label[label] for label in labels) for labels in zip(*named, strict=True)])
 
 
 def estimates(rows: pa.Table, column: str) -> NDArray[np.float64]:
@@ -152,7 +165,7 @@ class Interval:
 
 def interval(
     values_RS: NDArray[np.float64],
-    documents_R: NDArray[np.int64],
+    documents_R: NDArray[np.float64],
     level: float,
     estimate_R: NDArray[np.float64] | None = None,
 ) -> Interval:
@@ -160,7 +173,7 @@ def interval(
 
     Args:
         values_RS: [R, S] the values of R rows in S samples; sorted in place.
-        documents_R: [R] the documents that were drawn from.
+        documents_R: [R] the documents that were drawn from, see `effective_documents`.
         level: nominal coverage in percent.
         estimate_R: [R] the values in the run, of which the samples may be biased; NaN or nothing: do not ask.
     """
@@ -176,7 +189,7 @@ def interval(
     return Interval(**{name: np.where(known_R, each, np.nan) for name, each in found.items()})
 
 
-def _tail(documents_R: NDArray[np.int64], level: float) -> NDArray[np.float64]:
+def _tail(documents_R: NDArray[np.float64], level: float) -> NDArray[np.float64]:
     """Share of samples beyond each end."""
     quantile = stats.t.ppf(0.5 + level / 200, documents_R - 1)
     return stats.norm.cdf(-np.sqrt(documents_R / (documents_R - 1)) * quantile)

@@ -14,7 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from collector.inference.answers import KEYS, ask
-from collector.inference.bootstrap import fewest_documents, interval, require_range, routers, sampled_values
+from collector.inference.bootstrap import (
+    effective_documents,
+    fewest_documents,
+    interval,
+    require_range,
+    routers,
+    sampled_values,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,10 +72,11 @@ def sample_size_curve(
     tables = []
     for place, rows, counts in routers(run, asked, answer, params):
         available_R = fewest_documents(rows, counts)
+        worth_R = effective_documents(rows, counts) / available_R
         for size in sizes or _sizes(int(available_R.min())):
             values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=seed, size=size)
             mean_R, documents_R = values_RS.mean(axis=1), np.full(len(place), size)
-            found = interval(values_RS, documents_R, level)
+            found = interval(values_RS, size * worth_R, level)
             columns = {
                 "row": place, "documents": documents_R, "available": available_R, "value": mean_R, "low": found.low_R,
                 "high": found.high_R, "width": found.high_R - found.low_R, "standard_error": found.standard_error_R,

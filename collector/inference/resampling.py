@@ -8,7 +8,7 @@ Guarantees: the draws of a label depend on the seed, the label's name and its nu
 the same in all routers and whatever other labels there are; memory is bounded by working in portions of samples.
 Nothing here reads a run.
 
-Shapes: S samples, D documents (N of one label), L labels, E experts, C = 1 + 3 E columns of counts.
+Shapes: S samples, D documents (N of one label), L labels, E experts, M statistics, C = 1 + M + 3 E columns of counts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from collector.counts import STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,11 +34,13 @@ _PORTION = 4_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sums:
-    """What the view `assignments` tells of one router, for S samples of its documents."""
+    """What the views `assignments` and `label_statistics` tell of one router, for S samples of its documents."""
 
     labels: tuple[str, ...]
     """The L labels that have documents there."""
     tokens_SL: NDArray[np.float64]
+    statistics_SLM: NDArray[np.float64]
+    """Sums over tokens, in the order of `STATISTICS`."""
     picks_SLE: NDArray[np.float64]
     top1_SLE: NDArray[np.float64]
     weight_sum_SLE: NDArray[np.float64]
@@ -44,15 +48,18 @@ class Sums:
     @classmethod
     def of(cls, labels: tuple[str, ...], sums_SLC: NDArray[np.float64]) -> Sums:
         """Takes apart the sums of `columns`."""
-        picks, top1, weight_sum = np.split(sums_SLC[:, :, 1:], 3, axis=2)
+        statistics, of_experts = np.split(sums_SLC[:, :, 1:], [len(STATISTICS)], axis=2)
+        picks, top1, weight_sum = np.split(of_experts, 3, axis=2)
         return cls(
-            labels=labels, tokens_SL=sums_SLC[:, :, 0], picks_SLE=picks, top1_SLE=top1, weight_sum_SLE=weight_sum
-        )
+            labels=labels, tokens_SL=sums_SLC[:, :, 0], statistics_SLM=statistics, picks_SLE=picks, top1_SLE=top1,
+            weight_sum_SLE=weight_sum,
+        )  # fmt: skip
 
 
 def columns(counts: DocumentCounts) -> NDArray[np.float64]:
-    """[D, C] tokens, picks, first choices and weights of each document; float64 is exact up to 2^53."""
-    blocks: list[NDArray] = [counts.tokens_D[:, None], counts.picks_DE, counts.top1_DE, counts.weight_sum_DE]
+    """[D, C] tokens, statistics, picks, first choices and weights of each document; float64 is exact up to 2^53."""
+    scalars: list[NDArray] = [counts.tokens_D[:, None], counts.statistics_DM]
+    blocks = [*scalars, counts.picks_DE, counts.top1_DE, counts.weight_sum_DE]
     return np.concatenate(blocks, axis=1, dtype=np.float64)
 
 

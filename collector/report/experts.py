@@ -41,12 +41,11 @@ def _decisiveness(subject: Subject) -> Figure:
     where = f"metric in ('router_entropy', 'topk_mass') and {in_labels(subject.labels)}"
     return _by_label(
         subject,
-        fetch(subject.sides, "router_entropy", columns, where=where),
+        fetch(subject.sides, "router_entropy", columns, where=where, resamples=subject.resamples),
         name="decisiveness",
         title="Router entropy and top-k mass",
         text="How spread the router's distribution is over all experts, and how much of it the chosen k have; means "
         "over the tokens of each language. The dashed line is a router that prefers nothing.",
-        without="No intervals: this query looks at single tokens, and intervals come from sums over documents.",
         panels={"router_entropy": "router entropy (nats)", "topk_mass": "top-k mass"},
     )
 
@@ -62,14 +61,11 @@ def _effective(subject: Subject) -> Figure:
         title="Effective number of experts",
         text="How many equally loaded experts would have the entropy of a language's load. It grows with the number of "
         "tokens: compare languages of similar size. The dashed line is the number of experts.",
-        without="No intervals were asked for (--resamples).",
         panels={"effective_experts": "effective experts"},
     )
 
 
-def _by_label(
-    subject: Subject, rows: Table, *, name: str, title: str, text: str, without: str, panels: dict[str, str]
-) -> Figure:
+def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str, panels: dict[str, str]) -> Figure:
     labels = len(subject.labels)
     return Figure(
         name=name,
@@ -85,9 +81,10 @@ def _by_label(
         tables={"rows": rows},
         notes=[
             f"{labels} languages, {span(rows['n'])} tokens of each; grey: those that are not in colour.",
-            f"Bands: {LEVEL} % intervals, a bootstrap over documents ({rows.resamples:,} samples)."
+            f"Bands: {LEVEL} % intervals, a bootstrap over documents ({rows.resamples:,} samples). Where none is to be "
+            "seen it is narrower than the curve."
             if rows.resamples
-            else without,
+            else "No intervals were asked for (--resamples).",
         ],
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figu
         own = table.having(_row=places(table, "label", labels), _column=places(table, "expert", experts))
         own = own.only(own["_column"] < [len(experts.get(router, ())) for router in own.routers()])
         main = side is subject.sides[0]
-        tested = main and subject.resamples > 0 and len(subject.labels) > 1
+        tested = main and subject.resamples > 0 and _can_be_tested(own)
         own = _tested(own, side, subject.resamples) if tested else own
         found.append(
             Figure(
@@ -76,11 +76,16 @@ def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figu
                              **({"q": "Q"} if tested else {})},
                 ),
                 tables={"rows": own},
-                notes=[_tokens_each(own), _baselines(own), *_significance(own, subject.resamples, tested),
+                notes=[_tokens_each(own), _baselines(own), *([_significance(own, subject.resamples)] if main else []),
                        *_left_out(table, own)],
             )
         )  # fmt: skip
     return found
+
+
+def _can_be_tested(rows: Table) -> bool:
+    """Whether every router has another language to compare one with; a label may have special tokens only."""
+    return all(len(set(rows.of(router)["label"].tolist())) > 1 for router in set(rows.routers()))
 
 
 def _tested(rows: Table, side: Side, resamples: int) -> Table:
@@ -94,14 +99,16 @@ def _tested(rows: Table, side: Side, resamples: int) -> Table:
     return dataclasses.replace(tested, also=[command])
 
 
-def _significance(rows: Table, resamples: int, tested: bool) -> list[str]:
-    if not tested:
-        return []
+def _significance(rows: Table, resamples: int) -> str:
+    if not resamples:
+        return "No test of significance was asked for (--resamples)."
+    if "q" not in rows.columns:
+        return "No test of significance: it compares a language with the others, and there are tokens of one only."
     found = int((rows["q"] < 0.05).sum())
-    return [
+    return (
         f"Dots: chosen significantly more than by the other languages (permutation test of the documents' labels, "
         f"{resamples:,} shuffles, q < 0.05 over all layers): {found:,} of {len(rows):,} cells."
-    ]
+    )
 
 
 def _most_specialised(rows: Table, most: int) -> list[int]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 WEIGHT_TOLERANCE = 1e-5
 STATISTIC_TOLERANCE = 3e-4
-"""Statistics are stored with 11 significant bits."""
+"""Statistics are stored with 12 significant bits."""
 
 
 @dataclasses.dataclass(kw_only=True)

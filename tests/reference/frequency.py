@@ -84,19 +84,36 @@ def _most_used(group: Group, m: int) -> set[int]:
 def router_entropy(found: Sequence[Group]) -> dict:
     rows = {}
     for g in found:
-        e, k = g.geometry.n_experts, g.geometry.top_k
-        weights = g.weights_tk.astype(np.float64)
-        weight_entropy = np.array([entropy(w / w.sum()) for w in weights])
-        metrics = {
-            "router_entropy": (g.statistics["entropy"], math.log(e)),
-            "weight_entropy": (weight_entropy, math.log(k)),
-            "topk_mass": (g.statistics["topk_mass"], k / e),
-            "margin": (g.statistics["margin"], 0),
-        }
-        for metric, (values, baseline) in metrics.items():
-            values = values.astype(np.float64)
-            rows[metric, *g.router, g.label] = (values.mean(), baseline, g.tokens, np.median(values))
+        for metric, (values, baseline) in _decisiveness(g).items():
+            rows[metric, *g.router, g.label] = (values.mean(), baseline, g.tokens)
     return rows
+
+
+def router_entropy_quantiles(found: Sequence[Group]) -> dict:
+    rows = {}
+    for g in found:
+        for metric, (values, baseline) in _decisiveness(g).items():
+            first, median, third = np.quantile(_rounded(values), [0.25, 0.5, 0.75])
+            rows[metric, *g.router, g.label] = (median, baseline, g.tokens, first, third)
+    return rows
+
+
+def _decisiveness(g: Group) -> dict[str, tuple[np.ndarray, float]]:
+    """Metric -> [T] its values, and its baseline."""
+    e, k = g.geometry.n_experts, g.geometry.top_k
+    weight_entropy = np.array([entropy(w / w.sum()) for w in g.weights_tk.astype(np.float64)])
+    return {
+        "router_entropy": (g.statistics["entropy"].astype(np.float64), math.log(e)),
+        "weight_entropy": (weight_entropy, math.log(k)),
+        "topk_mass": (g.statistics["topk_mass"].astype(np.float64), k / e),
+        "margin": (g.statistics["margin"].astype(np.float64), 0),
+    }
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To 12 significant bits, which those that are recorded have."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.rint(np.ldexp(mantissa, 12)), exponent - 12)
 
 
 def top_experts(found: Sequence[Group], n: int) -> dict:

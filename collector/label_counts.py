@@ -1,0 +1,206 @@
+"""The views `label_tokens` and `label_counts` of a run without a rollup, counted when a query first needs them.
+
+DuckDB reads the columns and numpy counts them, several times as fast as a `group by` over every pick (docs/queries.md).
+What is counted is defined by the SQL of the two views, which any other statement still reads.
+
+Guarantees: the numbers of that SQL, sums of weights up to the order of addition; a router is counted once, when a
+query first asks about it, its weights when a query first reads them. Memory: a batch of rows, and a few numbers per
+label, router and expert.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from collector.catalog import read_header, split_names
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import duckdb
+    from numpy.typing import NDArray
+
+    from collector.catalog import Query, Value
+    from collector.records import Layer
+
+_COUNTED = ("label_tokens", "label_counts")
+_OF_WEIGHTS = ("top1", "weight_sum")
+"""Columns that need the weights; a statement that names neither reads neither."""
+_BATCH = 100_000
+"""Rows: the arrays of a batch fit the processor's cache."""
+
+
+class LabelCounts:
+    """Counts of an opened run by label, in a schema of their own beside that of its views."""
+
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, layers: Sequence[Layer], views: Mapping[str, str], schema: str
+    ) -> None:
+        """Makes empty tables, and over them the views that read them.
+
+        Args:
+            connection: the DuckDB that has the views of the run.
+            layers: the run's routers.
+            views: name -> select of its derived views, each after those that it reads.
+            schema: where they are.
+        """
+        self._connection, self._layers = connection, layers
+        self._schema, self._own = schema, f"{schema}_counted"
+        self._above = _readers(views)
+        self._done: dict[bool, set[Layer]] = {False: set(), True: set()}
+        """Whether with weights -> routers."""
+        self._lock = threading.Lock()
+        tables = [f"create table {self._own}.{name} as from {schema}.{name} limit 0" for name in _COUNTED]
+        above = [f"create view {self._own}.{name} as\n{views[name]}" for name in self._above]
+        connection.cursor().execute(";\n".join([f"create schema {self._own}", *tables, self._search(), *above]))
+
+    def _search(self) -> str:
+        return f"set search_path = '{self._own},{self._schema}'"
+
+    def provide(self, cursor: duckdb.DuckDBPyConnection, query: Query, values: Mapping[str, Value]) -> None:
+        """Counts the routers that a query asks about, if it reads counts, and lets the cursor see them.
+
+        Args:
+            cursor: where the query will run.
+            query: the query.
+            values: its parameters.
+        """
+        if self._above.isdisjoint(query.reads):
+            return
+        stack, layer = values.get("stack"), values.get("layer")
+        asked = {one for one in self._layers if stack in (None, one.stack) and layer in (None, one.layer)}
+        weights = any(column in query.sql for column in _OF_WEIGHTS)
+        with self._lock:
+            self._count(asked - self._done[weights], weights=weights)
+        cursor.execute(self._search())
+
+    def _count(self, layers: set[Layer], *, weights: bool) -> None:
+        """Counts these routers, in place of what was counted of them without weights."""
+        cursor = self._connection.cursor()
+        cursor.execute(f"use {self._schema}")
+        for stack in sorted({layer.stack for layer in layers}):
+            own = [layer for layer in layers if layer.stack == stack]
+            counts = _count_stack(cursor, own, weights=weights)
+            cursor.execute("begin")
+            for name, table in zip(_COUNTED, (counts.tokens(stack), counts.picks(stack)), strict=True):
+                stale = f"delete from {self._own}.{name} where stack = $stack and list_contains($layers, layer)"
+                cursor.execute(stale, {"stack": stack, "layers": [layer.layer for layer in own]})
+                cursor.register("counted_now", table)
+                cursor.execute(f"insert into {self._own}.{name} by name from counted_now")
+            cursor.execute("commit")
+        self._done[False] |= layers
+        self._done[weights] |= layers
+
+
+def counts_tokens(views: Mapping[str, str]) -> bool:
+    """Whether these views of a run count its tokens, rather than read counts of documents or labels."""
+    return _reads(views["label_counts"]) == ("decisions",)
+
+
+def _reads(select: str) -> tuple[str, ...]:
+    return split_names(read_header(select)["reads"])
+
+
+def _readers(views: Mapping[str, str]) -> set[str]:
+    """The views that read counts, directly or through others."""
+    readers = set(_COUNTED)
+    for name, select in views.items():
+        if not readers.isdisjoint(_reads(select)):
+            readers.add(name)
+    return readers - set(_COUNTED)
+
+
+def _count_stack(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], *, weights: bool) -> _Counts:
+    """Counts routers of one stack, in one pass over the rows."""
+    labels = [name for (name,) in cursor.execute("select label from labels order by label").fetchall()]
+    counts = _Counts(labels, experts=max(layer.n_experts for layer in layers))
+    top_k = max(layer.top_k for layer in layers)
+    # A layer with fewer picks than others has nulls beyond them, which arrays do not know.
+    least = min(layer.top_k for layer in layers)
+    experts = [f"e{i}" if i < least else f"coalesce(e{i}::usmallint, {counts.nobody})" for i in range(top_k)]
+    weighed = [f"w{i}" if i < least else f"coalesce(w{i}, '-infinity')" for i in range(top_k) if weights]
+    cell = "(layer::uinteger * $labels + coalesce(list_position($names, label), 0)) * 2 + is_special::uinteger"
+    rows = cursor.sql(
+        f"select ({cell})::uinteger, {', '.join(experts + weighed)} from routing "
+        f"where stack = $stack and layer in ({', '.join(str(layer.layer) for layer in layers)})",
+        params={"labels": len(counts.labels), "names": labels, "stack": layers[0].stack},
+    )
+    for batch in rows.to_arrow_reader(_BATCH):
+        cell_t, *picked = (column.to_numpy() for column in batch.columns)
+        counts.add(cell_t, picked[:top_k], picked[top_k:])
+    return counts
+
+
+class _Counts:
+    """Counts by cell, a cell being (layer, label, whether special), in the order of these three.
+
+    Axes: T rows of a batch, C cells of it, E experts and one more, who is nobody.
+    """
+
+    def __init__(self, labels: Sequence[str], experts: int) -> None:
+        self.labels = (None, *labels)
+        self.nobody = experts
+        """The expert of no pick."""
+        self._tokens: dict[int, int] = {}
+        self._sums: dict[int, NDArray[np.float64]] = {}
+        """Cell -> [3, E] picks, top-1 and sums of weights; exact for counts."""
+
+    def add(
+        self, cell_t: NDArray[np.uint32], experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray[np.float32]]
+    ) -> None:
+        """Counts rows.
+
+        Args:
+            cell_t: [T] cells.
+            experts_kt: k arrays, [T] experts.
+            weights_kt: k arrays, [T] weights, or none.
+        """
+        tokens = np.bincount(cell_t)
+        cells = np.flatnonzero(tokens)
+        size = len(cells) * (self.nobody + 1)
+        starts = np.zeros(len(tokens), np.int64)
+        starts[cells] = np.arange(0, size, self.nobody + 1)
+        start_t = starts[cell_t]
+        sums = np.zeros((3, size))
+        for expert_t in experts_kt:
+            sums[0] += np.bincount(start_t + expert_t, minlength=size)
+        if weights_kt:
+            top_t, highest_t = experts_kt[0], weights_kt[0]
+            for expert_t, weight_t in zip(experts_kt[1:], weights_kt[1:], strict=True):
+                higher_t = weight_t > highest_t  # the first among equals stays
+                top_t, highest_t = np.where(higher_t, expert_t, top_t), np.where(higher_t, weight_t, highest_t)
+            sums[1] = np.bincount(start_t + top_t, minlength=size)
+            for expert_t, weight_t in zip(experts_kt, weights_kt, strict=True):
+                sums[2] += np.bincount(start_t + expert_t, weight_t, minlength=size)
+        for i, cell in enumerate(cells.tolist()):
+            self._tokens[cell] = self._tokens.get(cell, 0) + int(tokens[cell])
+            self._sums[cell] = self._sums.get(cell, 0) + sums.reshape(3, len(cells), -1)[:, i]
+
+    def tokens(self, stack: str) -> pa.Table:
+        """Rows of `label_tokens`."""
+        cells = np.array(sorted(self._tokens), np.int64)
+        return pa.table({**self._named(cells, stack), "tokens": [self._tokens[cell] for cell in cells.tolist()]})
+
+    def picks(self, stack: str) -> pa.Table:
+        """Rows of `label_counts`."""
+        cells = np.array(sorted(self._sums), np.int64)
+        sums = np.array([self._sums[cell][:, : self.nobody] for cell in cells.tolist()]).reshape(-1, 3, self.nobody)
+        place, expert = np.nonzero(sums[:, 0])
+        picks, top1, weight_sum = sums[place, :, expert].T
+        return pa.table(
+            {
+                **self._named(cells[place], stack), "expert": expert, "picks": picks.astype(np.int64),
+                "top1": top1.astype(np.int64), "weight_sum": weight_sum,
+            }
+        )  # fmt: skip
+
+    def _named(self, cells: NDArray[np.int64], stack: str) -> dict[str, pa.Array | NDArray]:
+        label = cells // 2 % len(self.labels)
+        return {
+            "stack": pa.array([stack] * len(cells), pa.string()), "layer": cells // 2 // len(self.labels),
+            "label": pa.array(self.labels, pa.string()).take(pa.array(label)), "is_special": cells % 2 == 1,
+        }  # fmt: skip
