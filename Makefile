@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_LABELS := eng_Latn deu_Latn fra_Latn spa_Latn pol_Latn tur_Latn vie_Latn rus_Cyrl bul_Cyrl \
 	ukr_Cyrl ell_Grek arb_Arab heb_Hebr hin_Deva tha_Thai kor_Hang jpn_Jpan zho_Hani
 
-.PHONY: demo test chaos check format bench figure notebooks clean
+.PHONY: demo test chaos check format bench figure screenshots notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/collector collect --out runs/demo
@@ -41,6 +41,9 @@ bench: $(INSTALLED)
 figure: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plots]'
 	$(BIN)/python docs/figure.py docs/demo.png
+
+screenshots: $(INSTALLED)
+	$(BIN)/python -m docs.screenshots
 
 # Runs every notebook, and keeps what it shows: notebooks/exported/*.ipynb and *.html.
 notebooks: $(INSTALLED)

@@ -129,7 +129,8 @@ def generate(root: str, geometry: Geometry) -> RunDirectory:
     info = {
         "format": 1, "config": {"model": "generated", "store": [], "token_ids": "keep"}, "plan_hash": "generated",
         "plan": {"shards": geometry.shards, "documents": geometry.shards * geometry.docs_per_shard},
-        "model": {"id": "generated", "weights": "random"}, "tokenizer": {"entries": VOCABULARY},
+        "model": {"id": "generated", "model_type": "none", "weights": "random"}, "memory": {"summary": "no weights"},
+        "tokenizer": {"entries": VOCABULARY},
         "layers": [dataclasses.asdict(each) | {"router": f"layers.{each.layer}"} for each in routers],
     }  # fmt: skip
     run.store.put_new(RUN, json.dumps(info).encode())

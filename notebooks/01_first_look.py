@@ -19,7 +19,7 @@ with app.setup:
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
     from collector.driver import collect_in_process
 
-    alt.data_transformers.disable_max_rows()
+    _ = alt.data_transformers.disable_max_rows()
 
 
 @app.cell(hide_code=True)
@@ -164,14 +164,14 @@ def _(layer, run, sentences):
         ignore_index=True,
     )
     top_experts = trace[["label", "position", "token", "expert", "experts", "router_entropy", "topk_mass"]]
-    top_experts
+    top_experts.astype({"router_entropy": float, "topk_mass": float}).round(3)
     return (top_experts,)
 
 
 @app.cell
 def _(layer, run):
     favourites = run.query("top_experts", layer=layer.value, n=3).df().query("metric == 'top1'")
-    mo.vstack([mo.md("The experts that most tokens of each sentence choose first:"), favourites])
+    mo.vstack([mo.md("The experts that most tokens of each sentence choose first:"), favourites.round(3)])
     return
 
 

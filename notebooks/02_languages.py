@@ -17,7 +17,7 @@ with app.setup:
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
     from collector.driver import collect_in_process
 
-    alt.data_transformers.disable_max_rows()
+    _ = alt.data_transformers.disable_max_rows()
 
 
 @app.cell(hide_code=True)
@@ -77,7 +77,7 @@ def _(connection):
             label,
             documents,
             tokens,
-            tokens / characters as tokens_per_character
+            round(tokens / characters, 3) as tokens_per_character
         from labels
         order by tokens desc
         """,
@@ -150,7 +150,7 @@ def _(layer, runs, shown):
         run.query("top_experts", layer=layer.value, labels=shown.value).df().assign(weights=weights)
         for weights, run in runs.items()
     ).query("metric == 'top1'")
-    top_experts[["weights", "label", "rank", "expert", "count", "value", "n"]]
+    top_experts[["weights", "label", "rank", "expert", "count", "value", "n"]].round(3)
     return (top_experts,)
 
 

@@ -14,6 +14,7 @@ with app.setup:
     import marimo as mo
     import torch
     from transformers import AutoTokenizer, SwitchTransformersConfig, SwitchTransformersModel
+    from transformers.utils import logging
 
     from collector import open_run
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
@@ -59,6 +60,7 @@ def _(given, scratch):
             num_layers=4, num_sparse_encoder_layers=2, num_decoder_layers=4, num_sparse_decoder_layers=2,
             pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
         )  # fmt: skip
+        logging.disable_progress_bar()
         SwitchTransformersModel(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
         return str(folder)
@@ -159,7 +161,7 @@ def _(layer, prompt, run):
     tokens = trace.assign(probability=trace.weights.str[0])[
         ["position", "token", "expert", "probability", "router_entropy", "dropped_picks"]
     ]
-    tokens
+    tokens.astype({"probability": float, "router_entropy": float}).round(3)
     return (tokens,)
 
 
@@ -202,13 +204,13 @@ def _(run):
     mo.vstack(
         [
             mo.md("How decided the router is: the mean over a set's tokens, beside what no preference would give."),
-            entropy[["metric", "layer", "label", "value", "baseline", "n"]],
+            entropy[["metric", "layer", "label", "value", "baseline", "n"]].round(3),
             mo.md("The median, and what the middle half of the tokens lie between:"),
-            quantiles[["metric", "layer", "label", "value", "first_quartile", "third_quartile"]],
+            quantiles[["metric", "layer", "label", "value", "first_quartile", "third_quartile"]].round(3),
             mo.md("Tokens that the capacity kept from their expert:"),
-            drops[["layer", "label", "value", "n"]],
+            drops[["layer", "label", "value", "n"]].round(3),
             mo.md("The same question in both sets: 0 where it is routed alike, 1 where the two share no expert."),
-            divergence[["metric", "layer", "value", "n"]],
+            divergence[["metric", "layer", "value", "n"]].round(3),
         ]
     )
     return divergence, drops, entropy, quantiles

@@ -18,7 +18,7 @@ with app.setup:
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
     from collector.driver import collect_in_process
 
-    alt.data_transformers.disable_max_rows()
+    _ = alt.data_transformers.disable_max_rows()
 
 
 @app.cell(hide_code=True)

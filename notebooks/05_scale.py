@@ -142,7 +142,7 @@ def _(run_folder):
     run = open_run(run_folder)
     connection = run.connection
     favourites = run.query("top_experts", layer=4, labels=["eng_Latn", "kor_Hang"], n=3).df()
-    favourites
+    favourites.round(3)
     return connection, favourites
 
 

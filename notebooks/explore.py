@@ -15,23 +15,28 @@ def _():
     import marimo as mo
 
     from collector import open_run, show
-    from collector.explore import views
+    from collector.explore import advice, views
     from collector.explore.panel import Panel
     from collector.trace import page, read
 
-    return Panel, mo, open_run, page, read, show, views
+    def still(element):
+        """What a control looks like: a cell that names this, not the control, is not run again by a choice."""
+        return mo.Html(element.text)
+
+    return Panel, advice, mo, open_run, page, read, show, still, views
 
 
 @app.cell
-def _(mo, open_run):
-    run = open_run(mo.cli_args()["run"])
+def _(advice, mo, open_run):
+    _root = mo.cli_args()["run"]
+    run, slow = open_run(_root), advice.slow(_root)
     # What the link asks for; each choice is taken up once, and then belongs to whoever looks.
     asked = dict(mo.query_params().to_dict())
-    return asked, run
+    return asked, run, slow
 
 
 @app.cell
-def _(asked, mo, run):
+def _(asked, mo, run, still):
     _labels = [row[0] for row in run.sql("select label from labels order by label").fetchall()]
     _stacks = list(dict.fromkeys(one["stack"] for one in run.info["layers"]))
     language = mo.ui.dropdown(
@@ -41,21 +46,23 @@ def _(asked, mo, run):
         _stacks, value=asked["stack"] if asked.get("stack") in _stacks else _stacks[0], label="Stack"
     )
     several_stacks = len(_stacks) > 1
-    return language, several_stacks, stack
+    of_language, of_stack = still(language), still(stack)
+    return language, of_language, of_stack, several_stacks, stack
 
 
 @app.cell
-def _(asked, mo, run, stack):
+def _(asked, mo, run, stack, still):
     _layers = sorted(one["layer"] for one in run.info["layers"] if one["stack"] == stack.value)
     _wanted = int(asked["layer"]) if str(asked.get("layer", "")).isdecimal() else _layers[len(_layers) // 2]
     layer = mo.ui.slider(
         steps=_layers, value=_wanted if _wanted in _layers else _layers[0], label="Layer", show_value=True
     )
-    return (layer,)
+    of_layer = still(layer)
+    return layer, of_layer
 
 
 @app.cell
-def _(asked, mo, page):
+def _(asked, mo, page, still):
     by = mo.ui.radio(
         page.BY, value=asked["by"] if asked.get("by") in page.BY else "expert", label="Colour by", inline=True
     )
@@ -63,11 +70,12 @@ def _(asked, mo, page):
         value=asked.get("where", ""), label="Documents where", placeholder="tokens > 40 and doc_id like '%7'",
         full_width=True,
     )  # fmt: skip
-    return by, condition
+    of_colour, of_condition = still(by), still(condition)
+    return by, condition, of_colour, of_condition
 
 
 @app.cell
-def _(asked, condition, language, mo, run, views):
+def _(asked, condition, language, mo, run, still, views):
     try:
         _found, refused = views.documents(run, language.value, condition.value), ""
     except ValueError as error:
@@ -77,14 +85,16 @@ def _(asked, condition, language, mo, run, views):
     document = mo.ui.dropdown(
         _options, value=_wanted or next(iter(_options), None), label="Document", searchable=True, full_width=True
     )
-    return document, refused
+    of_document = still(document)
+    return document, of_document, refused
 
 
 @app.cell
-def _(Panel, asked, mo):
+def _(Panel, asked, mo, still):
     widget = Panel(expert=int(asked["expert"]) if str(asked.get("expert", "")).isdecimal() else None)
     panel = mo.ui.anywidget(widget)
-    return panel, widget
+    of_panel = still(panel)
+    return of_panel, panel, widget
 
 
 @app.cell
@@ -94,15 +104,8 @@ def _(by, widget):
 
 
 @app.cell
-def _(document, layer, page, read, refused, run, several_stacks, stack, views, widget):
+def _(layer, several_stacks, stack):
     name = f"{stack.value} layer {layer.value}" if several_stacks else f"layer {layer.value}"
-    if document.value is None:
-        widget.tokens = views.message(refused or "No document of this language meets the condition.")
-    else:
-        _place = {"shard": document.value.shard, "doc": document.value.doc}
-        _trace = read(run, stack=stack.value, layer=layer.value, **_place)
-        _router, _scales = _trace.routers[0], page.Scales.of(_trace)
-        widget.tokens = page.legend(_router, _scales) + page.tokens(_router, name, _scales)
     return (name,)
 
 
@@ -124,6 +127,18 @@ def _(asked, found, language, name, views, widget):
 
 
 @app.cell
+def _(document, layer, name, page, read, refused, run, stack, views, widget):
+    if document.value is None:
+        widget.tokens = views.message(refused or "No document of this language meets the condition.")
+    else:
+        _place = {"shard": document.value.shard, "doc": document.value.doc}
+        _trace = read(run, stack=stack.value, layer=layer.value, **_place)
+        _router, _scales = _trace.routers[0], page.Scales.of(_trace)
+        widget.tokens = page.legend(_router, _scales) + page.tokens(_router, name, _scales) + views.MARKS
+    return
+
+
+@app.cell
 def _(favourite, found, language, layer, name, panel, run, stack, views, widget):
     expert = panel.value["expert"] if panel.value["expert"] is not None else favourite
     widget.card = views.card(
@@ -139,19 +154,23 @@ def _(by, condition, document, expert, language, layer, mo, stack):
         "where": condition.value, "document": document.value.key if document.value else "", "expert": str(expert),
     }  # fmt: skip
     for _key, _value in _view.items():
-        mo.query_params()[_key] = _value
+        if mo.query_params().get(_key) != _value:
+            mo.query_params()[_key] = _value
     return
 
 
 @app.cell
-def _(by, condition, document, language, layer, mo, panel, run, several_stacks, show, stack):
-    _choices = [language, *([stack] if several_stacks else []), layer, by]
+def _(
+    mo, of_colour, of_condition, of_document, of_language, of_layer, of_panel, of_stack, run, several_stacks, show, slow
+):
+    _choices = [of_language, *([of_stack] if several_stacks else []), of_layer, of_colour]
     mo.vstack(
         [
             mo.md(f"**Routing explorer** &nbsp; {show.model(run.info)}: {show.routers(run.info['layers'])}"),
+            *([mo.md(f"<small>{slow}</small>")] if slow else []),
             mo.hstack(_choices, justify="start", gap=2, wrap=True),
-            mo.hstack([document, condition], widths=[1, 1], gap=2),
-            panel,
+            mo.hstack([of_document, of_condition], widths=[1, 1], gap=2),
+            of_panel,
         ]
     )
     return

@@ -15,6 +15,7 @@ Where Chromium is missing, tests that use the fixture are skipped and say how to
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import os
 import shutil
@@ -77,12 +78,16 @@ class Browser:
             Path(folder, f"{name}.png").write_bytes(png)
 
 
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    """The program, started once; skips where there is none."""
+@contextlib.contextmanager
+def launched() -> Iterator[Any]:
+    """The program, for as long as the context.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     program = shutil.which(os.environ.get("CHROMIUM", "chromium"))
     if program is None:
-        pytest.skip(INSTALL)
+        raise FileNotFoundError(INSTALL)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -92,12 +97,29 @@ def chromium() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture
-def browser(chromium: Any) -> Iterator[Browser]:
+@contextlib.contextmanager
+def window(chromium: Any) -> Iterator[Browser]:
     """A fresh window: no cookies, no storage, no history."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     yield Browser(context.new_page())
     context.close()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """The program, started once; skips where there is none."""
+    try:
+        with launched() as started:
+            yield started
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Browser]:
+    """A window for one test."""
+    with window(chromium) as opened:
+        yield opened
 
 
 def _axe() -> str:

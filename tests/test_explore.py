@@ -19,8 +19,10 @@ from synthetic import random_shard, write_run
 
 from collector import __main__ as cli
 from collector.config import DataConfig, ModelConfig
-from collector.explore import serving, views
+from collector.explore import advice, serving, views
 from collector.records import Layer
+from collector.rollup import making
+from collector.storage import RunDirectory
 from collector.warehouse import Run, open_run
 from tests.runs import collect_here, run_config, write_jsonl
 
@@ -115,9 +117,20 @@ def test_a_card_of_a_large_run_is_made_from_shards_all_over_it(synthetic_run, mo
     assert views.sampling(synthetic_run) == 2
     found = views.frequencies(synthetic_run, "decoder", 0)
     card = views.card(synthetic_run, found, stack="decoder", layer=0, expert=2, label="en", name="layer 0")
-    assert "102 tokens, of every 2th shard" in card
+    assert "102 tokens, of one shard in 2;" in card
     monkeypatch.setattr(views, "SAMPLE", 1)
     assert views.sampling(synthetic_run) == 4, "one shard at least"
+
+
+def test_a_large_run_without_a_rollup_is_told_to_make_one(tmp_path, monkeypatch):
+    shard = random_shard(np.random.default_rng(5), LAYERS, [("en", 30)], special=0, vocabulary=40)
+    root = str(write_run(tmp_path / "a run", LAYERS, [shard]))
+    assert advice.slow(root) == "", "30 tokens are counted at once"
+    monkeypatch.setattr(advice, "LARGE", 30)
+    assert "30 tokens and no current rollup" in advice.slow(root)
+    assert f"`collector rollup '{root}'`" in advice.slow(root)
+    making.make(RunDirectory(root))
+    assert advice.slow(root) == ""
 
 
 def row_groups(run: Run, name: str, **params: object) -> list[tuple[int, int]]:

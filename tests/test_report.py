@@ -28,8 +28,9 @@ FIGURES = {
     "effective-experts", "load", "load-by-layer", "coactivation", "vocabulary-by-layer", "vocabulary",
 }  # fmt: skip
 RESAMPLES = 20
-TEXT_WIDTH = 5.5 * 72
-"""Points: the narrowest text of one column that conferences print."""
+TEXT_WIDTH, COLUMN_WIDTH = 6.75 * 72, 3.3 * 72
+"""Points: the text of a page of two columns, and one of these."""
+ONE_PANEL = {"divergence-by-layer", "effective-experts"}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,36 @@ def test_the_card_says_what_was_run(page, tiny_folder):
         assert re.search(rf'<th scope="row">{label}</th><td>10</td>', page)
 
 
+def test_what_two_runs_share_is_said_once(page):
+    cells = dict(re.findall(r'<tr><th scope="row">([\w -]+)</th>(<td.*?)</tr>', page))
+    assert re.findall(r"<td[^>]*>", cells["documents"]) == ['<td colspan="2">']
+    assert re.findall(r">(\w+), fingerprint", cells["weights"]) == ["pretrained", "random"]
+
+
+def test_words_stand_in_the_row_of_their_expert(page, pair):
+    tables = payload(page)["tables"]
+    for layer, (bars, words) in enumerate(zip(tables["vocabulary/rows"], tables["vocabulary/words"], strict=True)):
+        row_of = dict(zip(bars["expert"], bars["_row"], strict=True))
+        assert set(words["expert"]) == set(row_of)
+        assert words["_row"] == [row_of[expert] for expert in words["expert"]]
+        wanted = open_run(pair[0]).query("expert_tokens", layer=layer, n=1).project("expert, token").fetchall()
+        first = [place == 0 for place in words["_place"]]
+        found = zip(words["expert"], words["token"], strict=True)
+        assert [cells for cells, own in zip(found, first, strict=True) if own] == wanted
+
+
+def test_a_dead_expert_has_a_panel_and_none_has_a_sentence(tmp_path, page, pair):
+    assert "No expert of any layer is dead" in page
+    layers = [Layer(layer=0, n_experts=4, top_k=1)]
+    shard = random_shard(np.random.default_rng(7), layers, [("en", 40), ("ko", 30)])
+    for picks in shard.experts.values():
+        picks[:] = 2
+    text, data = report_of(synthetic_run(tmp_path / "run", layers, [shard], card=pair[0]))
+    assert "No expert of any layer is dead" not in text
+    spec = next(figure["spec"] for figure in data["figures"] if figure["name"] == "load-by-layer")
+    assert "dead_share" in str(spec)
+
+
 # ---- it stands alone ----
 
 
@@ -187,7 +218,7 @@ def test_they_fit_the_text_of_a_paper_and_agree_in_size(printed):
         size = re.search(r'<svg [^>]*width="([\d.]+)" height="([\d.]+)"', svg.read_text())
         assert size
         width, height = float(size[1]), float(size[2])
-        assert width <= TEXT_WIDTH, svg.name
+        assert width <= (COLUMN_WIDTH if svg.stem in ONE_PANEL else TEXT_WIDTH), svg.name
         box = re.search(rb"/MediaBox\s*\[\s*0 0 ([\d.]+) ([\d.]+)", svg.with_suffix(".pdf").read_bytes())
         assert box
         assert (float(box[1]), float(box[2])) == pytest.approx((width, height), abs=1.5), svg.name

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from collector import warehouse
+from collector.explore import advice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,6 +77,8 @@ def serve(run: str, port: int, *, browser: bool) -> None:
         port: where it listens; 0 takes one that is free.
         browser: whether to open the page.
     """
+    if hint := advice.slow(run):
+        sys.stderr.write(f"{hint}\n")
     with served(run, port) as (url, server):
         sys.stdout.write(f"{url}\nCtrl-C ends it. The address bar holds the view: copy it to share what you see.\n")
         sys.stdout.flush()

@@ -27,6 +27,11 @@ ITEMS = 10
 """Of each aspect of a card."""
 WIDTH = 12
 """Tokens of a context on each side."""
+MARKS = (
+    '<p class="quiet">Framed: the chosen expert has the highest weight. Underlined: it is among the k. '
+    "A click on a token or an expert chooses its expert.</p>"
+)
+"""What stands below a document."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,19 +145,22 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
     """
     every = sampling(run)
     given = {"stack": stack, "layer": layer, "expert": expert, "n": ITEMS, "width": WIDTH, "every": every}
-    profile = run.query("expert_profile", **given).project("aspect, item, value, baseline, n").fetchall()
+    profile = run.query("expert_profile", **given).project("aspect, item, value, baseline, n, count").fetchall()
     languages = sorted((each for each in found if each.expert == expert), key=lambda each: -each.value)[:ITEMS]
-    lists = [_bars("Languages", [(_bold(e.label, label), e.value, e.baseline) for e in languages])]
+    lists = [_bars("Languages", [(_bold(e.label, label), e.value, e.baseline, e.n) for e in languages])]
     for aspect, title in (("token", "Tokens"), ("expert", "Together with experts"), ("position", "Positions")):
-        rows = [(_item(aspect, item), value, baseline) for kind, item, value, baseline, _ in profile if kind == aspect]
+        rows = [(_item(aspect, item), *numbers) for kind, item, *numbers, _ in profile if kind == aspect]
         lists.append(_bars(title, rows))
-    tokens = sum(n for aspect, *_, n in profile if aspect == "position")
-    sample = "" if every == 1 else f", of every {every}th shard"
+    # baseline = N_e / N; positions that never chose the expert are not told, so their n do not add up to N
+    own = [(count, baseline) for aspect, _, _, baseline, _, count in profile if aspect == "position"]
+    tokens = round(sum(count for count, _ in own) / own[0][1]) if own else 0
+    sample = "" if every == 1 else f", of one shard in {every}"
     return (
         f"<h2>Expert {expert} in {html.escape(name)}</h2>"
         "<p class=\"quiet\">Bars: the share of a language's, a spelling's or a position's tokens that chose it, and of "
-        "its own tokens the share that chose another expert as well. Lines: what to expect if nothing mattered. "
-        f"Languages: all tokens. The rest: {tokens:,} tokens{sample}.</p>"
+        "its own tokens the share that chose another expert as well; behind them, of how many tokens. Lines: what to "
+        "expect if nothing mattered. Languages: all tokens. "
+        f"The rest: {tokens:,} tokens{sample}; of spellings those that chose it most often.</p>"
         f'<div class="aspects">{"".join(lists)}</div>'
         + _contexts([(item, weight) for aspect, item, weight, *_ in profile if aspect == "context"])
     )
@@ -169,13 +177,13 @@ def _item(aspect: str, item: str) -> str:
     return f"<bdi>{html.escape(shown)}</bdi>"
 
 
-def _bars(title: str, rows: Sequence[tuple[str, float, float]]) -> str:
-    """A small table of items with bars, each beside its baseline."""
-    highest = max((max(value, baseline) for _, value, baseline in rows), default=1)
+def _bars(title: str, rows: Sequence[tuple[str, float, float, int]]) -> str:
+    """A small table of items with bars, each beside its baseline, and the number of tokens behind it."""
+    highest = max((max(value, baseline) for _, value, baseline, _ in rows), default=1)
     lines = "".join(
         f'<tr><th scope="row">{item}</th><td>{value:.3f}</td><td class="bar"><i style="width:{value / highest:.1%}">'
-        f'</i><s style="inset-inline-start:{baseline / highest:.1%}"></s></td></tr>'
-        for item, value, baseline in rows
+        f'</i><s style="inset-inline-start:{baseline / highest:.1%}"></s></td><td class="n">{n:,}</td></tr>'
+        for item, value, baseline, n in rows
     )
     table = f'<table class="bars"><tbody>{lines}</tbody></table>' if rows else '<p class="quiet">none</p>'
     return f'<section><h3>{title}</h3><div role="group" aria-label="{title}">{table}</div></section>'

@@ -67,6 +67,14 @@ def label_table(side: Side) -> LabelTable:
     )
 
 
+def facts_beside(cards: Sequence[Card]) -> list[tuple[str, list[str]]]:
+    """The facts of all cards: a name and what each card says, once where they all say the same."""
+    said = [dict(card.facts) for card in cards]
+    names = dict.fromkeys(name for facts in said for name in facts)
+    beside = [(name, [facts.get(name, "–") for facts in said]) for name in names]
+    return [(name, values[:1] if len(set(values)) == 1 else values) for name, values in beside]
+
+
 def lead(card: Card, routers: Sequence[Any], labels: int) -> str:
     """The sentence under the title."""
     languages = f"{labels} languages" if labels > 1 else "one language"

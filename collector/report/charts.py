@@ -30,16 +30,20 @@ class Layout:
     """Height of a matrix's row."""
     panel: float
     """Height of a panel with curves."""
+    column: float
+    """Width of such a panel that stands alone."""
     text: float
     """Size of the names along a matrix."""
 
 
-PAGE = Layout(width=880, row=13, panel=200, text=10)
-PAPER = Layout(width=340, row=6.4, panel=95, text=5.4)
-"""Fits the text width of a page of one column (5.5 in, 396 pt) with names and legends."""
+PAGE = Layout(width=880, row=13, panel=200, column=520, text=10)
+PAPER = Layout(width=416, row=7.8, panel=110, column=202, text=7)
+"""With names and legends a figure fits a page's text (6.75 in, 486 pt), and one panel alone a column (3.3 in)."""
 
-_SMALLEST = 4.5
+_SMALLEST = 5
 """Letters that are smaller cannot be read."""
+_COUNTS = {"n", "tokens"}
+"""Columns with whole numbers, told in full."""
 _SIGNIFICANT = "isValid(datum.q) && datum.q < 0.05"
 
 
@@ -56,12 +60,8 @@ def axis(layout: Layout, cell: float, **options: Any) -> alt.Axis:
 
 def tooltip_of(fields: Mapping[str, str]) -> list[alt.Tooltip]:
     """What hovering shows: column -> N, O or Q."""
-    return [
-        alt.Tooltip(f"{field}:{kind}", format={"Q": ".3~g"}.get(kind, ""))
-        if kind == "Q"
-        else alt.Tooltip(f"{field}:{kind}")
-        for field, kind in fields.items()
-    ]
+    formats = {field: "," if field in _COUNTS else ".3~g" for field, kind in fields.items() if kind == "Q"}
+    return [alt.Tooltip(f"{field}:{kind}", format=formats.get(field, "")) for field, kind in fields.items()]
 
 
 def matrix(
@@ -82,12 +82,13 @@ def matrix(
         y_title: of the y axis.
         tooltip: column -> N or Q.
         significant: mark the cells whose `q` is below 0.05.
-        square: as high as it is wide.
+        square: cells are as high as they are wide.
     """
     width = min(layout.width, columns * layout.row * (1 if square else 3))
+    cell = min(layout.row, width / columns) if square else layout.row
     base = alt.Chart(ROWS).encode(
         x=alt.X(f"{x}:N", sort=place("_column"), title=x_title, axis=axis(layout, width / columns, labelAngle=-90)),
-        y=alt.Y(f"{y}:N", sort=place("_row"), title=y_title, axis=axis(layout, layout.row)),
+        y=alt.Y(f"{y}:N", sort=place("_row"), title=y_title, axis=axis(layout, cell)),
     )
     cells = base.mark_rect(aria=False).encode(
         color=alt.Color("value:Q", title=title, scale=alt.Scale(domain=[0, high or 1])), tooltip=tooltip_of(tooltip)
@@ -96,7 +97,7 @@ def matrix(
     if significant:
         mark = base.mark_point(style="significant", shape="circle", size=layout.row / 2, aria=False, tooltip=False)
         layers.append(mark.encode(opacity=alt.condition(_SIGNIFICANT, alt.value(1), alt.value(0))))
-    return alt.layer(*layers).properties(width=width, height=rows * layout.row)
+    return alt.layer(*layers).properties(width=width, height=rows * cell)
 
 
 def matrix_with_tree(layout: Layout, labels: int, *, title: str, high: float) -> alt.HConcatChart:
@@ -117,7 +118,7 @@ def matrix_with_tree(layout: Layout, labels: int, *, title: str, high: float) ->
         alt.Chart(alt.NamedData("branches"))
         .mark_line(style="tree", interpolate="linear", aria=False)
         .encode(
-            x=alt.X("distance:Q", title="joined at (bits)", axis=alt.Axis(tickCount=4, grid=False)),
+            x=alt.X("distance:Q", title="joined at (bits)", axis=alt.Axis(tickCount=3, grid=False, labelFlush=False)),
             y=alt.Y("place:Q", scale=alt.Scale(domain=[0, labels], reverse=True, nice=False), axis=None),
             detail="joint:N",
             order="step:Q",
@@ -131,6 +132,8 @@ def ranks(
     layout: Layout, *, metrics: Mapping[str, tuple[str, float]], sides: Sequence[str], rows: int, ranks: int
 ) -> alt.HConcatChart:
     """For each label its most used experts, first to last: the expert's number on a cell coloured by its share.
+
+    A few shares are large and most are small, so colours grow with the square root.
 
     Args:
         layout: sizes.
@@ -162,12 +165,12 @@ def _ranks_of(layout: Layout, metric: str, words: str, high: float) -> alt.Layer
     )
     fields = {"run": "N", "label": "N", "rank": "O", "expert": "N", "value": "Q", "baseline": "Q", "n": "Q"}
     cells = base.mark_rect(aria=False).encode(
-        color=alt.Color("value:Q", title=words, scale=alt.Scale(domain=[0, high or 1])),
+        color=alt.Color("value:Q", title=words, scale=alt.Scale(type="sqrt", domain=[0, high or 1])),
         tooltip=tooltip_of(fields),
     )
     numbers = [
         base.mark_text(style=style, fontSize=layout.text, aria=False, tooltip=False)
-        .transform_filter(f"datum.value {compared} {0.55 * high}")
+        .transform_filter(f"datum.value {compared} {0.55**2 * high}")
         .encode(text="expert:N")
         for style, compared in (("on-pale", "<"), ("on-strong", ">="))
     ]

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from collector.report.charts import Layout
 
 
+_NAME = 9
+"""Width of a name in a legend, with its symbol, in sizes of the text."""
+_TICKS = 5
+"""About; an axis also ends at one of them, so that the titles of panels stand in line."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
     """One metric over depth."""
@@ -43,13 +49,14 @@ def by_depth(
         faint: draw the curves of the main run that are not `_coloured`.
         tooltip: column -> N or Q.
     """
-    width = min(layout.width / len(panels) - layout.row * 2.4, layout.panel * 2.6)
+    width = layout.column if len(panels) == 1 else layout.width / len(panels) - layout.row * 2.4
+    columns = max(2, int(width * len(panels) / layout.text / _NAME))
     rows = []
     for stack in stacks:
         drawn = []
         for panel in panels:
             where = f"datum.metric == '{panel.metric}' && datum.stack == '{stack}'"
-            chart = alt.layer(*_curves(panel, where, series, main, dash, band, faint, layout, tooltip))
+            chart = alt.layer(*_curves(panel, where, series, main, dash, band, faint, layout, columns, tooltip))
             title = panel.words if len(stacks) == 1 else f"{stack}: {panel.words}"
             drawn.append(chart.properties(width=width, height=layout.panel, title=title))
         rows.append(alt.hconcat(*drawn, spacing=layout.row))
@@ -58,17 +65,19 @@ def by_depth(
 
 def _curves(
     panel: Panel, where: str, series: str, main: str, dash: bool, band: tuple[str, str] | None, faint: bool,
-    layout: Layout, tooltip: Mapping[str, str],
+    layout: Layout, columns: int, tooltip: Mapping[str, str],
 ) -> list[alt.Chart]:  # fmt: skip
     base = (
         alt.Chart(ROWS)
         .transform_filter(where)
         .encode(x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)))
     )
-    scale = alt.Scale(domain=[panel.low, panel.high], zero=False, nice=True)
-    y = alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=5))
+    scale = alt.Scale(domain=[panel.low, panel.high], zero=False, nice=_TICKS)
+    y = alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=_TICKS))
     detail = [alt.Detail(f"{name}:N") for name in dict.fromkeys((series, "run"))]
-    layers = [base.mark_line(style="baseline", aria=False).encode(y=alt.Y("min(baseline):Q", title=None, scale=scale))]
+    # a baseline of 0 is the axis
+    chance = base.transform_filter("datum.baseline != 0").mark_line(style="baseline", aria=False)
+    layers = [chance.encode(y=alt.Y("min(baseline):Q", title=None, scale=scale))]
     coloured = base
     if faint:
         others = base.transform_filter(f"!datum.{COLOURED} && datum.run == {json.dumps(main)}")
@@ -76,13 +85,13 @@ def _curves(
             others.mark_line(style="faint", aria=False).encode(y=y, detail=detail, tooltip=tooltip_of(tooltip))
         )
         coloured = base.transform_filter(f"datum.{COLOURED}")
-    legend = alt.Legend(columns=6, symbolType="stroke", symbolOpacity=1)
+    legend = alt.Legend(columns=columns, symbolType="stroke", symbolOpacity=1)
     coloured = coloured.encode(color=alt.Color(f"{series}:N", title=None, legend=legend))
     if band:
         low, high = band
         area = coloured.transform_filter(f"isValid(datum.{low})").mark_area(opacity=0.18, aria=False)
         layers.append(area.encode(y=alt.Y(f"{low}:Q", title=None, scale=scale), y2=f"{high}:Q", detail=detail))
-    line = coloured.mark_line(point=alt.OverlayMarkDef(size=layout.panel / 8, filled=True), aria=False)
+    line = coloured.mark_line(style="curve", point=alt.OverlayMarkDef(size=layout.panel / 8, filled=True), aria=False)
     line = line.encode(y=y, detail=detail, tooltip=tooltip_of(tooltip))
     if dash:
         runs = alt.Legend(symbolType="stroke")
@@ -109,21 +118,27 @@ def loads(layout: Layout, *, high: float, compared: bool) -> alt.LayerChart | al
     return alt.layer(*layers, rule).properties(width=layout.width, height=layout.panel)
 
 
-def bars_with_words(layout: Layout, *, rows: int, x_title: str, y_title: str) -> alt.HConcatChart:
-    """Bars from the longest down, each with the words of its column `_words` behind it."""
+def bars_with_words(layout: Layout, *, rows: int, words: int, x_title: str, y_title: str) -> alt.HConcatChart:
+    """Bars from the longest down, and behind each its words: the data set `words`, each at its `_place`."""
     base = alt.Chart(ROWS).encode(y=alt.Y("expert:N", sort=place("_row"), title=y_title, axis=axis(layout, layout.row)))
-    tooltip = tooltip_of({"expert": "N", "value": "Q", "baseline": "Q", "n": "Q", "tokens": "Q", "_words": "N"})
+    tooltip = tooltip_of({"expert": "N", "value": "Q", "baseline": "Q", "n": "Q", "tokens": "Q"})
     scale = alt.Scale(domain=[0, 1])
     bars = base.mark_bar(size=layout.row * 0.4, aria=False).encode(
         x=alt.X("value:Q", title=x_title, scale=scale), tooltip=tooltip
     )
     rule = alt.Chart(ROWS).mark_rule(style="baseline", aria=False).encode(x="mean(baseline):Q")
-    words = base.mark_text(
-        style="on-pale", align="left", fontSize=layout.text, aria=False, limit=layout.width * 0.7
-    ).encode(x=alt.value(0), text="_words:N", tooltip=tooltip)
-    height = rows * layout.row * 1.15
+    height, width = rows * layout.row * 1.15, layout.width * 0.75
     left = alt.layer(bars, rule).properties(width=layout.width * 0.2, height=height)
-    right = words.encode(y=alt.Y("expert:N", sort=place("_row"), axis=None)).properties(
-        width=layout.width * 0.7, height=height
+    right = (
+        alt.Chart(alt.NamedData("words"))
+        # a mark for each: a line of many scripts would be set in the font of one of them
+        .mark_text(style="on-pale", align="left", fontSize=layout.row * 0.92, aria=False, limit=width / words - 2)
+        .encode(
+            x=alt.X("_place:Q", scale=alt.Scale(domain=[0, words], nice=False), axis=None),
+            y=alt.Y("expert:N", sort=place("_row"), axis=None),
+            text="_text:N",
+            tooltip=tooltip_of({"expert": "N", "token": "N", "value": "Q", "baseline": "Q", "n": "Q"}),
+        )
+        .properties(width=width, height=height)
     )
-    return alt.hconcat(left, right, spacing=layout.row).resolve_scale(y="shared")
+    return alt.hconcat(left, right, spacing=layout.row).resolve_scale(x="independent", y="shared")

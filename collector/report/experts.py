@@ -107,7 +107,11 @@ def _load(subject: Subject) -> Figure:
     rows = rows.having(_rank=ranks_by_value(rows), _main=[run == main for run in rows["run"].tolist()])
     own = rows.only(rows["_main"])
     dead = int(own["is_dead"].sum())
-    compared = f" The line is {subject.sides[1].name}." if len(subject.sides) > 1 else ""
+    compared = (
+        f" The stepped line is {subject.sides[1].name}, its experts in an order of their own."
+        if len(subject.sides) > 1
+        else ""
+    )
     return Figure(
         name="load",
         section=EXPERTS,
@@ -139,19 +143,22 @@ def _load_by_layer(subject: Subject) -> Figure:
     panels = {"gini": "Gini coefficient", "max_over_mean": "largest / mean load", "dead_share": "share of dead experts"}
     where = f"metric in ({', '.join(map(repr, panels))})"
     rows = fetch(subject.sides, "load_balance", ("metric", "value", "baseline", "n"), where=where, pooled=True)
+    none_dead = not rows.only(rows["metric"] == "dead_share")["value"].any()
+    if none_dead:
+        del panels["dead_share"]
     return Figure(
         name="load-by-layer",
         section=EXPERTS,
         title="Load balance over depth",
-        text="All languages together: inequality of the load (0, even), the largest load beside the mean, and the "
-        "share of experts that less than 0.1 % of the tokens choose.",
+        text="All languages together: inequality of the load (0, even), the largest load beside the mean, and dead "
+        "experts, those that less than 0.1 % of the tokens choose.",
         draw=functools.partial(
             curves.by_depth, panels=panels_of(rows, panels), series="run", stacks=subject.stacks,
             main=subject.sides[0].name,
             tooltip={"run": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
         ),
         tables={"rows": rows},
-        notes=[f"{span(rows['n'])} tokens."],
+        notes=[f"{span(rows['n'])} tokens.", *(["No expert of any layer is dead."] if none_dead else [])],
     )  # fmt: skip
 
 

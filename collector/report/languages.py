@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SPECIALIZATION = "Which language uses which experts"
 LIKENESS = "How much alike languages are"
-RANKS = 5
+RANKS = 8
 _SHARES = {"topk": "share of all picks", "top1": "share of the picks with the highest weight"}
 
 
@@ -140,7 +140,7 @@ def _top_experts(subject: Subject, trees: Mapping[Router, Tree]) -> Figure:
         section=SPECIALIZATION,
         title="The most used experts of each language",
         text=f"The numbers are experts, the colours their shares: of all the k picks of each token, and of the picks "
-        f"with the highest weight. {beside}",
+        f"with the highest weight; colours grow with the square root. {beside}",
         draw=functools.partial(
             charts.ranks,
             metrics=shares,

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from collector.catalog import find_query
 from collector.report import charts, themes
+from collector.report.card import facts_beside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,7 +53,8 @@ def render(
     library, script, written_by = _library(), _read("page.js"), version(_PACKAGE)
     environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
     return environment.from_string(_read("page.html.jinja")).render(
-        title=title, lead=lead, warnings=warnings, cards=cards, label_table=labels, start=start,
+        title=title, lead=lead, warnings=warnings, cards=cards, facts=facts_beside(cards), label_table=labels,
+        start=start,
         labels=subject.labels, coloured=subject.coloured, max_coloured=MAX_COLOURED,
         labels_note="Special tokens count here, and nowhere else in this report.",
         routers=[router_name(router, subject) for router in subject.routers],

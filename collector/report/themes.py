@@ -25,6 +25,7 @@ def _config(
         "axis": {
             **text, "titleFontWeight": "normal", "domainColor": soft, "tickColor": soft, "gridColor": grid,
             "labelLimit": 140, "tickSize": size / 3, "labelPadding": 3, "titlePadding": 5,
+            "domainWidth": size / 11, "tickWidth": size / 11, "gridWidth": size / 11,
         },
         "axisBand": {"grid": False, "ticks": False, "domain": False},
         "legend": {
@@ -33,12 +34,12 @@ def _config(
             "layout": {"top": {"anchor": "start", "direction": "vertical", "margin": size / 2}},
         },
         "header": {**text, "labelFontSize": size + 1, "labelColor": ink, "labelPadding": 6},
-        "title": {"color": ink, "fontSize": size + 2, "fontWeight": "normal", "anchor": "start",
+        "title": {"color": ink, "fontSize": size + 1, "fontWeight": "normal", "anchor": "start",
                   "frame": "group", "offset": size * 0.8},
         "range": {"heatmap": numbers, "ramp": numbers, "category": categories},
         "mark": {"color": main},
-        "line": {"strokeWidth": size / 6},
         "style": {
+            "curve": {"strokeWidth": size / 6},
             "faint": {"color": faint, "strokeWidth": size / 12},
             "baseline": {"color": soft, "strokeDash": [size / 3, size / 3], "strokeWidth": size / 12},
             "tree": {"color": soft, "strokeWidth": size / 10},
@@ -59,7 +60,7 @@ LIGHT = _config(
 )  # fmt: skip
 DARK = _config(
     ink="#e9ebf0", soft="#a4acba", grid="#2b313b", faint="#4a5260", page="#12151a", main="#6db8de", alarm="#ffa36b",
-    numbers=["#1b2028", "#1d3a55", "#20597f", "#3182a5", "#63b0bd", "#addcc4", "#f6f7cf"],
+    numbers=["#1b2028", "#1d3a55", "#20597f", "#2b7599", "#63b0bd", "#addcc4", "#f6f7cf"],
     categories=["#56b4e9", "#ff9d4d", "#2ec99b", "#e08cc6", "#f0e442", "#9db4ff", "#b9c0cc", "#d9a84e"],
     font=SANS, size=11,
 )  # fmt: skip

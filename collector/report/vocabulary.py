@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from collector.report import curves
 from collector.report.experts import EXPERTS, panels_of, ranks_by_value
@@ -13,10 +16,8 @@ from collector.report.figure import Figure
 from collector.report.tables import fetch, span
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from collector.report.figure import Subject
-    from collector.report.tables import Table
+    from collector.report.tables import Router, Table
 
 WORDS = 8
 """Tokens of each expert that are shown."""
@@ -64,22 +65,22 @@ def _vocabulary(subject: Subject) -> Figure:
     )
     if len(rows) == 0:
         return common
-    words = _words(fetch(subject.main, "expert_tokens", ("expert", "rank", "token"), by_layer=True, n=2 * WORDS))
     ranks = ranks_by_value(rows)
-    keys = zip(rows.routers(), rows["expert"].tolist(), strict=True)
-    rows = rows.having(_row=ranks, _words=["   ".join(words.get((*router, e), [])[:WORDS]) for router, e in keys])
+    rows = rows.having(_row=ranks)
     shown = rows.only(rows["_row"] <= SHOWN_EXPERTS)
     return dataclasses.replace(
         common,
         text="For each expert the tokens whose favourite it is, and the mean share of their occurrences that it gets; "
-        "the dashed line is chance. Behind it the most specialised of these tokens (no pieces of characters).",
+        "the dashed line is chance. Behind it the most specialised of these tokens; ␣ is a space, and pieces of "
+        "characters are left out.",
         draw=functools.partial(
             curves.bars_with_words,
             rows=min(SHOWN_EXPERTS, int(ranks.max())),
+            words=WORDS,
             x_title="vocabulary specialization",
             y_title="expert",
         ),
-        tables={"rows": shown},
+        tables={"rows": shown, "words": _words(subject, shown)},
         notes=[*_told(ranks), f"{span(shown['n'])} token ids of each expert, of those that occur ten times or more."],
     )
 
@@ -88,13 +89,27 @@ def _told(ranks: np.ndarray) -> list[str]:
     return [f"Only the {SHOWN_EXPERTS} most specialised experts are shown."] if ranks.max() > SHOWN_EXPERTS else []
 
 
-def _words(rows: Table) -> dict[tuple[str, int, int], list[str]]:
-    """(stack, layer, expert) -> its tokens, readable."""
-    words: dict[tuple[str, int, int], list[str]] = {}
-    for router, expert, token in zip(rows.routers(), rows["expert"].tolist(), rows["token"].tolist(), strict=True):
-        if not _PIECE.search(token):
-            words.setdefault((*router, expert), []).append(readable(token))
-    return words
+def _words(subject: Subject, shown: Table) -> Table:
+    """The first tokens of each expert that is shown, in the row of its bar."""
+    rows_of = dict(zip(_keys(shown), shown["_row"].tolist(), strict=True))
+    columns = ("expert", "rank", "token", "value", "baseline", "n")
+    found = fetch(subject.main, "expert_tokens", columns, by_layer=True, n=2 * WORDS)
+    found = found.only(np.array([key in rows_of for key in _keys(found)], bool))
+    found = found.only(np.array([not _PIECE.search(token) for token in found["token"].tolist()], bool))
+    given: Counter[tuple[Router, int]] = Counter()
+    places = []
+    for key in _keys(found):
+        places.append(given[key])
+        given[key] += 1
+    found = found.having(
+        _row=[rows_of[key] for key in _keys(found)], _place=places, _text=map(readable, found["token"].tolist())
+    )
+    return found.only(found["_place"] < WORDS)
+
+
+def _keys(rows: Table) -> list[tuple[Router, int]]:
+    """Router and expert, row by row."""
+    return list(zip(rows.routers(), rows["expert"].tolist(), strict=True))
 
 
 def readable(token: str) -> str:
