@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@command -v chromium >/dev/null || echo 'No Chromium: tests of pages are skipped. Debian: apt-get install chromium'
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos

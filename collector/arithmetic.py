@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from collector.fourbit import dequantized, is_quantized, slices
 from collector.routers import router_prefixes
+from collector.unpacking import dequantized, is_quantized, slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,25 +1,24 @@
-"""4-bit tensors: quantized piece by piece, read as a whole or one slice at a time.
+"""4-bit tensors are made here, piece by piece; `unpacking` reads them.
 
 A quantized parameter is held in bitsandbytes' own way (its parametrization): any code that reads it
 gets the dequantized tensor, and a state dict has the keys that bitsandbytes writes. The values are
 those of `bitsandbytes.functional.quantize_4bit` on the whole tensor, but made in pieces, so that the
 scratch memory stays small, and of any shape, fused experts included. Which parameters deserve it is
 for `quantization` to say.
+
+To import bitsandbytes takes more than a second: whoever quantizes imports this module, and only then.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit_prequantized
 from torch import nn
-from torch.nn.utils import parametrize
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from collector.unpacking import unpack
 
 BLOCK = 64
 """Values that share one scale."""
@@ -58,12 +57,11 @@ def quantize(values: torch.Tensor, kind: FourBit, *, double: bool) -> tuple[torc
 
 
 class Unpacking(Bnb4bitParametrization):
-    """bitsandbytes' parametrization, reading through `_unpack`."""
+    """bitsandbytes' parametrization, reading through `unpack`."""
 
     def forward(self, quantized_param: torch.Tensor) -> torch.Tensor:
         """The parameter in its own shape and dtype."""
-        state = self.quant_state
-        return _unpack(quantized_param, _scales(state), state, state.shape, state.dtype)
+        return unpack(quantized_param, self.quant_state, self.quant_state.dtype)
 
 
 def replace(module: nn.Module, name: str, packed: torch.Tensor, state: dict[str, Any]) -> None:
@@ -87,61 +85,3 @@ def quantize_parameter(module: nn.Module, name: str, values: torch.Tensor, kind:
     """Quantizes `values` into the place of a parameter."""
     packed, state = quantize(values, kind, double=double)
     replace(module, name, packed, state.as_dict(packed=True))
-
-
-def is_quantized(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is held in 4 bits."""
-    return parametrize.is_parametrized(module, name)
-
-
-def dequantized(module: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A parameter in `dtype`, quantized or not."""
-    if not is_quantized(module, name):
-        return getattr(module, name).to(dtype)
-    packed, state = stored(module, name)
-    return _unpack(packed, _scales(state), state, state.shape, dtype)
-
-
-def slices(module: nn.Module, name: str, dtype: torch.dtype) -> Callable[[int], torch.Tensor]:
-    """Reads a parameter of three dimensions matrix by matrix, in `dtype`, quantized or not.
-
-    One expert dequantized at a time stays in the CPU's cache until it is multiplied.
-    """
-    if not is_quantized(module, name):
-        values = getattr(module, name)
-        return lambda index: values[index].to(dtype)
-    packed, state = stored(module, name)
-    shape = state.shape[1:]
-    size = math.prod(shape)
-    if size % state.blocksize:  # blocks reach over the border between two slices
-        return dequantized(module, name, dtype).__getitem__
-    bytes_, blocks, scales = size // 2, size // state.blocksize, _scales(state)
-
-    def one(index: int) -> torch.Tensor:
-        part = packed[index * bytes_ : (index + 1) * bytes_]
-        return _unpack(part, scales[index * blocks : (index + 1) * blocks], state, shape, dtype)
-
-    return one
-
-
-def stored(module: nn.Module, name: str) -> tuple[torch.Tensor, bnb.QuantState]:
-    """Packed values and quantization state of a quantized parameter."""
-    parametrization: Any = module.parametrizations[name]  # type: ignore[index]
-    return parametrization.original, parametrization[0].quant_state
-
-
-def _scales(state: bnb.QuantState) -> torch.Tensor:
-    """[blocks] float32 scales of a tensor, dequantized where they are quantized themselves."""
-    if not state.nested:
-        return state.absmax
-    return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-
-
-def _unpack(
-    packed: torch.Tensor, scales: torch.Tensor, state: bnb.QuantState, shape: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
-    # bitsandbytes' AVX-512 kernel takes wrong scales where a row is 16, 32 or 48 values longer than whole blocks:
-    # it is given rows of one block.
-    kernel, values = torch.ops.bitsandbytes.dequantize_4bit.default, math.prod(shape)
-    rows = (values // state.blocksize, state.blocksize) if values % state.blocksize == 0 else (1, values)
-    return kernel(packed, scales, state.blocksize, state.quant_type, rows, dtype).reshape(shape)

@@ -23,13 +23,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from collector.fourbit import FourBit, is_quantized, quantize_parameter, replace, stored
 from collector.routers import router_prefixes
+from collector.unpacking import is_quantized, stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedModel
+
+    from collector.fourbit import FourBit
 
 METHOD = "bitsandbytes_experts"
 
@@ -82,6 +84,8 @@ def is_expert(name: str) -> bool:
 
 def quantize_model(model: PreTrainedModel, kind: FourBit, *, double: bool) -> None:
     """Quantizes a loaded model in place, tensor by tensor."""
+    from collector.fourbit import quantize_parameter
+
     for target in sorted(targets(model)):
         path, _, name = target.rpartition(".")
         module = model.get_submodule(path)
@@ -157,6 +161,8 @@ class _Store(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *_patterns: Any, **context: Any) -> dict[str, Any]:
         """Puts tensors in the place of their parameters; returns those that are left to be set."""
+        from collector.fourbit import quantize_parameter, replace
+
         model, missing = context["model"], context.get("missing_keys")
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         if not self.hf_quantizer.pre_quantized:

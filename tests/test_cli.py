@@ -20,14 +20,15 @@ from collector import __main__ as cli
 from collector.comparison import list_comparisons
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
 from collector.warehouse import list_queries
+from tests.command_line import collector
 from tests.runs import collect_here, run_config, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
 
-def collector(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "collector", *arguments]
-    return subprocess.run(command, capture_output=True, check=False, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,6 @@ def test_every_setting_has_its_flag():
     ("arguments", "message"),
     [
         (["collect", "--per-label", "0"], "--per-label must be positive, got 0"),
-        (["collect", "--data", "/no/such/*.jsonl"], "/no/such/*.jsonl"),
         (["query"], "takes RUN and NAME"),
         (["query", "nowhere", "top_experts"], "nowhere"),
         (["query", "nowhere", "top_experts", "--beside", "nothing"], "nowhere"),
@@ -94,11 +94,20 @@ def test_every_setting_has_its_flag():
         (["status", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_line_with_the_value(arguments, message, tmp_path):
-    done = collector(*arguments, cwd=tmp_path)
+def test_bad_input_is_one_line_with_the_value(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = collector(*arguments)
     assert done.returncode == 2
-    assert message in done.stderr.decode()
-    assert "Traceback" not in done.stderr.decode()
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_so_it_is_in_a_process_of_its_own(tmp_path):
+    done = process("status", str(tmp_path / "nowhere"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("collector: ")
+    assert "nowhere" in line
 
 
 def test_query_parameters_may_stand_anywhere():
@@ -109,7 +118,8 @@ def test_query_parameters_may_stand_anywhere():
 
 def test_all_formats_say_the_same(run):
     arguments = ["query", str(run), "domain_specialization", "--layer", "1", "--labels", "ko"]
-    out = {style: collector(*arguments, "--format", style).stdout for style in ("table", "csv", "json", "parquet")}
+    styles = ("table", "csv", "json", "parquet")
+    out = {style: collector(*arguments, "--format", style, text=False).stdout for style in styles}
     rows = json.loads(out["json"])
     assert [row["expert"] for row in rows] == list(range(6))
     assert sum(row["value"] for row in rows) == pytest.approx(2)
@@ -153,7 +163,7 @@ def test_sql_reads_and_never_writes(run):
 def test_status_shows_the_card(run):
     done = collector("status", str(run))
     assert done.returncode == 0
-    text = done.stdout.decode()
+    text = done.stdout
     for fact in ("complete", "top-2 of 6", "20 of 20", "padding efficiency"):
         assert fact in text
 
@@ -172,7 +182,7 @@ def test_a_quantized_copy_is_collected_like_its_original(tmp_path, capsys, tiny_
 
 
 def test_the_list_tells_every_query():
-    text = collector("query", "--list").stdout.decode()
+    text = collector("query", "--list").stdout
     for query in (*list_queries(), *list_comparisons()):
         assert query.name in text
         assert query.question in text.replace("\n", " ")
@@ -226,5 +236,5 @@ def test_the_command_answers_at_once():
 
 def _seconds(*arguments: str) -> float:
     started = time.perf_counter()
-    collector(*arguments)
+    process(*arguments)
     return time.perf_counter() - started

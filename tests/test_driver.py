@@ -16,9 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from collector import driver
+from collector import cluster, driver
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
 from collector.storage import SUCCESS, RunDirectory
+from tests.command_line import collector
 from tests.runs import assert_same_content, collect_here, run_config, write_jsonl
 
 pytestmark = pytest.mark.ray
@@ -34,6 +35,13 @@ def job(tmp_path_factory, tiny_folder):
     model = ModelConfig(model=str(tiny_folder))
     quiet = collect_here(folder / "quiet", run_config(data, model), threads=1)
     return data, model, quiet
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray of this process, which its commands join, so that not each starts one of its own."""
+    with cluster.cluster(LaunchConfig()):
+        yield
 
 
 def replicas_of(process: psutil.Process) -> list[psutil.Process]:
@@ -69,13 +77,20 @@ def wait_for_commits(root: Path, count: int, timeout: float = 120) -> None:
         time.sleep(0.02)
 
 
-def command(job, root: Path) -> list[str]:
+def collecting(job, root: Path) -> list[str]:
+    """Arguments of the collector."""
     data, model, _ = job
-    return [sys.executable, "-m", "collector", "collect", "--out", str(root), "--data", *data.data,
-            "--model", model.model, "--docs-per-shard", str(PER_SHARD), "--replicas", "1",
-            "--cpus-per-replica", "1"]  # fmt: skip
+    return ["collect", "--out", str(root), "--data", *data.data, "--model", model.model,
+            "--docs-per-shard", str(PER_SHARD), "--replicas", "1", "--cpus-per-replica", "1"]  # fmt: skip
 
 
+def launch(arguments: list[str]) -> subprocess.Popen:
+    """A driver in a process of its own, with a Ray of its own unless the arguments name another."""
+    return subprocess.Popen([sys.executable, "-m", "collector", *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_killed_replicas_lose_and_repeat_nothing(tmp_path, job):
     data, model, quiet = job
     root = tmp_path / "run"
@@ -100,40 +115,44 @@ def test_killed_replicas_lose_and_repeat_nothing(tmp_path, job):
     assert run.failures() == {}
 
 
-@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
-def test_an_interrupted_driver_leaves_a_resumable_run_and_no_process(tmp_path, job, sign, status):
+@pytest.mark.usefixtures("local_ray")
+def test_an_interrupted_driver_leaves_a_resumable_run_and_no_process(tmp_path, job):
+    """Three drivers of one run, each ended in another way; a fourth ends the run."""
     root = tmp_path / "run"
-    process = subprocess.Popen(command(job, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_commits(root, 2)
-    replicas = replicas_of(psutil.Process(process.pid))
-    assert replicas
-    # A killed driver ends nobody: Ray's own agents notice it in their own time.
-    family = replicas if sign == signal.SIGKILL else psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(sign)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    assert "Traceback" not in errors
-    wait_until_gone(family)
-    before = RunDirectory(root).committed_shards()
-    assert 0 < len(before) < DOCUMENTS // PER_SHARD
-    assert not (root / SUCCESS).exists()
-
-    attempts = {commit.shard: commit.attempt for commit in RunDirectory(root).commits()}
-    resumed = subprocess.run(command(job, root), capture_output=True, text=True, check=False)
+    done: dict[int, str] = {}
+    for sign, status in ((signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)):
+        process = launch(collecting(job, root))
+        wait_for_commits(root, len(done) + 2)
+        replicas = replicas_of(psutil.Process(process.pid))
+        assert replicas
+        # A killed driver ends nobody: Ray's own agents notice it in their own time.
+        family = replicas if sign == signal.SIGKILL else psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(sign)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == status, errors
+        assert "Traceback" not in errors
+        wait_until_gone(family)
+        now = {commit.shard: commit.attempt for commit in RunDirectory(root).commits()}
+        assert now.items() > done.items(), "done shards stay"
+        assert len(now) < DOCUMENTS // PER_SHARD
+        assert not (root / SUCCESS).exists()
+        done = now
+    resumed = collector(*collecting(job, root))
     assert resumed.returncode == 0, resumed.stderr
     assert "complete" in resumed.stdout
     run = RunDirectory(root)
-    assert {c.shard: c.attempt for c in run.commits() if c.shard in attempts} == attempts, "done shards stay"
+    assert {commit.shard: commit.attempt for commit in run.commits()}.items() > done.items()
     assert_same_content(run, job[2])
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_shard_that_cannot_be_read_is_left_out_and_told_until_it_is_tried_again(tmp_path, job):
     data, model, quiet = job
     source, root = tmp_path / "texts.jsonl", tmp_path / "run"
     whole = Path(data.data[0]).read_bytes()
     source.write_bytes(whole)
     stamp = source.stat()
-    arguments = command((dataclasses.replace(data, data=(str(source),)), model, quiet), root)
+    arguments = collecting((dataclasses.replace(data, data=(str(source),)), model, quiet), root)
     arguments += ["--max-attempts", "2", "--log-format", "json"]
 
     def spoil_the_source():
@@ -142,9 +161,10 @@ def test_a_shard_that_cannot_be_read_is_left_out_and_told_until_it_is_tried_agai
 
     spoiler = threading.Thread(target=spoil_the_source)
     spoiler.start()
-    first = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    first = launch(arguments)
+    said, errors = first.communicate(timeout=120)
     spoiler.join()
-    assert first.returncode == 1, first.stderr
+    assert first.returncode == 1, errors
     run = RunDirectory(root)
     failures = run.failures()
     assert failures
@@ -153,9 +173,9 @@ def test_a_shard_that_cannot_be_read_is_left_out_and_told_until_it_is_tried_agai
     failure = failures[min(failures)]
     assert (failure["attempts"], failure["left_out"], failure["node"]) == (2, True, socket.gethostname())
     assert "source changed" in failure["error"]
-    assert f"shard {min(failures)} failed after 2 attempts, left out" in first.stdout
-    assert "raise ValueError" in first.stdout, "with its traceback"
-    events = [json.loads(line) for line in first.stderr.splitlines()]
+    assert f"shard {min(failures)} failed after 2 attempts, left out" in said
+    assert "raise ValueError" in said, "with its traceback"
+    events = [json.loads(line) for line in errors.splitlines()]
     told = [event for event in events if event["event"] == "shard_failed" and event["shard"] == min(failures)]
     assert [(event["attempt"], event["left_out"]) for event in told] == [(1, False), (2, True)]
     assert all(event["time"] and "source changed" in event["error"] for event in told)
@@ -164,22 +184,21 @@ def test_a_shard_that_cannot_be_read_is_left_out_and_told_until_it_is_tried_agai
 
     source.write_bytes(whole)
     os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    again = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    again = collector(*arguments)
     assert again.returncode == 1, "what was left out stays out"
     assert [json.loads(line)["event"] for line in again.stderr.splitlines()].count("shard_left_out") == len(failures)
     assert set(run.failures()) == set(failures)
-    retried = subprocess.run([*arguments, "--retry-failed"], capture_output=True, text=True, check=False)
+    retried = collector(*arguments, "--retry-failed")
     assert retried.returncode == 0, retried.stderr
     assert run.failures() == {}
     assert_same_content(run, quiet)
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_another_plan_is_refused_and_the_fields_named(tmp_path, job):
-    root = tmp_path / "run"
-    process = subprocess.run([*command(job, root), "--limit", "20"], capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    other = subprocess.run([*command(job, root), "--limit", "30", "--max-length", "64"], capture_output=True, text=True,
-                           check=False)  # fmt: skip
+    data, model, _ = job
+    collect_here(tmp_path / "run", run_config(dataclasses.replace(data, limit=20), model))
+    other = collector(*collecting(job, tmp_path / "run"), "--limit", "30", "--max-length", "64")
     assert other.returncode == 2
     assert "--limit was 20, is now 30" in other.stderr
     assert "--max-length was 512, is now 64" in other.stderr
@@ -206,29 +225,38 @@ def cluster_address():
 
 def test_two_replicas_on_a_cluster_that_was_there_before(tmp_path, job, cluster_address):
     root = tmp_path / "run"
-    arguments = [*command(job, root), "--replicas", "2", "--ray-address", cluster_address]
-    process = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
+    process = launch([*collecting(job, root), "--replicas", "2", "--ray-address", cluster_address])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
     assert_same_content(RunDirectory(root), job[2])
 
 
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_a_cluster_without_gpus_says_so(tmp_path, job, log_format):
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         pytest.skip("this machine has GPUs")
-    arguments = [*command(job, tmp_path / "run"), "--device", "cuda", "--log-format", log_format]
-    process = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    (line,) = process.stderr.splitlines()
+    done = collector(*collecting(job, tmp_path / "run"), "--device", "cuda", "--log-format", log_format)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     said = json.loads(line) if log_format == "json" else {"event": "error", "message": line}
     assert said["event"] == "error"
     assert "Ray sees no GPU" in said["message"]
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path, job):
-    arguments = command(job, tmp_path / "run")
+    arguments = collecting(job, tmp_path / "run")
     arguments[arguments.index("--model") + 1] = str(tmp_path)
-    process = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    assert f"cannot load --model '{tmp_path}'" in process.stderr
-    assert "Traceback" not in process.stderr
+    done = collector(*arguments)
+    assert done.returncode == 2
+    assert f"cannot load --model '{tmp_path}'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_data_that_is_not_there_is_one_clear_line(tmp_path):
+    done = collector("collect", "--out", str(tmp_path / "run"), "--data", "/no/such/*.jsonl")
+    assert done.returncode == 2
+    assert "/no/such/*.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr

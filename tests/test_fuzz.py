@@ -28,6 +28,8 @@ LABELS = [
     "a\0b", "two\nlines", "tab\there", " spaced ", "'; drop table documents; --", "%s {0} $x", "🙂", "\ufeff", "\u2028",
     "x" * 1000, "CON", "nan", "None", "-1",
 ]  # fmt: skip
+LONG = 900_000
+"""Words of the longest line, 4.5 MB: more than a block in which ends of lines are looked for."""
 MARK = b"\xef\xbb\xbf"
 
 
@@ -80,7 +82,7 @@ CORPUS: dict[str, tuple[bytes, list[object]]] = {
     "unended.jsonl": (line() + b"\n" + line()[:-1], [("some text", "x"), "invalid JSON"]),
     "newlines.jsonl": (b"\n\r\n\n", ["empty line"] * 3),
     "newlines.txt": (b"\n\r\n\n", ["empty text"] * 3),
-    "long.txt": (b"word " * 2_000_000 + b"\nshort", [("word " * 2_000_000, "long"), ("short", "long")]),
+    "long.txt": (b"word " * LONG + b"\nshort", [("word " * LONG, "long"), ("short", "long")]),
     "controls.txt": (b"\x00\x01\x02\n\x1b[31mred\n\x7f\n\x0b\x0c\n\xe2\x80\xa8\na\rb\n",
                      [("\x00\x01\x02", "controls"), ("\x1b[31mred", "controls"), ("\x7f", "controls"), "empty text",
                       "empty text", ("a\rb", "controls")]),
@@ -205,7 +207,7 @@ def test_what_can_be_collected_is_and_labels_come_back_exactly(collected) -> Non
     assert {label for label in LABELS if label.strip()} <= set(documents["label"].to_pylist())
     assert Counter(documents["doc_id"].to_pylist())["same"] == 3
     characters = dict(zip(documents["doc_id"].to_pylist(), documents["characters"].to_pylist(), strict=True))
-    assert characters["long.txt#0"] == 10_000_000
+    assert characters["long.txt#0"] == 5 * LONG
 
 
 def test_bad_rows_are_counted_and_named_by_reason_and_place(collected) -> None:
@@ -233,7 +235,9 @@ def test_labels_and_ids_make_no_file_outside_of_the_run(collected) -> None:
 
 
 def test_many_labels_are_collected(tmp_path, tiny_folder, tiny_model) -> None:
-    (tmp_path / "a.jsonl").write_bytes(as_lines(*(line("a", f"label {i}") for i in range(100_000))))
-    data = DataConfig(data=(str(tmp_path / "a.jsonl"),), docs_per_shard=50_000)
+    """More in a shard than 15 bits can number, and more in the run than 16."""
+    labels = [f"label {i}" for i in range(67_000)]
+    (tmp_path / "a.jsonl").write_bytes(as_lines(*(line("a", label) for label in labels)))
+    data = DataConfig(data=(str(tmp_path / "a.jsonl"),), docs_per_shard=33_500)
     run = collect_here(tmp_path / "run", run_config(data, ModelConfig(model=str(tiny_folder))), loaded=tiny_model)
-    assert content(run)["documents"]["label"].to_pylist() == [f"label {i}" for i in range(100_000)]
+    assert content(run)["documents"]["label"].to_pylist() == labels

@@ -30,6 +30,7 @@ from tests.runs import assert_same_content, collect_here, run_config, write_json
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SHARDS, PER_SHARD = 40, 3
+HURRY = "hurry"
 HEALTH = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
           "health_check_failure_threshold": 3}  # fmt: skip
 
@@ -65,18 +66,31 @@ def nodes(head):
     for node in added:
         if node in head.worker_nodes:
             head.remove_node(node, allow_graceful=False)
-    wait_for(lambda: len(ray_cluster.alive_nodes()) == 1)
+    gone = {node.node_id for node in added}
+    wait_for(lambda: not gone & {node.id for node in ray_cluster.alive_nodes()})
+
+
+@pytest.fixture(scope="module")
+def worker(head):
+    """A node with one core for all tests that need no more, and that come last: it stays."""
+    return head.add_node(num_cpus=1)
 
 
 def slow_actor(folder: Path, pause: float) -> type[fleet.ReplicaActor]:
-    """A replica that takes its time and leaves a mark for each shard: on which node, with how many cores."""
+    """A replica that takes its time, if need be, and leaves a mark for each shard: on which node, with how many cores.
+
+    It hurries once there is a file `hurry` beside its marks.
+    """
+    hurry = folder.parent / HURRY
 
     class ReplicaActor(fleet.ReplicaActor):
         def collect(self, shard):
             context = ray.get_runtime_context()
             cores = int(context.get_assigned_resources()["CPU"])
             (folder / f"{shard.shard}-{context.get_node_id()}-{cores}").touch()
-            time.sleep(pause)
+            until = time.monotonic() + pause
+            while time.monotonic() < until and not hurry.exists():
+                time.sleep(0.05)
             return super().collect(shard)
 
     return ReplicaActor
@@ -88,7 +102,7 @@ class Watched:
     def __init__(self, folder: Path, config, **launch) -> None:
         self.config, self.launch = config, LaunchConfig(**launch)
         self.run = RunDirectory(folder / "run")
-        self.marks = folder / "marks"
+        self.folder, self.marks = folder, folder / "marks"
         self.marks.mkdir()
         self.said = io.StringIO()
 
@@ -107,6 +121,10 @@ class Watched:
             collecting = beside.submit(self.collect, pause)
             yield
             collecting.result(timeout=120)
+
+    def hurry(self) -> None:
+        """Nothing is left to wait for."""
+        (self.folder / HURRY).touch()
 
     def where(self) -> dict[str, int]:
         """Node -> cores of the replicas that worked there."""
@@ -132,6 +150,8 @@ def test_a_node_that_comes_gets_a_replica(tmp_path, job, nodes):
         watched.wait_for_commits(3)
         assert watched.where() == {first.node_id: 1}
         second = nodes()
+        wait_for(lambda: second.node_id in watched.where())
+        watched.hurry()
     assert watched.where() == {first.node_id: 1, second.node_id: 1}
     assert_same_content(watched.run, quiet)
 
@@ -153,41 +173,6 @@ def test_the_shards_of_a_node_that_goes_are_done_elsewhere(tmp_path, job, head, 
     assert "died, shard" in watched.said.getvalue()
     assert watched.run.failures() == {}
     assert_same_content(watched.run, quiet)
-
-
-def test_a_replica_that_lost_its_device_is_replaced_and_its_shard_not_blamed_beside_others(tmp_path, job, nodes):
-    config, quiet = job
-    nodes()
-    watched = Watched(tmp_path, config, cpus_per_replica=1)
-    marks, slow = watched.marks, slow_actor(watched.marks, 0.2)
-
-    class ReplicaActor(slow):
-        def collect(self, shard):
-            if shard.shard == 5 and not list(marks.glob("5-*")):
-                (marks / f"5-{ray.get_runtime_context().get_node_id()}-1").touch()
-                raise DeviceLost("CUDA error: an illegal memory access was encountered")
-            return super().collect(shard)
-
-    watched.collect(actor_class=ReplicaActor)
-    said = watched.said.getvalue()
-    assert "died, shards " in said
-    assert "tried one at a time: CUDA error: an illegal memory access was encountered" in said
-    assert watched.run.failures() == {}
-    assert_same_content(watched.run, quiet)
-
-
-def test_a_replica_that_is_ready_before_its_node_is_known_finishes_its_shards(tmp_path, job, nodes):
-    class ReplicaActor(fleet.ReplicaActor):
-        def where(self):
-            while not hasattr(self, "replica"):
-                time.sleep(0.05)
-            time.sleep(1)
-            return super().where()
-
-    nodes()
-    watched = Watched(tmp_path, job[0])
-    watched.collect(actor_class=ReplicaActor)
-    assert_same_content(watched.run, job[1])
 
 
 def test_nodes_with_different_numbers_of_cores_get_what_fits_them(tmp_path, job, nodes):
@@ -220,9 +205,55 @@ def test_a_run_may_wait_for_its_first_node(tmp_path, job, nodes, monkeypatch):
     assert (tmp_path / "run" / SUCCESS).exists()
 
 
-def test_a_cluster_that_holds_too_few_replicas_is_refused(tmp_path, job, nodes):
+def test_the_nodes_of_the_cluster_are_read_with_labels_and_resources(nodes):
+    added = nodes(2, zone="d")
+    (found,) = [node for node in ray_cluster.alive_nodes() if node.id == added.node_id]
+    assert (found.cpus, found.gpus, found.labels["zone"]) == (2, 0, "d")
+    assert resolve(data=DataConfig(), model=ModelConfig(), capture=CaptureConfig(),
+                   device=ray_cluster.pick_device(LaunchConfig())).device == "cpu"  # fmt: skip
+
+
+# ---- on one node that stays ----
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_replica_that_lost_its_device_is_replaced_and_its_shard_not_blamed_beside_others(tmp_path, job):
+    config, quiet = job
+    watched = Watched(tmp_path, config, cpus_per_replica=1)
+    marks, slow = watched.marks, slow_actor(watched.marks, 0.2)
+
+    class ReplicaActor(slow):
+        def collect(self, shard):
+            if shard.shard == 5 and not list(marks.glob("5-*")):
+                (marks / f"5-{ray.get_runtime_context().get_node_id()}-1").touch()
+                raise DeviceLost("CUDA error: an illegal memory access was encountered")
+            return super().collect(shard)
+
+    watched.collect(actor_class=ReplicaActor)
+    said = watched.said.getvalue()
+    assert "died, shards " in said
+    assert "tried one at a time: CUDA error: an illegal memory access was encountered" in said
+    assert watched.run.failures() == {}
+    assert_same_content(watched.run, quiet)
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_replica_that_is_ready_before_its_node_is_known_finishes_its_shards(tmp_path, job):
+    class ReplicaActor(fleet.ReplicaActor):
+        def where(self):
+            while not hasattr(self, "replica"):
+                time.sleep(0.05)
+            time.sleep(1)
+            return super().where()
+
+    watched = Watched(tmp_path, job[0])
+    watched.collect(actor_class=ReplicaActor)
+    assert_same_content(watched.run, job[1])
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_cluster_that_holds_too_few_replicas_is_refused(tmp_path, job):
     config, _ = job
-    nodes()
     launch = LaunchConfig(cpus_per_replica=1, replicas="3:8")
     with pytest.raises(ValueError, match="the nodes hold 1 of 3 replicas with 1 CPUs"):
         driver.collect(str(tmp_path / "run"), data=config.data, model=config.model, capture=CaptureConfig(),
@@ -230,9 +261,9 @@ def test_a_cluster_that_holds_too_few_replicas_is_refused(tmp_path, job, nodes):
     assert not (tmp_path / "run").exists()
 
 
-def test_progress_is_exported_as_metrics_of_the_cluster(tmp_path, job, head, nodes):
+@pytest.mark.usefixtures("worker")
+def test_progress_is_exported_as_metrics_of_the_cluster(tmp_path, job, head):
     config, quiet = job
-    nodes()
     watched = Watched(tmp_path, config, cpus_per_replica=1)
     watched.collect(pause=0.0)
     port = head.head_node.metrics_export_port
@@ -253,11 +284,3 @@ def test_progress_is_exported_as_metrics_of_the_cluster(tmp_path, job, head, nod
     assert found["ray_collector_replicas:ready"] == 0
     assert 0 < found["ray_collector_padding_efficiency"] <= 1
     assert 0 <= found["ray_collector_replica_idle_share"] <= 1
-
-
-def test_the_nodes_of_the_cluster_are_read_with_labels_and_resources(nodes):
-    added = nodes(2, zone="d")
-    (found,) = [node for node in ray_cluster.alive_nodes() if node.id == added.node_id]
-    assert (found.cpus, found.gpus, found.labels["zone"]) == (2, 0, "d")
-    assert resolve(data=DataConfig(), model=ModelConfig(), capture=CaptureConfig(),
-                   device=ray_cluster.pick_device(LaunchConfig())).device == "cpu"  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -46,11 +47,13 @@ def run(name: str, *arguments: str) -> dict[str, Any]:
     return dict(definitions)
 
 
-def script(name: str, *arguments: str) -> str:
-    command = [sys.executable, str(NOTEBOOKS / f"{name}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def script(capsys, name: str, *arguments: str) -> str:
+    """Runs a notebook as `python FILE` does; returns what it prints."""
+    path = NOTEBOOKS / f"{name}.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        runpy.run_path(str(path), run_name="__main__")
+    return capsys.readouterr().out
 
 
 def test_the_index_tells_of_every_notebook():
@@ -183,16 +186,16 @@ def test_the_figures_of_a_paper_are_written(runs, tmp_path):
         ("04_paper_figures", ["--per-label", "2"], ["expert", "tokens"]),
     ],
 )
-def test_a_notebook_is_a_script(name, arguments, says):
-    out = script(name, *arguments)
+def test_a_notebook_is_a_script(capsys, name, arguments, says):
+    out = script(capsys, name, *arguments)
     for words in says:
         assert words in out
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_from_launch_to_query(tmp_path):
-    out = script("05_scale", "--out", str(tmp_path / "run"))
+def test_from_launch_to_query(capsys, tmp_path):
+    out = script(capsys, "05_scale", "--out", str(tmp_path / "run"))
     assert "documents  240 of 240 planned" in out
     assert "sound: all of 4 committed shards" in out
     top = open_run(tmp_path / "run").query("top_experts", layer=4, labels=["eng_Latn", "kor_Hang"], n=3).fetchall()

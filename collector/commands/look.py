@@ -1,0 +1,95 @@
+"""What shows routing on the screen: `collector show`, `collector trace`, `collector explore`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from collector.commands.arguments import RunPath
+from collector.config import CaptureConfig, ModelConfig, Stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Show:
+    """Print the top expert of every label and layer, of one run or of two side by side."""
+
+    run_: RunPath
+    """The run directory."""
+    beside: str | None = None
+    """Another run, for example the same model with random weights."""
+    labels: tuple[str, ...] | None = None
+    """Which labels (default: all)."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
+
+    def run(self) -> int:
+        """Prints the table."""
+        from collector import show, warehouse
+
+        beside = warehouse.open_run(self.beside, by=self.by) if self.beside else None
+        show.top_experts_by_layer(warehouse.open_run(self.run_, by=self.by), self.labels, beside)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Run a model over one text and show which expert each router chose for each token.
+
+    The text appears once per router, each token in the colour of its expert and followed by its number; then, token by
+    token, the expert with the highest weight, that weight and the router's entropy.
+    """
+
+    text: tyro.conf.Positional[str]
+    """The text; `-` reads it from standard input."""
+    model: tyro.conf.OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
+    layers: tuple[int, ...] | None = None
+    """Router layers to show, by the model's own numbers (default: all)."""
+    stacks: tuple[Stack, ...] | None = None
+    """Which routers to show: `encoder`, `decoder` or both (default: as `collector collect` records them)."""
+    max_length: int = 512
+    """Tokens that are read at most; the rest of a longer text is left out, and that is told."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where torch sees one."""
+    html: str | None = None
+    """Also write a page to this file, which loads nothing: all chosen experts of a token at the pointer."""
+
+    def run(self) -> int:
+        """Prints the trace, and writes the page if one is asked for."""
+        from collector import show
+        from collector.trace import collecting, page, read, terminal
+
+        text = sys.stdin.read() if self.text == "-" else self.text
+        capture = CaptureConfig(layers=self.layers, stacks=self.stacks, max_length=self.max_length)
+        with collecting.collected(text, self.model, capture, self.device) as run:
+            trace, title = read(run), f"{show.model(run.info)}: {show.routers(run.info['layers'])}"
+            cut = f"; cut after {self.max_length} tokens" if collecting.was_cut(run) else ""
+        terminal.show(trace, show.console(), title + cut)
+        if self.html is not None:
+            Path(self.html).write_text(page.page(trace, title + cut), encoding="utf-8")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explore:
+    """Look at a run in the browser: languages, layers, documents token by token, experts.
+
+    A server on this machine alone; the URL that it prints holds the token that lets in.
+    """
+
+    run_: RunPath
+    """The run directory."""
+    port: int = 0
+    """Where the server listens (default: a port that is free)."""
+    browser: bool = True
+    """Open the page in the browser."""
+
+    def run(self) -> int:
+        """Serves until Ctrl-C."""
+        from collector.explore import serving
+
+        serving.serve(self.run_, self.port, browser=self.browser)
+        return 0

@@ -1,0 +1,69 @@
+"""What is about models and needs no run: `collector quantize`, `collector models`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from collector.config import Dtype, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Write a quantized copy of a model, so that each replica reads a quarter: `collector quantize MODEL OUT`.
+
+    The copy loads with `collector collect --model OUT`.
+    """
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="model")]
+    """A Mixture-of-Experts model: id on the Hugging Face hub, or local folder."""
+    out: tyro.conf.Positional[str]
+    """The folder to write, new or empty."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    quantization: Literal["nf4", "fp4"] = "nf4"
+    """4-bit normal floats, or 4-bit floats."""
+    double_quantization: bool = True
+    """Also quantize the scales of 4-bit blocks."""
+    dtype: Dtype = "auto"
+    """Precision of what is not quantized."""
+    unquantized_experts: bool = False
+    """Accept a family whose experts cannot be quantized."""
+
+    def run(self) -> int:
+        """Loads tensor by tensor, quantizes, writes."""
+        from collector import checkpoints, footprint, models
+
+        config = ModelConfig(
+            model=self.source, revision=self.revision, dtype=self.dtype, quantization=self.quantization,
+            double_quantization=self.double_quantization, unquantized_experts=self.unquantized_experts,
+        )  # fmt: skip
+        out = Path(self.out)
+        checkpoints.require_empty(out)
+        loaded = models.load(config, "cpu")
+        written = checkpoints.save(loaded.model, loaded.tokenizer, out)
+        summary = footprint.describe(loaded.model, loaded.compute_dtype)["summary"]
+        sys.stdout.write(f"{summary}\n{out}: {footprint.size(written)}\n")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models:
+    """List the model families whose routing can be collected, and how each one's is read."""
+
+    format: Literal["table", "markdown"] = "table"
+    """How the list is written to standard output."""
+
+    def run(self) -> int:
+        """Reads the families from the installed transformers and prints them."""
+        from transformers.utils import logging
+
+        from collector import families, show
+
+        logging.set_verbosity_error()  # tiny configs draw warnings about their sizes
+        show.models([families.describe(family) for family in families.families()], self.format)
+        return 0

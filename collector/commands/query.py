@@ -1,0 +1,161 @@
+"""SQL over a run: `collector query` asks what `queries/` asks, `collector sql` anything, `collector views` elsewhere.
+
+A query's own parameters are no flags of the command: each query has others, and to read them takes DuckDB. They are
+taken out of the command line before it is parsed, and checked where the query runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any, Literal
+
+import tyro
+
+from collector.commands.arguments import RowFormat, RunPath
+
+_FLAGS = ("list", "format", "by", "beside", "interval", "column", "resamples", "seed", "help")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Query:
+    """Answer a question about a run, or about two: `collector query RUN NAME [--beside OTHER] [--param value …]`.
+
+    `collector query --list` tells every query's question, parameters and rows.
+    """
+
+    run_: RunPath = ""
+    """The run directory."""
+    name: tyro.conf.Positional[str] = ""
+    """The query."""
+    beside: str | None = None
+    """Another run of the same tokens, for example of the quantized or the untrained model.
+    A query that compares two runs needs it; of any other, the other run's rows stand beside the first's."""
+    list: bool = False
+    """Tell which queries there are; with --format markdown everything about them, and with RUN and --beside OTHER, runs
+    of the demo, also an example of each one's rows."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
+    format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
+    """How the rows are written to standard output."""
+    interval: float | None = None
+    """Give each row an interval of this level, as 95: a bootstrap over documents."""
+    column: str = "value"
+    """What the interval is for, of the query's columns."""
+    resamples: int = 1000
+    """Bootstrap samples."""
+    seed: int = 0
+    """Of the bootstrap's draws."""
+    params: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
+
+    def run(self) -> int:
+        """Runs the query, or lists them."""
+        from collector import show, warehouse
+
+        if self.list:
+            return self._list()
+        if not (self.run_ and self.name):
+            raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
+        params: dict[str, Any] = dict(self.params)
+        with warehouse.one_line_errors():
+            if self.beside is not None:
+                self._compare(params)
+            elif self.interval is not None:
+                self._resample(params)
+            else:
+                show.relation(warehouse.open_run(self.run_, by=self.by).query(self.name, **params), self.format)
+        return 0
+
+    def _compare(self, params: dict[str, Any]) -> None:
+        from collector import comparison, show
+
+        if self.interval is not None:
+            raise ValueError("--interval resamples the documents of one run: give it without --beside")
+        pair = comparison.open_runs(self.run_, self.beside or "", by=self.by)
+        rows = pair.query(self.name, **params)
+        sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
+        show.relation(rows, self.format)
+
+    def _resample(self, params: dict[str, Any]) -> None:
+        from collector import inference, show, warehouse
+
+        draws: dict[str, Any] = {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
+        run = warehouse.open_run(self.run_, by=self.by)
+        show.uncertain(inference.intervals(run, self.name, column=self.column, **draws, **params), self.format)
+
+    def _list(self) -> int:
+        from collector import comparison, manual, show
+
+        if self.format == "markdown":
+            runs = (self.run_, self.beside) if self.run_ and self.beside else None
+            sys.stdout.write(manual.page(runs))
+        else:
+            show.queries([*comparison.list_queries(), *comparison.list_comparisons()])
+        return 0
+
+
+def split_query_params(arguments: list[str]) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    """Takes the parameters of a query (`--layer 5`, `--labels=a,b`) out of a command line.
+
+    Raises:
+        ValueError: a parameter has no value.
+    """
+    rest: list[str] = []
+    params: list[tuple[str, str]] = []
+    tokens = iter(arguments)
+    for token in tokens:
+        name, given, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name in _FLAGS or name == "":
+            rest.append(token)
+            continue
+        if not given:
+            value = next(tokens, "")
+            if not value or value.startswith("--"):
+                raise ValueError(f"--{name} needs a value")
+        params.append((name.replace("-", "_"), value))
+    return rest, tuple(params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sql:
+    """Run one read-only SQL statement over a run's views.
+
+    It reads the run's committed files and nothing else: no other file, no network, no setting.
+    """
+
+    run_: RunPath
+    """The run directory."""
+    statement: tyro.conf.Positional[str]
+    """For example: select label, count(*) from documents group by all."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script, length, position or token_class."""
+    format: RowFormat = "table"
+    """How the rows are written to standard output."""
+
+    def run(self) -> int:
+        """Runs the statement."""
+        from collector import show, warehouse
+
+        with warehouse.one_line_errors():
+            show.relation(warehouse.open_run(self.run_, by=self.by).sql(self.statement), self.format)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Views:
+    """Write the SQL script that creates the run's views in any DuckDB: `duckdb -init <(collector views RUN)`.
+
+    It names every file by its full path or URL. For a run on an object store, DuckDB needs its extension httpfs (azure
+    for az://) and the credentials; `collector query` and `sql` need neither.
+    """
+
+    run_: RunPath
+    """The run directory."""
+
+    def run(self) -> int:
+        """Writes the script to standard output."""
+        from collector.storage import RunDirectory
+        from collector.warehouse import views_sql
+
+        sys.stdout.write(views_sql(RunDirectory(self.run_), in_place=True))
+        return 0
