@@ -7,7 +7,6 @@ line. Exit status: 0 done, 1 the run is incomplete or unsound, 2 unusable input,
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +72,6 @@ def _complain(command: Any, message: str, event: str) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    # Imported on some CPUs, it warns that a kernel which nothing here calls cannot be fetched from the hub.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     command = None
     try:
         command = parse(sys.argv[1:])

@@ -6,6 +6,7 @@ imports that, where tensors are quantized.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from bitsandbytes.functional import QuantState
     from torch import nn
+
+# Imported on some CPUs, it warns that a kernel which nothing here calls cannot be fetched from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:

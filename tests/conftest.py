@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from tests.runs import collect_here, run_config
 # Two threads of OpenMP wait for each other, awake, longer than tiny models compute: for these processes and their own.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell has its background jobs ignore SIGINT, which their processes inherit, and tests interrupt theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {"vocab_size": 8192, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2,
