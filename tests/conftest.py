@@ -28,6 +28,7 @@ TINY = {"vocab_size": 8192, "hidden_size": 16, "intermediate_size": 8, "num_hidd
         "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs together under `--dist loadgroup`: all tests that start Ray, first and never two at once; each file."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)

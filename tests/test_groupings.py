@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import exit_status
 from query_runs import assert_same, keyed
 from reference import frequency
 from reference.base import groups
 from synthetic import Shard, random_shard, write_run
 from transformers import AutoTokenizer
 
-from collector import __main__ as cli
 from collector import models
 from collector.catalog import query_folder, read_header
 from collector.counts import document_counts
@@ -94,14 +93,6 @@ def with_rollup(tmp_path_factory) -> Path:
     path = write_run(tmp_path_factory.mktemp("groupings") / "rollup", LAYERS, [hand_shard()], vocabulary=ENTRIES)
     making.make(RunDirectory(path))
     return path
-
-
-def collector(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["collector", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return end.value.code
 
 
 # ---- which groups ----
@@ -293,13 +284,13 @@ def test_headers_tell_everything() -> None:
 
 def test_every_reading_command_takes_a_grouping(folder, capsys) -> None:
     run = str(folder)
-    assert collector("query", run, "effective_experts", "--by", "source", "--layer", "3", "--format", "json") == 0
+    assert exit_status("query", run, "effective_experts", "--by", "source", "--layer", "3", "--format", "json") == 0
     assert {row["label"] for row in json.loads(capsys.readouterr().out)} == {"web", "(none)", "book"}
-    assert collector("query", run, "effective_experts", "--by=length", "--labels", "000001", "--format", "json") == 0
+    assert exit_status("query", run, "effective_experts", "--by=length", "--labels", "000001", "--format", "json") == 0
     assert {row["label"] for row in json.loads(capsys.readouterr().out)} == {"000001"}
-    assert collector("sql", run, "select distinct label from routing", "--by", "script", "--format", "csv") == 0
+    assert exit_status("sql", run, "select distinct label from routing", "--by", "script", "--format", "csv") == 0
     assert sorted(capsys.readouterr().out.split()) == ['"Cyrl"', '"Hang"', '"Latn"', '"Thai"', '"Zyyy"', '"label"']
-    assert collector("show", run, "--by", "token_class") == 0
+    assert exit_status("show", run, "--by", "token_class") == 0
     assert "punctuation" in capsys.readouterr().out
-    assert collector("query", run, "top_experts", "--by", "sauce") == 2
+    assert exit_status("query", run, "top_experts", "--by", "sauce") == 2
     assert "no grouping 'sauce'" in capsys.readouterr().err

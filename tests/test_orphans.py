@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from command_line import exit_status
 
-from collector import __main__ as cli
 from collector import orphans
 from collector.storage import PLAN, DamagedRecordError, RunDirectory
 from tests.test_storage import attempt
@@ -56,14 +55,6 @@ def files(run: RunDirectory) -> set[str]:
     return {str(path.relative_to(run.root)) for path in Path(run.root).rglob("*") if path.is_file()}
 
 
-def collector(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["collector", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return end.value.code
-
-
 def test_orphans_of_every_kind_go_and_nothing_else(run, capsys):
     kept = files(run)
     left = leave_orphans(run)
@@ -72,7 +63,7 @@ def test_orphans_of_every_kind_go_and_nothing_else(run, capsys):
     Path(run.root, ".scratch/other").mkdir(parents=True)
     age(run, 2 * 24 * HOUR)
     assert names(orphans.find(run, 24 * HOUR)) == left
-    assert collector("gc", run.root) == 0
+    assert exit_status("gc", run.root) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in left)
     assert out.splitlines()[-1] == f"removed: {len(left)} orphans, {4 * len(left)} bytes"
@@ -100,7 +91,7 @@ def test_what_is_committed_stays_whatever_its_age(run):
 def test_a_dry_run_removes_nothing(run, capsys):
     left = leave_orphans(run)
     before = files(run)
-    assert collector("gc", run.root, "--older-than", "0", "--dry-run") == 0
+    assert exit_status("gc", run.root, "--older-than", "0", "--dry-run") == 0
     said = capsys.readouterr()
     assert said.out.splitlines()[-1].startswith(f"to remove: {len(left)} orphans, ")
     assert "a shard that is being collected now would lose its files" in said.err
@@ -128,7 +119,7 @@ def test_nothing_goes_while_a_record_cannot_be_read(run):
     before = files(run)
     with pytest.raises(DamagedRecordError):
         orphans.find(run, 0)
-    assert collector("gc", run.root, "--older-than", "0") == 2
+    assert exit_status("gc", run.root, "--older-than", "0") == 2
     assert files(run) == before
 
 
@@ -167,5 +158,5 @@ def test_an_age_that_a_shard_in_work_may_have_is_refused(text):
 
 
 def test_there_must_be_a_run(tmp_path, capsys):
-    assert collector("gc", str(tmp_path)) == 2
+    assert exit_status("gc", str(tmp_path)) == 2
     assert "there is no plan.parquet" in capsys.readouterr().err

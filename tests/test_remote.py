@@ -24,11 +24,11 @@ import obstore.fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import exit_status
 from moto.server import DomainDispatcherApplication, create_backend_app
 from query_runs import assert_same, assert_same_rows, keyed
 from werkzeug.serving import make_server
 
-from collector import __main__ as cli
 from collector import objectstore, open_runs, verify
 from collector.config import DataConfig, ModelConfig
 from collector.objectfiles import BLOCK, BlockCache, RangeFile, RunFiles
@@ -146,14 +146,6 @@ def download(s3, prefix: str, folder: Path) -> Path:
     return folder
 
 
-def collector(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["collector", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return end.value.code
-
-
 # ---- the same as a local run ----
 
 
@@ -179,7 +171,7 @@ def test_every_value_arrives(run, local):
 
 def test_the_script_of_views_serves_any_duckdb_that_reads_the_store(run, local, capsys):
     """Which is DuckDB with its extension httpfs, or, as here, with a file system of fsspec."""
-    assert collector("views", run.root) == 0
+    assert exit_status("views", run.root) == 0
     obstore.fsspec.register("s3")
     connection = duckdb.connect()
     connection.register_filesystem(fsspec.filesystem("s3"))
@@ -189,14 +181,14 @@ def test_the_script_of_views_serves_any_duckdb_that_reads_the_store(run, local, 
 
 
 def test_status_verify_and_gc_take_the_url(run, capsys):
-    assert collector("status", run.root) == 0
+    assert exit_status("status", run.root) == 0
     assert "complete" in capsys.readouterr().out
-    assert collector("verify", run.root) == 0
+    assert exit_status("verify", run.root) == 0
     assert capsys.readouterr().out == "sound: all of 3 committed shards are what they must be\n"
-    assert collector("gc", run.root) == 0
+    assert exit_status("gc", run.root) == 0
     assert capsys.readouterr().out == "removed: 0 orphans, 0 bytes\n"
-    assert collector("query", run.root, "router_entropy", "--format", "csv") == 0
-    assert collector("sql", run.root, "select count(*) from documents", "--format", "json") == 0
+    assert exit_status("query", run.root, "router_entropy", "--format", "csv") == 0
+    assert exit_status("sql", run.root, "select count(*) from documents", "--format", "json") == 0
     assert '[{"count_star()": 20}]' in capsys.readouterr().out
 
 
@@ -288,7 +280,7 @@ def test_a_remote_run_is_as_locked_as_a_local_one(run, s3, statement):
 def test_a_rollup_lies_beside_a_remote_run_and_is_read_in_place(config, tiny_model, local, server, capsys):
     root = f"s3://{BUCKET}/counted"
     run = collect_here(root, config, loaded=tiny_model)
-    assert collector("rollup", root) == 0
+    assert exit_status("rollup", root) == 0
     assert ": 3 shards, " in capsys.readouterr().out
     names = set(files.current(run).values())
     assert set(run.store.list("rollup")) == names
@@ -297,12 +289,12 @@ def test_a_rollup_lies_beside_a_remote_run_and_is_read_in_place(config, tiny_mod
         server.seen.clear()
         assert_same(keyed(counted, name, keys), keyed(expected, name, keys))
         assert not [url for _, url, _ in server.seen if ".routing.parquet" in url], "nothing is counted again"
-    assert collector("verify", root) == 0
+    assert exit_status("verify", root) == 0
     assert capsys.readouterr().out.endswith("what they must be, and so is the rollup\n")
     run.reopen()
     run.set_aside(1)
     assert files.current(run) == {}
-    assert collector("gc", root, "--older-than", "0", "--dry-run") == 0
+    assert exit_status("gc", root, "--older-than", "0", "--dry-run") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in names)
 
@@ -317,18 +309,18 @@ def test_a_damaged_part_is_named_set_aside_and_collected_again(config, tiny_mode
     data = bytearray(run.store.read(part.path))
     data[len(data) // 2] ^= 1
     run.store.put(part.path, bytes(data))
-    assert collector("verify", root) == 1
+    assert exit_status("verify", root) == 1
     assert capsys.readouterr().out.splitlines()[0] == f"shard 1: {part.path} has another SHA-256 than was committed"
-    assert collector("verify", root, "--recollect") == 1
+    assert exit_status("verify", root, "--recollect") == 1
     assert run.committed_shards() == {0, 2}
     collect_here(root, config, loaded=tiny_model)
     assert verify.verify(run).sound
     rows = "select * from routing order by all"
     assert open_run(root).sql(rows).fetchall() == open_run(local.root).sql(rows).fetchall()
     capsys.readouterr()
-    assert collector("gc", root) == 0
+    assert exit_status("gc", root) == 0
     assert "removed: 0 orphans" in capsys.readouterr().out, "they are young"
-    assert collector("gc", root, "--older-than", "0") == 0
+    assert exit_status("gc", root, "--older-than", "0") == 0
     assert "removed: 3 orphans" in capsys.readouterr().out
     assert verify.verify(run).sound
 
@@ -403,7 +395,7 @@ def test_an_upload_in_parts_that_fails_is_aborted(s3, server, tmp_path):
 def test_what_is_wrong_with_a_store_is_told_in_one_line(monkeypatch, capsys, root, settings, message):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    assert collector("status", root) == 2
+    assert exit_status("status", root) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
@@ -412,7 +404,7 @@ def test_what_is_wrong_with_a_store_is_told_in_one_line(monkeypatch, capsys, roo
 @pytest.mark.usefixtures("two_retries")
 def test_a_store_that_stays_away_ends_a_query_in_one_line(run, server, capsys):
     server.refuse = first(1000, "GET", ".routing.parquet")
-    assert collector("query", run.root, "router_entropy") == 2
+    assert exit_status("query", run.root, "router_entropy") == 2
     said = capsys.readouterr().err
     assert "the store does not answer" in said
     assert said.count("\n") == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import exit_status
 from hypothesis import given
 from query_runs import assert_same, assert_same_rows, few_examples, keyed, random_runs
 from synthetic import Shard, commit_shard, publish_shard, random_shard, write_run
 
-from collector import __main__ as cli
 from collector import orphans, verify
 from collector.config import DataConfig, ModelConfig
 from collector.counts import document_counts
@@ -38,14 +37,6 @@ def shards(count: int = 2) -> list[Shard]:
 @pytest.fixture
 def run(tmp_path) -> RunDirectory:
     return RunDirectory(write_run(tmp_path / "run", LAYERS, shards()))
-
-
-def collector(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["collector", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return end.value.code
 
 
 def reads_rollup(run: Run) -> bool:
@@ -232,7 +223,7 @@ def test_gc_takes_stale_rollups_and_leaves_the_current_one(tmp_path) -> None:
     then = time.time() - 7200
     for path in Path(run.root, ROLLUP).iterdir():
         os.utime(path, (then, then))
-    assert collector("gc", run.root, "--older-than", "1h") == 0
+    assert exit_status("gc", run.root, "--older-than", "1h") == 0
     assert set(run.store.list(ROLLUP)) == set(current.values())
 
 
@@ -254,31 +245,31 @@ def collected(original, tmp_path) -> RunDirectory:
 
 
 def test_the_command_makes_it_once(collected, capsys) -> None:
-    assert collector("rollup", collected.root) == 0
+    assert exit_status("rollup", collected.root) == 0
     names = files.current(collected)
     out = capsys.readouterr().out
     assert all(name in out for name in names.values())
     assert ": 3 shards, " in out
     assert " a token\n" in out
     made = Path(collected.store.location(names[files.DOCUMENTS])).stat().st_mtime_ns
-    assert collector("rollup", collected.root) == 0
+    assert exit_status("rollup", collected.root) == 0
     assert "there already, and of all that is committed" in capsys.readouterr().out
     assert Path(collected.store.location(names[files.DOCUMENTS])).stat().st_mtime_ns == made
-    assert collector("rollup", collected.root, "--again") == 0
+    assert exit_status("rollup", collected.root, "--again") == 0
     assert Path(collected.store.location(names[files.DOCUMENTS])).stat().st_mtime_ns > made
     for view in VIEWS:
         assert_rows(open_run(collected.root), open_run(collected.root, rollup=False), view)
 
 
 def test_the_command_needs_a_run(tmp_path, capsys) -> None:
-    assert collector("rollup", str(tmp_path / "nothing")) == 2
+    assert exit_status("rollup", str(tmp_path / "nothing")) == 2
     assert "run.json" in capsys.readouterr().err
     assert not (tmp_path / "nothing" / ROLLUP).exists()
 
 
 def test_a_sound_rollup_is_told_as_such(collected, capsys) -> None:
     making.make(collected)
-    assert collector("verify", collected.root) == 0
+    assert exit_status("verify", collected.root) == 0
     out = capsys.readouterr().out
     assert out == "sound: all of 3 committed shards are what they must be, and so is the rollup\n"
 
@@ -323,7 +314,7 @@ def test_a_sound_rollup_is_told_as_such(collected, capsys) -> None:
 def test_verify_finds_a_wrong_rollup(collected, capsys, relation, change, message) -> None:
     making.make(collected)
     name = damage(collected, relation, change)
-    assert collector("verify", collected.root, "--recollect") == 1
+    assert exit_status("verify", collected.root, "--recollect") == 1
     out = capsys.readouterr().out.splitlines()
     assert out[0] == f"{name} {message}"
     assert (
@@ -331,7 +322,7 @@ def test_verify_finds_a_wrong_rollup(collected, capsys, relation, change, messag
         "`collector rollup RUN --again` counts again"
     )
     assert collected.committed_shards() == {0, 1, 2}, "no shard is to blame"
-    assert collector("rollup", collected.root, "--again") == 0
+    assert exit_status("rollup", collected.root, "--again") == 0
     assert verify.verify(collected).sound
 
 

@@ -6,16 +6,15 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import exit_status
 from transformers import AutoTokenizer, SwitchTransformersConfig, SwitchTransformersModel
 
-from collector import __main__ as cli
 from collector import models, show, verify
 from collector.config import DataConfig, ModelConfig
 from collector.demo.corpus import MODEL_DIR
@@ -43,14 +42,6 @@ def original(tmp_path_factory, config, tiny_model) -> RunDirectory:
 def run(original, tmp_path) -> RunDirectory:
     """A copy to damage."""
     return RunDirectory(shutil.copytree(original.root, tmp_path / "run"))
-
-
-def collector(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["collector", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return end.value.code
 
 
 def path_of(run: RunDirectory, shard: int, table: str) -> Path:
@@ -98,7 +89,7 @@ def test_a_run_as_it_was_collected_is_sound(run, capsys):
     report = verify.verify(run, lambda done, of: seen.append((done, of)))
     assert (report.sound, report.complete, report.shards) == (True, True, SHARDS)
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert collector("verify", run.root) == 0
+    assert exit_status("verify", run.root) == 0
     assert capsys.readouterr().out == "sound: all of 3 committed shards are what they must be\n"
 
 
@@ -141,12 +132,12 @@ def test_a_run_that_lacks_shards_is_incomplete_and_not_unsound(run, capsys):
     run.store.delete("commits/000001.json")
     report = verify.verify(run)
     assert (report.sound, report.complete, report.missing) == (True, False, [1])
-    assert collector("verify", run.root) == 1
+    assert exit_status("verify", run.root) == 1
     assert capsys.readouterr().out.splitlines() == [
         "incomplete: 1 of 3 shards are not committed (1)",
         "sound: all of 2 committed shards are what they must be",
     ]
-    assert collector("verify", run.root, "--recollect") == 1
+    assert exit_status("verify", run.root, "--recollect") == 1
     assert run.committed_shards() == {0, 2}, "nothing is set aside"
 
 
@@ -159,7 +150,7 @@ def test_a_run_that_has_only_been_planned_is_incomplete(run):
 
 
 def test_no_run_is_an_error(tmp_path, capsys):
-    assert collector("verify", str(tmp_path / "nothing")) == 2
+    assert exit_status("verify", str(tmp_path / "nothing")) == 2
     assert "no run at" in capsys.readouterr().err
 
 
@@ -369,7 +360,7 @@ def test_wrong_shards_alone_are_set_aside_and_collected_again(run, original, con
     flip(path_of(run, 1, "routing"))
     run.store.put("commits/000002.json", b'{"shard": 2, "att')
     attempt = run.read_commit(1).attempt
-    assert collector("verify", run.root, "--recollect") == 1
+    assert exit_status("verify", run.root, "--recollect") == 1
     out = capsys.readouterr().out.splitlines()
     assert out[-3] == f"set aside: replaced/000001-{attempt}.json"
     assert out[-2].startswith("set aside: replaced/000002-damaged-")
@@ -385,10 +376,10 @@ def test_wrong_shards_alone_are_set_aside_and_collected_again(run, original, con
 
 def test_marks_that_lie_are_put_right_by_collecting_again(run, config, tiny_model):
     run.store.put(MANIFEST, b"other")
-    assert collector("verify", run.root, "--recollect") == 1
+    assert exit_status("verify", run.root, "--recollect") == 1
     assert run.committed_shards() == {0, 1, 2}
     collect_here(Path(run.root), config, loaded=tiny_model)
-    assert collector("verify", run.root) == 0
+    assert exit_status("verify", run.root) == 0
 
 
 class Killed(BaseException):
@@ -437,7 +428,7 @@ def test_a_damaged_record_stops_readers_and_names_the_remedy(run, capsys):
     run.reopen()
     run.store.put("commits/000001.json", b'{"shard": 1, "at')
     for command in (["status", run.root], ["sql", run.root, "select 1"], ["gc", run.root]):
-        assert collector(*command) == 2
+        assert exit_status(*command) == 2
         said = capsys.readouterr().err
         assert "commits/000001.json is damaged" in said
         assert "`collector verify RUN --recollect` sets it aside" in said
