@@ -14,7 +14,6 @@ import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from collector.catalog import read_header, split_names
 
@@ -30,7 +29,16 @@ if TYPE_CHECKING:
 _COUNTED = ("label_tokens", "label_counts")
 _OF_WEIGHTS = ("top1", "weight_sum")
 """Columns that need the weights; a statement that names neither reads neither."""
-_BATCH = 100_000
+_CELL = """
+((layer::uinteger * (len($names) + 1) + coalesce(list_position($names, label), 0)) * 2 + is_special::uinteger)::uinteger
+"""
+"""One number for layer, label (0: none) and whether a token is special."""
+_NAMED = """
+cell // 2 // (len($names) + 1) as layer, $names[cell // 2 % (len($names) + 1)] as label, cell % 2 = 1 as is_special,
+columns(* exclude (cell))
+"""
+"""The way back from a cell."""
+_BATCH = 40_000
 """Rows: the arrays of a batch fit the processor's cache."""
 
 
@@ -82,15 +90,17 @@ class LabelCounts:
         """Counts these routers, in place of what was counted of them without weights."""
         cursor = self._connection.cursor()
         cursor.execute(f"use {self._schema}")
+        names = [name for (name,) in cursor.execute("select label from labels order by label").fetchall()]
         for stack in sorted({layer.stack for layer in layers}):
             own = [layer for layer in layers if layer.stack == stack]
-            counts = _count_stack(cursor, own, weights=weights)
+            counts = _count_stack(cursor, own, names, weights=weights)
             cursor.execute("begin")
-            for name, table in zip(_COUNTED, (counts.tokens(stack), counts.picks(stack)), strict=True):
-                stale = f"delete from {self._own}.{name} where stack = $stack and list_contains($layers, layer)"
-                cursor.execute(stale, {"stack": stack, "layers": [layer.layer for layer in own]})
-                cursor.register("counted_now", table)
-                cursor.execute(f"insert into {self._own}.{name} by name from counted_now")
+            for relation, columns in zip(_COUNTED, (counts.tokens(), counts.picks()), strict=True):
+                stale = f"delete from {self._own}.{relation} where stack = $stack and layer in ({_numbers(own)})"
+                cursor.execute(stale, {"stack": stack})
+                cursor.register("counted", columns)
+                named = f"insert into {self._own}.{relation} by name select $stack as stack, {_NAMED} from counted"
+                cursor.execute(named, {"stack": stack, "names": names})
             cursor.execute("commit")
         self._done[False] |= layers
         self._done[weights] |= layers
@@ -114,44 +124,46 @@ def _readers(views: Mapping[str, str]) -> set[str]:
     return readers - set(_COUNTED)
 
 
-def _count_stack(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], *, weights: bool) -> _Counts:
+def _count_stack(
+    cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], names: Sequence[str], *, weights: bool
+) -> _Counts:
     """Counts routers of one stack, in one pass over the rows."""
-    labels = [name for (name,) in cursor.execute("select label from labels order by label").fetchall()]
-    counts = _Counts(labels, experts=max(layer.n_experts for layer in layers))
+    counts = _Counts(experts=max(layer.n_experts for layer in layers))
     top_k = max(layer.top_k for layer in layers)
     # A layer with fewer picks than others has nulls beyond them, which arrays do not know.
     least = min(layer.top_k for layer in layers)
     experts = [f"e{i}" if i < least else f"coalesce(e{i}::usmallint, {counts.nobody})" for i in range(top_k)]
     weighed = [f"w{i}" if i < least else f"coalesce(w{i}, '-infinity')" for i in range(top_k) if weights]
-    cell = "(layer::uinteger * $labels + coalesce(list_position($names, label), 0)) * 2 + is_special::uinteger"
     rows = cursor.sql(
-        f"select ({cell})::uinteger, {', '.join(experts + weighed)} from routing "
-        f"where stack = $stack and layer in ({', '.join(str(layer.layer) for layer in layers)})",
-        params={"labels": len(counts.labels), "names": labels, "stack": layers[0].stack},
+        f"select {_CELL}, {', '.join(experts + weighed)} from routing "
+        f"where stack = $stack and layer in ({_numbers(layers)})",
+        params={"stack": layers[0].stack, "names": names},
     )
     for batch in rows.to_arrow_reader(_BATCH):
-        cell_t, *picked = (column.to_numpy() for column in batch.columns)
+        cell_t, *picked = map(np.from_dlpack, batch.columns)  # to_numpy would import pandas
         counts.add(cell_t, picked[:top_k], picked[top_k:])
     return counts
 
 
+def _numbers(layers: Sequence[Layer]) -> str:
+    """A list of SQL, by whose constants DuckDB leaves out row groups."""
+    return ", ".join(str(layer.layer) for layer in layers)
+
+
 class _Counts:
-    """Counts by cell, a cell being (layer, label, whether special), in the order of these three.
+    """Counts by cell (see `_CELL`).
 
     Axes: T rows of a batch, C cells of it, E experts and one more, who is nobody.
     """
 
-    def __init__(self, labels: Sequence[str], experts: int) -> None:
-        self.labels = (None, *labels)
+    def __init__(self, experts: int) -> None:
         self.nobody = experts
         """The expert of no pick."""
         self._tokens: dict[int, int] = {}
         self._sums: dict[int, NDArray[np.float64]] = {}
         """Cell -> [3, E] picks, top-1 and sums of weights; exact for counts."""
 
-    def add(
-        self, cell_t: NDArray[np.uint32], experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray[np.float32]]
-    ) -> None:
+    def add(self, cell_t: NDArray, experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> None:
         """Counts rows.
 
         Args:
@@ -166,41 +178,39 @@ class _Counts:
         starts[cells] = np.arange(0, size, self.nobody + 1)
         start_t = starts[cell_t]
         sums = np.zeros((3, size))
-        for expert_t in experts_kt:
-            sums[0] += np.bincount(start_t + expert_t, minlength=size)
+        for i, expert_t in enumerate(experts_kt):
+            place_t = start_t + expert_t
+            sums[0] += np.bincount(place_t, minlength=size)
+            if weights_kt:
+                sums[2] += np.bincount(place_t, weights_kt[i], minlength=size)
         if weights_kt:
-            top_t, highest_t = experts_kt[0], weights_kt[0]
-            for expert_t, weight_t in zip(experts_kt[1:], weights_kt[1:], strict=True):
-                higher_t = weight_t > highest_t  # the first among equals stays
-                top_t, highest_t = np.where(higher_t, expert_t, top_t), np.where(higher_t, weight_t, highest_t)
-            sums[1] = np.bincount(start_t + top_t, minlength=size)
-            for expert_t, weight_t in zip(experts_kt, weights_kt, strict=True):
-                sums[2] += np.bincount(start_t + expert_t, weight_t, minlength=size)
-        for i, cell in enumerate(cells.tolist()):
-            self._tokens[cell] = self._tokens.get(cell, 0) + int(tokens[cell])
-            self._sums[cell] = self._sums.get(cell, 0) + sums.reshape(3, len(cells), -1)[:, i]
+            sums[1] = np.bincount(start_t + _highest(experts_kt, weights_kt), minlength=size)
+        for cell, count, of_experts in zip(
+            cells.tolist(), tokens[cells].tolist(), sums.reshape(3, len(cells), -1).swapaxes(0, 1), strict=True
+        ):
+            self._tokens[cell] = self._tokens.get(cell, 0) + count
+            self._sums[cell] = self._sums.get(cell, 0) + of_experts
 
-    def tokens(self, stack: str) -> pa.Table:
-        """Rows of `label_tokens`."""
-        cells = np.array(sorted(self._tokens), np.int64)
-        return pa.table({**self._named(cells, stack), "tokens": [self._tokens[cell] for cell in cells.tolist()]})
+    def tokens(self) -> dict[str, NDArray]:
+        """Columns of `label_tokens`, a cell for the first of them."""
+        return {"cell": np.array([*self._tokens], np.int64), "tokens": np.array([*self._tokens.values()], np.int64)}
 
-    def picks(self, stack: str) -> pa.Table:
-        """Rows of `label_counts`."""
-        cells = np.array(sorted(self._sums), np.int64)
-        sums = np.array([self._sums[cell][:, : self.nobody] for cell in cells.tolist()]).reshape(-1, 3, self.nobody)
+    def picks(self) -> dict[str, NDArray]:
+        """Columns of `label_counts`, a cell for the first of them."""
+        cells = np.array([*self._sums], np.int64)
+        sums = np.array([*self._sums.values()]).reshape(-1, 3, self.nobody + 1)[:, :, : self.nobody]
         place, expert = np.nonzero(sums[:, 0])
         picks, top1, weight_sum = sums[place, :, expert].T
-        return pa.table(
-            {
-                **self._named(cells[place], stack), "expert": expert, "picks": picks.astype(np.int64),
-                "top1": top1.astype(np.int64), "weight_sum": weight_sum,
-            }
-        )  # fmt: skip
-
-    def _named(self, cells: NDArray[np.int64], stack: str) -> dict[str, pa.Array | NDArray]:
-        label = cells // 2 % len(self.labels)
         return {
-            "stack": pa.array([stack] * len(cells), pa.string()), "layer": cells // 2 // len(self.labels),
-            "label": pa.array(self.labels, pa.string()).take(pa.array(label)), "is_special": cells % 2 == 1,
+            "cell": cells[place], "expert": expert, "picks": picks.astype(np.int64), "top1": top1.astype(np.int64),
+            "weight_sum": weight_sum.copy(),
         }  # fmt: skip
+
+
+def _highest(experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> NDArray:
+    """[T] the expert with the highest weight of each token, the first among equals."""
+    top_t, highest_t = experts_kt[0], weights_kt[0]
+    for expert_t, weight_t in zip(experts_kt[1:], weights_kt[1:], strict=True):
+        higher_t = weight_t > highest_t
+        top_t, highest_t = np.where(higher_t, expert_t, top_t), np.where(higher_t, weight_t, highest_t)
+    return top_t

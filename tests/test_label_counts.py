@@ -38,9 +38,9 @@ def passes(monkeypatch) -> list[tuple[set, bool]]:
     made = []
     count = label_counts._count_stack
 
-    def watched(cursor, layers, *, weights):
+    def watched(cursor, layers, names, *, weights):
         made.append(({(layer.stack, layer.layer) for layer in layers}, weights))
-        return count(cursor, layers, weights=weights)
+        return count(cursor, layers, names, weights=weights)
 
     monkeypatch.setattr(label_counts, "_count_stack", watched)
     return made
