@@ -77,7 +77,7 @@ class LabelCounts:
             query: the query.
             values: its parameters.
         """
-        if self._above.isdisjoint(query.reads):
+        if not set(self._above) & set(query.reads):
             return
         stack, layer = values.get("stack"), values.get("layer")
         asked = {one for one in self._layers if stack in (None, one.stack) and layer in (None, one.layer)}
@@ -115,13 +115,13 @@ def _reads(select: str) -> tuple[str, ...]:
     return split_names(read_header(select)["reads"])
 
 
-def _readers(views: Mapping[str, str]) -> set[str]:
-    """The views that read counts, directly or through others."""
-    readers = set(_COUNTED)
+def _readers(views: Mapping[str, str]) -> list[str]:
+    """The views that read counts, directly or through others, in their order."""
+    readers: list[str] = []
     for name, select in views.items():
-        if not readers.isdisjoint(_reads(select)):
-            readers.add(name)
-    return readers - set(_COUNTED)
+        if not {*_COUNTED, *readers}.isdisjoint(_reads(select)):
+            readers.append(name)
+    return readers
 
 
 def _count_stack(
@@ -161,7 +161,7 @@ class _Counts:
         """The expert of no pick."""
         self._tokens: dict[int, int] = {}
         self._sums: dict[int, NDArray[np.float64]] = {}
-        """Cell -> [3, E] picks, top-1 and sums of weights; exact for counts."""
+        """Cell -> [3, E + 1] picks, top-1 and sums of weights; exact for counts."""
 
     def add(self, cell_t: NDArray, experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> None:
         """Counts rows.
@@ -171,6 +171,8 @@ class _Counts:
             experts_kt: k arrays, [T] experts.
             weights_kt: k arrays, [T] weights, or none.
         """
+        first = cell_t.min()
+        cell_t = cell_t - first  # rows come router by router, so the rest is small
         tokens = np.bincount(cell_t)
         cells = np.flatnonzero(tokens)
         size = len(cells) * (self.nobody + 1)
@@ -185,11 +187,10 @@ class _Counts:
                 sums[2] += np.bincount(place_t, weights_kt[i], minlength=size)
         if weights_kt:
             sums[1] = np.bincount(start_t + _highest(experts_kt, weights_kt), minlength=size)
-        for cell, count, of_experts in zip(
-            cells.tolist(), tokens[cells].tolist(), sums.reshape(3, len(cells), -1).swapaxes(0, 1), strict=True
-        ):
+        sums_c = sums.reshape(3, len(cells), -1).swapaxes(0, 1)
+        for cell, count, sums_3e in zip((cells + first).tolist(), tokens[cells].tolist(), sums_c, strict=True):
             self._tokens[cell] = self._tokens.get(cell, 0) + count
-            self._sums[cell] = self._sums.get(cell, 0) + of_experts
+            self._sums[cell] = self._sums.get(cell, 0) + sums_3e
 
     def tokens(self) -> dict[str, NDArray]:
         """Columns of `label_tokens`, a cell for the first of them."""
