@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from benchmarks.generated import Geometry, generate
+from benchmarks.generated import generated
 from collector.explore import serving
 from collector.rollup import files, making
 from collector.storage import RunDirectory
@@ -48,12 +48,10 @@ class Bench:
     """Steps of each kind that count."""
 
 
-def prepared(bench: Bench) -> Path:
+def prepared(bench: Bench) -> str:
     """The run, with a rollup."""
-    root = bench.run or bench.folder / str(bench.tokens)
-    if bench.run is None and not root.exists():
-        generate(str(root), Geometry(tokens=bench.tokens))
-    run = RunDirectory(str(root))
+    root = str(bench.run) if bench.run else generated(bench.folder, bench.tokens)
+    run = RunDirectory(root)
     if not files.current(run):
         making.make(run)
     return root
@@ -72,7 +70,7 @@ def main(bench: Bench) -> None:
     """Prints the median of each kind of step."""
     root = prepared(bench)
     print(f"load average when it began: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
-    with serving.served(str(root)) as (url, _), launched() as chromium, window(chromium) as browser:
+    with serving.served(root) as (url, _), launched() as chromium, window(chromium) as browser:
         browser.open(url)
         page = browser.page
         page.locator("[data-part=card] h2").wait_for(timeout=60_000)

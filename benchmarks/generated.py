@@ -24,7 +24,7 @@ from collector.batches import TokenTable
 from collector.records import Layer, LayerRouting
 from collector.sources import Document
 from collector.stages import Stopwatch
-from collector.storage import RUN, VOCAB, Commit, RunDirectory
+from collector.storage import RUN, SUCCESS, VOCAB, Commit, RunDirectory
 from collector.writing import PartWriter, ShardText
 
 if TYPE_CHECKING:
@@ -152,6 +152,14 @@ def generate(root: str, geometry: Geometry) -> RunDirectory:
         _commit(run, number, text, writer.write(number, "generated", text, routing, Stopwatch()))
     run.finish("generated", geometry.shards)
     return run
+
+
+def generated(folder: Path, tokens: int) -> str:
+    """The run of so many tokens in a folder, made if it is not there whole."""
+    root = folder / str(tokens)
+    if not (root / SUCCESS).exists():
+        generate(str(root), Geometry(tokens=tokens))
+    return str(root)
 
 
 def _text(rng: np.random.Generator, geometry: Geometry, number: int) -> ShardText:

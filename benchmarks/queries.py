@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import tyro
 
-from benchmarks.generated import Geometry, generate
+from benchmarks.generated import Geometry, generated
 from collector.catalog import list_queries
 from collector.rollup import making
-from collector.storage import SUCCESS, RunDirectory
+from collector.storage import RunDirectory
 from collector.warehouse import open_run
 
 if TYPE_CHECKING:
@@ -121,14 +121,6 @@ def make_rollup(root: str) -> int:
     return 0
 
 
-def generated(bench: Bench, tokens: int) -> str:
-    """The run of so many tokens, made if it is not there."""
-    root = bench.folder / str(tokens)
-    if not (root / SUCCESS).exists():
-        generate(str(root), Geometry(tokens=tokens))
-    return str(root)
-
-
 def read_columns(root: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.float32]]:
     """[L, T] numbers of labels, [L, T, k] experts, [L, T, k] weights."""
     geometry = Geometry()
@@ -181,7 +173,7 @@ def in_process(work: Callable[[str], object], root: str) -> object:
 
 def measure_queries(bench: Bench) -> None:
     """Prints the cost of each query."""
-    root = generated(bench, bench.tokens)
+    root = generated(bench.folder, bench.tokens)
     print("\n| query | seconds | CPU s | peak MB | rows |\n|---|---|---|---|---|")
     for query in list_queries():
         params = ONE_LAYER.get(query.name, {})
@@ -197,7 +189,7 @@ def run_rows(root: str, name: str, params: dict[str, object]) -> int:
 
 def measure_floor(bench: Bench) -> None:
     """Prints what numpy and pandas take."""
-    root = generated(bench, bench.tokens)
+    root = generated(bench.folder, bench.tokens)
     seconds = in_process(floor, root)
     slow = in_process(pandas_seconds, root)
     assert isinstance(seconds, dict)
@@ -226,7 +218,7 @@ def measure_growth(bench: Bench) -> None:
     print(f"\nDuckDB limited to {bench.memory_limit}.\n")
     print("| tokens | query | seconds | CPU s | peak MB | CPU s per million |\n|---|---|---|---|---|---|")
     for tokens in bench.growth:
-        root = generated(bench, tokens)
+        root = generated(bench.folder, tokens)
         for name in bench.growing:
             cost = apart(run_limited, root, name, bench.memory_limit)
             print(f"| {tokens:,} | `{name}` | {cost.cells()} | {cost.cpu / tokens * 1e6:.2f} |", flush=True)
@@ -240,7 +232,7 @@ def run_rolled_up(root: str, name: str) -> int:
 def measure_rollup(bench: Bench) -> None:
     """Prints what a rollup costs and what it saves."""
     tokens = bench.growth[-1]
-    root = generated(bench, tokens)
+    root = generated(bench.folder, tokens)
     print(f"\n| {tokens:,} tokens | seconds | CPU s | peak MB |\n|---|---|---|---|")
     if not list(Path(root).glob("rollup/assignments-*")):
         print(f"| `collector rollup` | {apart(make_rollup, root).cells()} |", flush=True)

@@ -76,8 +76,13 @@ def read_views(folder: Path) -> dict[str, str]:
 
 def in_order(selects: Mapping[str, str]) -> dict[str, str]:
     """The views, each after those that it reads."""
-    reads = {name: split_names(read_header(select)["reads"]) for name, select in sorted(selects.items())}
+    reads = {name: reads_of(select) for name, select in sorted(selects.items())}
     return {name: selects[name] for name in graphlib.TopologicalSorter(reads).static_order() if name in selects}
+
+
+def reads_of(select: str) -> tuple[str, ...]:
+    """The relations that a view reads, as its header says."""
+    return split_names(read_header(select)["reads"])
 
 
 def _variants(grouping: Grouping | None, *, rollup: bool) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from collector.catalog import read_header, split_names
+from collector.groupings import reads_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -108,18 +108,14 @@ class LabelCounts:
 
 def counts_tokens(views: Mapping[str, str]) -> bool:
     """Whether these views of a run count its tokens, rather than read counts of documents or labels."""
-    return _reads(views["label_counts"]) == ("decisions",)
-
-
-def _reads(select: str) -> tuple[str, ...]:
-    return split_names(read_header(select)["reads"])
+    return reads_of(views["label_counts"]) == ("decisions",)
 
 
 def _readers(views: Mapping[str, str]) -> list[str]:
     """The views that read counts, directly or through others, in their order."""
     readers: list[str] = []
     for name, select in views.items():
-        if not {*_COUNTED, *readers}.isdisjoint(_reads(select)):
+        if not {*_COUNTED, *readers}.isdisjoint(reads_of(select)):
             readers.append(name)
     return readers
 

@@ -20,9 +20,11 @@ def slow(root: str) -> str:
     Raises:
         FileNotFoundError: there is no run.
     """
-    run = RunDirectory(root)
-    tokens = sum(commit.tokens for commit in run.commits())
-    if tokens < LARGE or rollups.current(run):
+    run, covered, tokens = RunDirectory(root), rollups.Covered(), 0
+    for commit in run.commits():
+        covered.add(commit)
+        tokens += commit.tokens
+    if tokens < LARGE or rollups.find(run, covered):
         return ""
     return (
         f"{tokens:,} tokens and no current rollup: each step between layers counts them all. "
