@@ -162,7 +162,7 @@ def test_a_shard_that_cannot_be_read_is_left_out_and_told_until_it_is_tried_agai
     spoiler = threading.Thread(target=spoil_the_source)
     spoiler.start()
     first = launch(arguments)
-    said, errors = first.communicate(timeout=120)
+    said, errors = first.communicate(timeout=300)
     spoiler.join()
     assert first.returncode == 1, errors
     run = RunDirectory(root)
@@ -226,7 +226,7 @@ def cluster_address():
 def test_two_replicas_on_a_cluster_that_was_there_before(tmp_path, job, cluster_address):
     root = tmp_path / "run"
     process = launch([*collecting(job, root), "--replicas", "2", "--ray-address", cluster_address])
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert_same_content(RunDirectory(root), job[2])
 
