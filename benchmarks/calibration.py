@@ -31,12 +31,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import stats
 
-from collector.catalog import find_query
-from collector.counts import STATISTICS, DocumentCounts
-from collector.inference.answers import SampledQuery
-from collector.inference.bootstrap import effective_documents, estimates, interval, sampled_values
-from collector.inference.permutation import group_sums, p_values
-from collector.inference.resampling import Sums, whole
+from collector.query.catalog import find_query
+from collector.query.document_counts import STATISTICS, DocumentCounts
+from collector.query.inference.answers import SampledQuery
+from collector.query.inference.bootstrap import effective_documents, estimates, interval, sampled_values
+from collector.query.inference.permutation import group_sums, p_values
+from collector.query.inference.resampling import Sums, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

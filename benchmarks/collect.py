@@ -44,17 +44,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from collector import batches, models, plan
+from collector.capture import batches
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
-from collector.demo.corpus import MODEL_DIR
-from collector.progress import shares
-from collector.replica import Replica
-from collector.sources import Document
+from collector.data import plan
+from collector.data.sources import Document
+from collector.fleet.progress import shares
+from collector.models import loading
+from collector.models.loading import DEMO_MODEL
+from collector.replica.replica import Replica
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from collector.storage import Commit
+    from collector.store.run_directory import Commit
 
 Part = Literal["wide", "demo", "memory"]
 WIDE: dict[str, Any] = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 4,
@@ -179,7 +181,7 @@ class Collected:
         return cls(seconds=seconds, stages=stages)
 
 
-def collect_in_process(loaded: models.LoadedModel, config: RunConfig, made: plan.Plan) -> Collected:
+def collect_in_process(loaded: loading.LoadedModel, config: RunConfig, made: plan.Plan) -> Collected:
     """(d): read, tokenize, forward, capture, write, commit."""
     with tempfile.TemporaryDirectory() as root:
         started = time.perf_counter()
@@ -190,11 +192,11 @@ def collect_in_process(loaded: models.LoadedModel, config: RunConfig, made: plan
 
 def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
     """(e): from the replica's being ready to the last commit."""
-    from collector import driver
-    from collector.cluster import cluster
-    from collector.placement import Need
-    from collector.progress import ProgressView, Tally
-    from collector.storage import RunDirectory
+    from collector.fleet import driver
+    from collector.fleet.placement import Need
+    from collector.fleet.progress import ProgressView, Tally
+    from collector.fleet.ray_cluster import cluster
+    from collector.store.run_directory import RunDirectory
 
     launch = LaunchConfig(replicas=1, cpus_per_replica=torch.get_num_threads(), max_attempts=1)
     with tempfile.TemporaryDirectory() as root, cluster(launch):
@@ -216,7 +218,7 @@ def apart(function: Callable[[], Any]) -> Any:
 # -- one model ---------------------------------------------------------------------------------------
 
 
-def prepare(loaded: models.LoadedModel, config: RunConfig, made: plan.Plan) -> list[batches.Batch]:
+def prepare(loaded: loading.LoadedModel, config: RunConfig, made: plan.Plan) -> list[batches.Batch]:
     """The batches that a replica makes of the same shards."""
     prepared = []
     for shard in made.shards:
@@ -232,11 +234,11 @@ def compare(
     once: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """Times all variants in turns and prints the table; those in `once` run in the first round only."""
-    tokenizer = models.load_tokenizer(model_config)
+    tokenizer = loading.load_tokenizer(model_config)
     data = DataConfig(per_label=max(1, documents // 60))
     config = resolve(data=data, model=model_config, capture=CaptureConfig(), device="cpu")
     made = plan.make_plan(config)
-    loaded = apart(lambda: models.load(model_config, "cpu"))
+    loaded = apart(lambda: loading.load(model_config, "cpu"))
     texts = [row.text for s in made.shards for row in plan.read_shard(s, data) if isinstance(row, Document)]
     shuffled = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     prepared = prepare(loaded, config, made)
@@ -311,7 +313,7 @@ def wide_model(dtype: Literal["bfloat16", "float32"]) -> tuple[Any, ModelConfig,
     folder = tempfile.TemporaryDirectory()
     config = OlmoeConfig(**WIDE, dtype=dtype, architectures=["OlmoeForCausalLM"])
     config.save_pretrained(folder.name)
-    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder.name)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder.name)
     torch.manual_seed(0)
     lm = OlmoeForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
     return lm, ModelConfig(model=folder.name, weights="random", dtype=dtype), folder
@@ -422,7 +424,7 @@ def main(bench: Bench) -> None:
                     once=("a", "b"))  # fmt: skip
         del lm
     if "demo" in bench.parts:
-        lm = apart(lambda: AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto").eval())
+        lm = apart(lambda: AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype="auto").eval())
         compare("Demo model", lm, ModelConfig(), documents=bench.demo_documents, rounds=bench.rounds,
                 chosen=bench.variants)  # fmt: skip
     if "memory" in bench.parts:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from benchmarks.generated import generated
-from collector.explore import serving
-from collector.rollup import files, making
-from collector.storage import RunDirectory
+from collector.look.explore import serving
+from collector.query.rollup import files, making
+from collector.store.run_directory import RunDirectory
 from tests.browser import launched, window
 
 if TYPE_CHECKING:

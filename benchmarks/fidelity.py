@@ -19,14 +19,14 @@ import tempfile
 from typing import TYPE_CHECKING, Literal
 
 from benchmarks.collect import machine, wide_model
-from collector import driver
-from collector.comparison import open_runs
 from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
+from collector.fleet import driver
+from collector.query.comparison import open_runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from collector.comparison import Comparison
+    from collector.query.comparison import Comparison
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 import tyro
 
-from collector import records
-from collector.batches import TokenTable
-from collector.records import Layer, LayerRouting
-from collector.sources import Document
-from collector.stages import Stopwatch
-from collector.storage import RUN, SUCCESS, VOCAB, Commit, RunDirectory
-from collector.writing import PartWriter, ShardText
+from collector.capture.batches import TokenTable
+from collector.data.sources import Document
+from collector.pipeline import Stopwatch
+from collector.replica.part_writer import PartWriter, ShardText
+from collector.store import tables
+from collector.store.run_directory import RUN, SUCCESS, VOCAB, Commit, RunDirectory
+from collector.store.tables import Layer, LayerRouting
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -97,7 +97,7 @@ class Pool:
             "margin": sorted_dpe[..., k - 1] - (sorted_dpe[..., k] if k < layer.n_experts else 0),
         }
         return cls(
-            experts_dpk=order_dpe[..., :k].astype(records.expert_dtype([layer])),
+            experts_dpk=order_dpe[..., :k].astype(tables.expert_dtype([layer])),
             weights_dpk=_as_bfloat16(sorted_dpe[..., :k].astype(np.float32)),
             statistics_dp={name: values.astype(np.float32) for name, values in statistics.items()},
         )
@@ -137,8 +137,8 @@ def generate(root: str, geometry: Geometry) -> RunDirectory:
     _write_vocabulary(run)
     pools = [Pool.draw(rng, geometry, layer) for layer in routers]
     writer = PartWriter(
-        run, routing=records.routing_schema(routers, probabilities=False),
-        documents=records.documents_schema(text=False), token_ids="keep",
+        run, routing=tables.routing_schema(routers, probabilities=False),
+        documents=tables.documents_schema(text=False), token_ids="keep",
     )  # fmt: skip
     for number in range(geometry.shards):
         text = _text(rng, geometry, number)
@@ -189,7 +189,7 @@ def _write_vocabulary(run: RunDirectory) -> None:
     }  # fmt: skip
     with run.scratch() as scratch:
         table = pa.table([pa.array(columns[name]) for name in columns], names=list(columns))
-        records.write_table(Path(scratch, VOCAB), table.cast(records.VOCAB_SCHEMA))
+        tables.write_table(Path(scratch, VOCAB), table.cast(tables.VOCAB_SCHEMA))
         run.store.publish(Path(scratch, VOCAB), VOCAB)
 
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from collector.catalog import find_query
-from collector.counts import STATISTICS, DocumentCounts
-from collector.inference import specialization_test, split_half
-from collector.inference.answers import SampledQuery
-from collector.inference.bootstrap import effective_documents, estimates, interval, sampled_values
-from collector.inference.resampling import whole
+from collector.query.catalog import find_query
+from collector.query.document_counts import STATISTICS, DocumentCounts
+from collector.query.inference import specialization_test, split_half
+from collector.query.inference.answers import SampledQuery
+from collector.query.inference.bootstrap import effective_documents, estimates, interval, sampled_values
+from collector.query.inference.resampling import whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

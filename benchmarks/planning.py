@@ -31,8 +31,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collector import plan
 from collector.config import CaptureConfig, DataConfig, ModelConfig, RunConfig
+from collector.data import plan
 
 if sys.version_info >= (3, 14):
     from compression import zstd

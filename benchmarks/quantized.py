@@ -28,13 +28,15 @@ import psutil
 import torch
 
 from benchmarks.collect import WIDE, machine, notebook_loop
-from collector import batches, checkpoints, footprint, models, plan
-from collector.capture import RouterCapture
+from collector.capture import batches
+from collector.capture.hooks import RouterCapture
 from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-from collector.demo.corpus import MODEL_DIR
-from collector.replica import Replica
-from collector.routers import find_routers
-from collector.sources import Document
+from collector.data import plan
+from collector.data.sources import Document
+from collector.models import checkpoints, footprint, loading
+from collector.models.loading import DEMO_MODEL
+from collector.models.routers import find_routers
+from collector.replica.replica import Replica
 
 Part = Literal["load", "speed", "loop"]
 
@@ -104,7 +106,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     (folder / checkpoints.INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
     config = OlmoeConfig(**geometry, dtype="bfloat16", architectures=["OlmoeForCausalLM"])
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
     return total
 
 
@@ -122,7 +124,7 @@ def load(folder: str) -> dict[str, Any]:
     """Loads in nf4 and says what it took."""
     before = memory()
     started = time.perf_counter()
-    loaded = models.load(ModelConfig(model=folder, quantization="nf4"), "cpu")
+    loaded = loading.load(ModelConfig(model=folder, quantization="nf4"), "cpu")
     seconds = time.perf_counter() - started
     held = memory()
     capture = RouterCapture(loaded.model, find_routers(loaded.model))
@@ -142,7 +144,7 @@ def load(folder: str) -> dict[str, Any]:
 def speed(folder: str, tokens: list[int], rounds: int, compute: Any) -> dict[str, Any]:
     """Tokens per second of nf4 and bfloat16, in turns, through the capture."""
     held = {
-        how: models.load(ModelConfig(model=folder, quantization=how, compute_dtype=compute), "cpu")
+        how: loading.load(ModelConfig(model=folder, quantization=how, compute_dtype=compute), "cpu")
         for how in ("nf4", "none")
     }
     rates: dict[int, dict[str, list[float]]] = {}

@@ -29,10 +29,10 @@ import numpy as np
 import tyro
 
 from benchmarks.generated import Geometry, generated
-from collector.catalog import list_queries
-from collector.rollup import making
-from collector.storage import RunDirectory
-from collector.warehouse import open_run
+from collector.query.catalog import list_queries
+from collector.query.rollup import making
+from collector.query.warehouse import open_run
+from collector.store.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -28,16 +28,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from collector.fleet import Actor
-from collector.plan import Plan, Shard
-from collector.stages import Pipeline, Stage
-from collector.storage import PLAN, Commit, RunDirectory
+from collector.data.plan import Plan, Shard
+from collector.fleet.ray_fleet import Actor
+from collector.pipeline import Pipeline, Stage
+from collector.store.run_directory import PLAN, Commit, RunDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from collector.config import LaunchConfig, RunConfig
-    from collector.dispatch import Dispatcher
+    from collector.fleet.dispatch import Dispatcher
 
 Part = Literal["actors", "memory", "opening", "cores"]
 CARD = {"memory": {"summary": "a pause"}, "model": {}, "layers": [], "tokenizer": {}}
@@ -177,9 +177,9 @@ def actors(bench: Scaling) -> None:
 def pauses(count: int, bench: Scaling) -> tuple[float, float, int]:
     """Wall seconds, CPU seconds of the driver, and shards, in the window of `count` replicas."""
     from collector.config import CaptureConfig, DataConfig, ModelConfig, RunConfig
-    from collector.dispatch import Dispatcher
-    from collector.fleet import RayFleet
-    from collector.placement import Need
+    from collector.fleet.dispatch import Dispatcher
+    from collector.fleet.placement import Need
+    from collector.fleet.ray_fleet import RayFleet
 
     config = RunConfig(data=DataConfig(), model=ModelConfig(model=str(bench.pause)), capture=CaptureConfig(),
                        device="cpu")  # fmt: skip
@@ -204,7 +204,7 @@ def quiet_view(made: Plan) -> Any:
     """Progress that nobody sees."""
     from rich.console import Console
 
-    from collector.progress import ProgressView, Tally
+    from collector.fleet.progress import ProgressView, Tally
 
     return ProgressView(Tally(shards=len(made.shards), documents=made.documents), Console(file=io.StringIO()))
 
@@ -245,7 +245,7 @@ def child(bench: Scaling) -> None:
 
 def dispatcher_over(made: Plan) -> Dispatcher:
     """A dispatcher of a run that has not begun."""
-    from collector.dispatch import Dispatcher
+    from collector.fleet.dispatch import Dispatcher
 
     fleet: Any = None
     with tempfile.TemporaryDirectory() as root, quiet_view(made) as view:
@@ -269,8 +269,8 @@ def opening(bench: Scaling) -> None:
 
 def finished_run(root: Path, shards: int) -> RunDirectory:
     """A run of one real shard whose commit record is there so many times, under other numbers."""
-    from collector import driver
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
+    from collector.fleet import driver
 
     config = resolve(data=DataConfig(limit=8), model=ModelConfig(), capture=CaptureConfig(), device="cpu")
     run = driver.collect_in_process(str(root), config)
@@ -309,9 +309,9 @@ def cores(bench: Scaling) -> None:
 
 def demo_rate(launch: LaunchConfig, documents: int) -> float:
     """Tokens per second, counted from when the first replica is ready."""
-    from collector import driver
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-    from collector.placement import Need
+    from collector.fleet import driver
+    from collector.fleet.placement import Need
 
     config = resolve(data=DataConfig(limit=documents, docs_per_shard=128), model=ModelConfig(),
                      capture=CaptureConfig(), device="cpu")  # fmt: skip

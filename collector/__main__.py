@@ -63,7 +63,7 @@ def parse(arguments: list[str]) -> Any:
 def _complain(command: Any, message: str, event: str) -> None:
     """One line on standard error, in the form of the run's other lines."""
     if isinstance(command, Collect) and command.launch.log_format == "json":
-        from collector.progress import json_line
+        from collector.fleet.progress import json_line
 
         sys.stderr.write(json_line(event, message=message))
     else:

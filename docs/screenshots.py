@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from collector.explore import serving
-from collector.report import write
+from collector.look.explore import serving
+from collector.look.report import write
 from tests.browser import launched, window
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ with app.setup:
 
     from collector import open_run
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-    from collector.driver import collect_in_process
+    from collector.fleet.driver import collect_in_process
 
     _ = alt.data_transformers.disable_max_rows()
 

@@ -18,8 +18,8 @@ with app.setup:
 
     from collector import open_run
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-    from collector.demo.corpus import MODEL_DIR
-    from collector.driver import collect_in_process
+    from collector.fleet.driver import collect_in_process
+    from collector.models.loading import DEMO_MODEL
 
 
 @app.cell(hide_code=True)
@@ -62,7 +62,7 @@ def _(given, scratch):
         )  # fmt: skip
         logging.disable_progress_bar()
         SwitchTransformersModel(config).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
         return str(folder)
 
     model = given.get("model") or tiny_switch(Path(scratch.name, "switch"))

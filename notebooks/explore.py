@@ -1,4 +1,4 @@
-"""The explorer of a run: `collector explore RUN` starts it, `collector.explore` says what it is made of."""
+"""The explorer of a run: `collector explore RUN` starts it, `collector.look.explore` says what it is made of."""
 
 # /// script
 # [tool.marimo.display]
@@ -14,16 +14,17 @@ app = marimo.App(width="full", app_title="Routing explorer")
 def _():
     import marimo as mo
 
-    from collector import open_run, show
-    from collector.explore import advice, views
-    from collector.explore.panel import Panel
-    from collector.trace import page, read
+    from collector import open_run
+    from collector.look import terminal
+    from collector.look.explore import advice, views
+    from collector.look.explore.panel import Panel
+    from collector.look.trace import page, read
 
     def still(element):
         """What a control looks like: a cell that names this, not the control, is not run again by a choice."""
         return mo.Html(element.text)
 
-    return Panel, advice, mo, open_run, page, read, show, still, views
+    return Panel, advice, mo, open_run, page, read, still, terminal, views
 
 
 @app.cell
@@ -161,12 +162,23 @@ def _(by, condition, document, expert, language, layer, mo, stack):
 
 @app.cell
 def _(
-    mo, of_colour, of_condition, of_document, of_language, of_layer, of_panel, of_stack, run, several_stacks, show, slow
+    mo,
+    of_colour,
+    of_condition,
+    of_document,
+    of_language,
+    of_layer,
+    of_panel,
+    of_stack,
+    run,
+    several_stacks,
+    slow,
+    terminal,
 ):
     _choices = [of_language, *([of_stack] if several_stacks else []), of_layer, of_colour]
     mo.vstack(
         [
-            mo.md(f"**Routing explorer** &nbsp; {show.model(run.info)}: {show.routers(run.info['layers'])}"),
+            mo.md(f"**Routing explorer** &nbsp; {terminal.model(run.info)}: {terminal.routers(run.info['layers'])}"),
             *([mo.md(f"<small>{slow}</small>")] if slow else []),
             mo.hstack(_choices, justify="start", gap=2, wrap=True),
             mo.hstack([of_document, of_condition], widths=[1, 1], gap=2),

@@ -12,9 +12,10 @@ from browser import browser as browser
 from browser import chromium as chromium
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeModel
 
-from collector import models
 from collector.config import DataConfig, ModelConfig
-from collector.demo.corpus import MODEL_DIR, read_sentences
+from collector.data.corpus import read_sentences
+from collector.models import loading
+from collector.models.loading import DEMO_MODEL
 from tests.runs import collect_here, run_config
 
 # Two threads of OpenMP wait for each other, awake, longer than tiny models compute: for these processes and their own.
@@ -37,9 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo_model() -> models.LoadedModel:
+def demo_model() -> loading.LoadedModel:
     """The demo model in float32, so that batching differs from no batching by rounding only."""
-    return models.load(ModelConfig(dtype="float32"), "cpu")
+    return loading.load(ModelConfig(dtype="float32"), "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -48,13 +49,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-olmoe")
     torch.manual_seed(7)
     OlmoeModel(OlmoeConfig(**TINY)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_folder: Path) -> models.LoadedModel:
-    return models.load(ModelConfig(model=str(tiny_folder)), "cpu")
+def tiny_model(tiny_folder: Path) -> loading.LoadedModel:
+    return loading.load(ModelConfig(model=str(tiny_folder)), "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collector import plan
 from collector.config import CaptureConfig, DataConfig, ModelConfig, RunConfig
-from collector.sources import BadRow, Document, files
+from collector.data import plan
+from collector.data.sources import BadRow, Document, files
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -13,8 +13,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from synthetic import Shard, random_shard, write_run
 
-from collector.records import Layer
-from collector.warehouse import Run, open_run
+from collector.query.warehouse import Run, open_run
+from collector.store.tables import Layer
 
 LABELS = ("en", "ko", "o'brien", "zh-Hant")
 VOCABULARY = 7

@@ -14,8 +14,8 @@ from typing import Any
 from synthetic import Shard, write_run
 
 from collector.config import DataConfig, ModelConfig
-from collector.records import Layer
-from collector.storage import PLAN, RUN
+from collector.store.run_directory import PLAN, RUN
+from collector.store.tables import Layer
 from tests.runs import collect_here, run_config, write_jsonl
 
 LABELS = ("en", "ko", "th", "bg")

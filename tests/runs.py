@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collector import driver
 from collector.config import CaptureConfig, DataConfig, ModelConfig, RunConfig, resolve
-from collector.storage import TABLES, RunDirectory
+from collector.fleet import driver
+from collector.store.run_directory import TABLES, RunDirectory
 
 KEYS = {"routing": ["shard", "layer", "tok"], "tokens": ["shard", "tok"], "documents": ["shard", "doc"]}
 
@@ -44,7 +44,7 @@ def assert_same_content(one: RunDirectory, other: RunDirectory) -> None:
 
 def write_jsonl(path: Path, count: int, labels: tuple[str, ...] = ("en", "ko")) -> Path:
     """A file of real sentences, labels in turns."""
-    from collector.demo.corpus import read_sentences
+    from collector.data.corpus import read_sentences
 
     by_iso = {iso: [s.text for s in read_sentences("heldout") if s.iso == iso] for iso in labels}
     rows = [{"text": by_iso[labels[i % len(labels)]][(i // len(labels)) % 100], "label": labels[i % len(labels)]}

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from collector import records
-from collector.records import STATISTICS, Layer, LayerRouting
-from collector.storage import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory
+from collector.store import tables
+from collector.store.run_directory import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory
+from collector.store.tables import STATISTICS, Layer, LayerRouting
 
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
@@ -74,7 +74,7 @@ class Shard:
     ) -> Shard:
         """Explicit picks; weights default to 1/k, the statistics are 0, and nothing is dropped."""
         tokens = sum(length for _, length in documents)
-        dtype = records.expert_dtype(layers)
+        dtype = tables.expert_dtype(layers)
         picked = {key(one): np.array(experts[key(one)], dtype).reshape(tokens, one.top_k) for one in layers}
         weighed = {
             layer: np.full(e_tk.shape, 1 / e_tk.shape[1], np.float32)
@@ -232,7 +232,7 @@ def write_run(
     run.store.put_new(RUN, json.dumps(info).encode())
     if vocabulary is not None:
         with run.scratch() as scratch:
-            records.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
+            tables.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
             run.store.publish(Path(scratch, VOCAB), VOCAB)
     for number, shard in enumerate(shards):
         commit_shard(run, number, publish_shard(run, layers, number, shard, probabilities=probabilities), shard)
@@ -251,26 +251,26 @@ def publish_shard(
     probabilities: bool = False,
 ) -> dict[str, Part]:
     """Publishes the parts of a shard without committing them."""
-    schema = records.routing_schema(layers, probabilities=probabilities)
+    schema = tables.routing_schema(layers, probabilities=probabilities)
     stacks = token_stacks(layers)
     label = pa.array(shard.labels).dictionary_encode()
     parts = {}
     with run.scratch() as scratch:
         routing = Path(scratch, "routing")
-        with records.routing_writer(routing, schema) as writer:
+        with tables.routing_writer(routing, schema) as writer:
             for one in layers:
                 routed = _layer_routing(one, shard, probabilities=probabilities)
                 routed.check()
                 first = stacks.index(one.token_stack) * len(shard.labels)
                 writer.write_table(
-                    records.routing_table(
+                    tables.routing_table(
                         number, routed, schema, label=label, is_special=shard.is_special, first_tok=first
                     )
                 )
         rows = len(shard.labels) * len(layers)
         parts["routing"] = run.publish_part(routing, number, attempt, "routing", rows)
         for name, table in (("tokens", _tokens(number, shard, stacks)), ("documents", _documents(number, shard))):
-            records.write_table(Path(scratch, name), table)
+            tables.write_table(Path(scratch, name), table)
             parts[name] = run.publish_part(Path(scratch, name), number, attempt, name, table.num_rows)
     return parts
 
@@ -306,7 +306,7 @@ def _tokens(number: int, shard: Shard, stacks: Sequence[str]) -> pa.Table:
         "token_id": np.tile(shard.ids, len(stacks)),
         "is_special": np.tile(shard.is_special, len(stacks)),
     }
-    return _table(columns, records.TOKENS_SCHEMA)
+    return _table(columns, tables.TOKENS_SCHEMA)
 
 
 def _documents(number: int, shard: Shard) -> pa.Table:
@@ -323,13 +323,13 @@ def _documents(number: int, shard: Shard) -> pa.Table:
         "characters": shard.character_counts,
         "truncated": np.zeros(count, bool) if shard.truncated is None else shard.truncated,
     }
-    return _table(columns, records.documents_schema(text=False))
+    return _table(columns, tables.documents_schema(text=False))
 
 
 def _vocabulary(entries: Sequence[tuple[str, bool]]) -> pa.Table:
     tokens, special = zip(*entries, strict=True)
     columns = {"token_id": range(len(entries)), "token": tokens, "is_special": special}
-    return _table(columns, records.VOCAB_SCHEMA)
+    return _table(columns, tables.VOCAB_SCHEMA)
 
 
 def _table(columns: dict, schema: pa.Schema) -> pa.Table:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from collector import arithmetic, families, models
 from collector.config import ModelConfig
-from collector.routers import find_routers
+from collector.models import arithmetic, families, loading
+from collector.models.routers import find_routers
 from tests.test_quantization import FAMILIES, outputs
 
 
@@ -49,7 +49,7 @@ def test_widening_is_at_least_as_exact_as_emulated_bfloat16():
 
 
 def test_the_weights_keep_their_precision_and_the_routers_their_arithmetic():
-    loaded = models.load(ModelConfig(dtype="bfloat16", compute_dtype="float32"), "cpu")
+    loaded = loading.load(ModelConfig(dtype="bfloat16", compute_dtype="float32"), "cpu")
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
     assert loaded.compute_dtype == torch.float32
     assert "forward" in vars(loaded.model.layers[0].self_attn.q_proj)
@@ -59,9 +59,9 @@ def test_the_weights_keep_their_precision_and_the_routers_their_arithmetic():
 
 def test_a_model_computes_in_its_own_precision_where_the_device_has_it(monkeypatch):
     monkeypatch.setattr(arithmetic, "native", lambda _dtype, _device: True)
-    loaded = models.load(ModelConfig(dtype="bfloat16"), "cpu")
+    loaded = loading.load(ModelConfig(dtype="bfloat16"), "cpu")
     assert loaded.compute_dtype == torch.bfloat16
     assert "forward" not in vars(loaded.model.layers[0].self_attn.q_proj)
     monkeypatch.setattr(arithmetic, "native", lambda _dtype, _device: False)
-    assert models.load(ModelConfig(dtype="bfloat16"), "cpu").compute_dtype == torch.float32
-    assert models.load(ModelConfig(), "cpu").compute_dtype == torch.float32
+    assert loading.load(ModelConfig(dtype="bfloat16"), "cpu").compute_dtype == torch.float32
+    assert loading.load(ModelConfig(), "cpu").compute_dtype == torch.float32

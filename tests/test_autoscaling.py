@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from collector.config import DataConfig, ModelConfig
-from collector.storage import SUCCESS, RunDirectory
+from collector.store.run_directory import SUCCESS, RunDirectory
 from tests.runs import assert_same_content, collect_here, run_config, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector import batches
+from collector.capture import batches
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from collector import batches, models
-from collector.capture import RouterCapture
+from collector.capture import batches
+from collector.capture.hooks import RouterCapture
+from collector.capture.padding import ExpertsWithoutPadding, Grid
 from collector.config import ModelConfig
-from collector.padding import ExpertsWithoutPadding, Grid
-from collector.routers import find_routers
+from collector.models import loading
+from collector.models.routers import find_routers
 
 ROUNDING = 5e-6
 
@@ -91,7 +92,7 @@ def test_equals_a_router_written_by_hand(demo_model, mixed_texts):
 
 def test_in_bfloat16_it_records_what_the_same_batch_gives_transformers(mixed_texts):
     """In 16 bits batching itself changes the numbers; on one and the same batch all is equal."""
-    loaded = models.load(ModelConfig(dtype="bfloat16"), "cpu")
+    loaded = loading.load(ModelConfig(dtype="bfloat16"), "cpu")
     table = batches.tokenize(loaded.tokenizer, mixed_texts, 512)
     batch = batches.pad(table, np.arange(len(mixed_texts)), loaded.pad_id)
     ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
@@ -169,7 +170,7 @@ def test_padding_reaches_no_expert(tiny_model):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_records_are_the_same_as_with_padding_in_the_experts(demo_model, mixed_texts, side, monkeypatch):
     _, without = capture_all(demo_model, mixed_texts, side, budget=2048)
-    monkeypatch.setattr("collector.padding._experts", lambda _model: ())
+    monkeypatch.setattr("collector.capture.padding._experts", lambda _model: ())
     _, with_padding = capture_all(demo_model, mixed_texts, side, budget=2048)
     for layer, (experts, weights, stats) in without.items():
         clear = stats[:, 2] > ROUNDING
@@ -284,7 +285,7 @@ def test_a_router_that_fires_twice_fails_the_batch(tiny_model):
 
 def test_a_router_that_does_not_fire_fails_the_batch(tiny_model, tiny_folder):
     stray = find_routers(tiny_model.model)
-    other = models.load(ModelConfig(model=str(tiny_folder)), "cpu")
+    other = loading.load(ModelConfig(model=str(tiny_folder)), "cpu")
     with pytest.raises(RuntimeError, match="did not fire"), RouterCapture(other.model, stray):
         pass
 
@@ -316,20 +317,20 @@ def test_a_layer_without_router_is_refused(tiny_model):
 
 def test_random_weights_repeat_under_a_seed_and_differ_from_the_trained():
     settings = [ModelConfig(weights="random", seed=seed, dtype="bfloat16") for seed in (0, 0, 1)]
-    random = [models.load(config, "cpu") for config in settings]
-    prints = [models.fingerprint(loaded.model) for loaded in random]
+    random = [loading.load(config, "cpu") for config in settings]
+    prints = [loading.fingerprint(loaded.model) for loaded in random]
     assert prints[0] == prints[1] != prints[2]
     assert random[0].model.dtype == torch.bfloat16
-    assert models.fingerprint(models.load(ModelConfig(dtype="bfloat16"), "cpu").model) not in prints
+    assert loading.fingerprint(loading.load(ModelConfig(dtype="bfloat16"), "cpu").model) not in prints
 
 
 def test_an_unknown_model_names_the_remedy():
     with pytest.raises(ValueError, match="--model '/no/such/model'"):
-        models.load(ModelConfig(model="/no/such/model"), "cpu")
+        loading.load(ModelConfig(model="/no/such/model"), "cpu")
 
 
 def test_the_vocabulary_is_readable(demo_model):
-    rows = models.readable_vocabulary(demo_model.tokenizer)
+    rows = loading.readable_vocabulary(demo_model.tokenizer)
     assert [row[0] for row in rows] == list(range(8192))
     text = {token_id: token for token_id, token, _ in rows}
     assert "".join(text[i] for i in demo_model.tokenizer("the city")["input_ids"]) == "<|bos|>the city"

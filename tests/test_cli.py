@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from collector import __main__ as cli
-from collector.comparison import list_comparisons
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
-from collector.warehouse import list_queries
+from collector.query.comparison import list_comparisons
+from collector.query.warehouse import list_queries
 from tests.command_line import collector
 from tests.runs import collect_here, run_config, write_jsonl
 
@@ -213,14 +213,14 @@ def test_an_installed_wheel_finds_its_queries_its_model_and_its_app(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
-        "import collector.catalog, collector.models\n"
+        "import collector.query.catalog, collector.models.loading\n"
         "from collector.config import ModelConfig\n"
         f"assert collector.__file__.startswith({str(tmp_path)!r})\n"
-        "assert len(collector.catalog.list_queries()) >= 6\n"
-        "assert len(collector.catalog.list_comparisons()) >= 2\n"
-        "assert collector.models.load(ModelConfig(), 'cpu').model.config.num_experts == 64\n"
-        "from collector.explore import panel, serving\n"
-        "assert serving.app_file() == collector.catalog.query_folder().parent / 'notebooks' / 'explore.py'\n"
+        "assert len(collector.query.catalog.list_queries()) >= 6\n"
+        "assert len(collector.query.catalog.list_comparisons()) >= 2\n"
+        "assert collector.models.loading.load(ModelConfig(), 'cpu').model.config.num_experts == 64\n"
+        "from collector.look.explore import panel, serving\n"
+        "assert serving.app_file() == collector.query.catalog.query_folder().parent / 'notebooks' / 'explore.py'\n"
         "assert panel.Panel._css and serving.app_file().is_file()\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "site", check=True)

@@ -28,8 +28,8 @@ import pytest
 import yaml
 
 import collector.__main__ as cli
-from collector.plan import Plan
-from collector.storage import PLAN, SUCCESS, RunDirectory
+from collector.data.plan import Plan
+from collector.store.run_directory import PLAN, SUCCESS, RunDirectory
 from tests.runs import content, write_jsonl
 
 ROOT = Path(__file__).parents[1]

@@ -20,9 +20,9 @@ from reference import comparison as reference
 from synthetic import VOCABULARY_ENTRIES, Shard, joined, random_shard, write_run
 
 from collector import open_run, open_runs
-from collector.comparison import Comparison, list_comparisons
-from collector.records import Layer
-from collector.warehouse import list_queries
+from collector.query.comparison import Comparison, list_comparisons
+from collector.query.warehouse import list_queries
+from collector.store.tables import Layer
 
 LAYERS = (Layer(layer=0, n_experts=7, top_k=2), Layer(layer=3, n_experts=5, top_k=1))
 Texts = list[Shard]

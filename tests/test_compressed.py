@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collector import plan, sources
-from collector.sources import compressed, files
+from collector.data import plan, sources
+from collector.data.sources import compressed, files
 from tests.documents import ENDINGS, HUGE, ROWS, brief, config, count_bytes, json_lines, pack, read, write
 
 if TYPE_CHECKING:

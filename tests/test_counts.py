@@ -10,9 +10,9 @@ from query_runs import few_examples, opened, random_runs
 from reference.base import Decision, by_router, decisions, grouped
 from synthetic import Shard, write_run
 
-from collector.counts import STATISTICS, DocumentCounts, document_counts
-from collector.records import Layer
-from collector.warehouse import open_run
+from collector.query.document_counts import STATISTICS, DocumentCounts, document_counts
+from collector.query.warehouse import open_run
+from collector.store.tables import Layer
 
 TINY = [Layer(layer=2, n_experts=4, top_k=2, has_capacity=True)]
 

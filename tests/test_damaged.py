@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from collector import plan
-from collector.formats.base import DamagedError
+from collector.data import plan
+from collector.data.formats.base import DamagedError
 from tests.documents import ENDINGS, PACK, ROWS, config, json_lines, pack, read, write
 
 if sys.version_info >= (3, 14):
@@ -20,7 +20,7 @@ else:
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from collector.sources import Document
+    from collector.data.sources import Document
 
 
 def outcomes(path: Path, **data) -> tuple[list[Document], list[str]]:

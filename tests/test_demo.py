@@ -8,7 +8,8 @@ import pytest
 from safetensors import safe_open
 
 from collector import open_run
-from collector.demo.corpus import LABEL_OF_ISO, MODEL_DIR, read_sentences
+from collector.data.corpus import LABEL_OF_ISO, read_sentences
+from collector.models.loading import DEMO_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,10 @@ def test_related_languages_share_specialists(runs):
 
 
 def test_the_checkpoint_is_small_and_comes_with_its_record():
-    assert (MODEL_DIR / "model.safetensors").stat().st_size <= 8e6
-    with safe_open(MODEL_DIR / "model.safetensors", "pt") as tensors:
+    assert (DEMO_MODEL / "model.safetensors").stat().st_size <= 8e6
+    with safe_open(DEMO_MODEL / "model.safetensors", "pt") as tensors:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
-    record = json.loads((MODEL_DIR / "training.json").read_text())
+    record = json.loads((DEMO_MODEL / "training.json").read_text())
     assert record["command"].startswith("python -m collector.demo.train")
     assert record["log"][-1]["step"] == record["config"]["steps"]
     assert record["log"][-1]["loss"] < record["log"][0]["loss"] / 2
@@ -63,4 +64,4 @@ def test_what_is_held_out_was_not_trained_on():
     heldout = {sentence.text for sentence in read_sentences("heldout")}
     trained = [sentence.text for sentence in read_sentences("train") if sentence.text not in heldout]
     assert len(heldout) > 5900
-    assert len(trained) == json.loads((MODEL_DIR / "training.json").read_text())["data"]["sentences"]
+    assert len(trained) == json.loads((DEMO_MODEL / "training.json").read_text())["data"]["sentences"]

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from collector import dispatch
-from collector.dispatch import Dispatcher
-from collector.events import Collected, Died, Failed, Loaded, NotLoaded
-from collector.plan import Plan, Shard
-from collector.progress import ProgressView, Tally
-from collector.stages import IN_WORK
-from collector.storage import Commit, LocalStore, RunDirectory
-from collector.worklist import State, Worklist
+from collector.data.plan import Plan, Shard
+from collector.fleet import dispatch
+from collector.fleet.dispatch import Dispatcher
+from collector.fleet.events import Collected, Died, Failed, Loaded, NotLoaded
+from collector.fleet.progress import ProgressView, Tally
+from collector.fleet.worklist import State, Worklist
+from collector.pipeline import IN_WORK
+from collector.store.run_directory import Commit, LocalStore, RunDirectory
 
 CARD = {"memory": {"summary": "a toy"}}
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from collector import cluster, driver
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
-from collector.storage import SUCCESS, RunDirectory
+from collector.fleet import driver, ray_cluster
+from collector.store.run_directory import SUCCESS, RunDirectory
 from tests.command_line import collector
 from tests.runs import assert_same_content, collect_here, run_config, write_jsonl
 
@@ -40,7 +40,7 @@ def job(tmp_path_factory, tiny_folder):
 @pytest.fixture(scope="module")
 def local_ray():
     """A Ray of this process, which its commands join, so that not each starts one of its own."""
-    with cluster.cluster(LaunchConfig()):
+    with ray_cluster.cluster(LaunchConfig()):
         yield
 
 

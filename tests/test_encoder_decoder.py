@@ -27,11 +27,13 @@ from transformers import (
     SwitchTransformersModel,
 )
 
-from collector import models, show
 from collector.config import DataConfig, ModelConfig
-from collector.demo.corpus import MODEL_DIR, read_sentences
-from collector.replica import Replica
-from collector.warehouse import open_run
+from collector.data.corpus import read_sentences
+from collector.look import terminal
+from collector.models import loading
+from collector.models.loading import DEMO_MODEL
+from collector.query.warehouse import open_run
+from collector.replica.replica import Replica
 from tests.runs import collect_here, content, run_config
 
 CAPACITY = 3
@@ -59,7 +61,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("encoder-decoder")
     torch.manual_seed(3)
     SwitchTransformersModel(SwitchTransformersConfig(**SWITCH)).save_pretrained(root / "switch")
-    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(root / "switch")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(root / "switch")
     nllb = NllbMoeModel(NllbMoeConfig(**NLLB))
     with torch.no_grad():
         for name, parameter in nllb.named_parameters():
@@ -71,8 +73,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def loaded(folders) -> dict[str, models.LoadedModel]:
-    return {name: models.load(ModelConfig(model=str(folder)), "cpu") for name, folder in folders.items()}
+def loaded(folders) -> dict[str, loading.LoadedModel]:
+    return {name: loading.load(ModelConfig(model=str(folder)), "cpu") for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +305,7 @@ def test_a_batch_holds_the_padded_tokens_of_both_stacks(tmp_path, folders, loade
         return real(*grids)
 
     monkeypatch.setattr(replica.capture, "run", run)
-    from collector.plan import make_plan
+    from collector.data.plan import make_plan
 
     with contextlib.closing(replica):
         for shard in make_plan(config).shards:
@@ -315,9 +317,9 @@ def test_a_batch_holds_the_padded_tokens_of_both_stacks(tmp_path, folders, loade
 def test_both_stacks_show_side_by_side(tmp_path, folders, loaded, prompts, capsys):
     config = settings("nllb", folders, prompts, target=True, stacks=("encoder", "decoder"))
     run = collect_here(tmp_path / "run", config, loaded=loaded["nllb"])
-    assert show.status(run)
+    assert terminal.status(run)
     assert "1 encoder layer, 2 decoder layers, top-2 of 4" in capsys.readouterr().out
-    show.top_experts_by_layer(open_run(run.root), ["base"])
+    terminal.top_experts_by_layer(open_run(run.root), ["base"])
     heads = " ".join(capsys.readouterr().out.split("label")[1].split("base")[0].split())
     assert heads == "encoder layer 1 decoder layer 0 decoder layer 1"
 
@@ -360,8 +362,8 @@ def test_a_stack_that_the_model_lacks_is_refused(tmp_path, tiny_folder, tiny_mod
 
 def test_a_decoder_without_a_start_token_is_refused(tmp_path, folders, prompts):
     model = SwitchTransformersModel(SwitchTransformersConfig(**SWITCH | {"decoder_start_token_id": None})).eval()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    here = models.load(ModelConfig(model=str(folders["switch"])), "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    here = loading.load(ModelConfig(model=str(folders["switch"])), "cpu")
     broken = dataclasses.replace(here, model=model, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="no decoder_start_token_id"):
         Replica(str(tmp_path), settings("switch", folders, prompts, stacks=("decoder",)), "h", loaded=broken)

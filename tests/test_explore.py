@@ -19,11 +19,11 @@ from synthetic import random_shard, write_run
 
 from collector import __main__ as cli
 from collector.config import DataConfig, ModelConfig
-from collector.explore import advice, serving, views
-from collector.records import Layer
-from collector.rollup import making
-from collector.storage import RunDirectory
-from collector.warehouse import Run, open_run
+from collector.look.explore import advice, serving, views
+from collector.query.rollup import making
+from collector.query.warehouse import Run, open_run
+from collector.store.run_directory import RunDirectory
+from collector.store.tables import Layer
 from tests.runs import collect_here, run_config, write_jsonl
 
 LAYERS = (Layer(layer=0, n_experts=6, top_k=2), Layer(layer=3, n_experts=6, top_k=2))
@@ -135,7 +135,7 @@ def test_a_large_run_without_a_rollup_is_told_to_make_one(tmp_path, monkeypatch)
 
 def row_groups(run: Run, name: str, **params: object) -> list[tuple[int, int]]:
     """(read, there) of each Parquet scan of a query."""
-    from collector.catalog import find_query
+    from collector.query.catalog import find_query
 
     query = find_query(name)
     profile = run.connection.cursor().sql(f"explain analyze {query.sql}", params=query.bind(params)).fetchall()[0][1]

@@ -23,12 +23,13 @@ from query_runs import assert_same_rows, few_examples
 from synthetic import Shard, write_run
 
 from collector import __main__ as cli
-from collector import open_run, verify
+from collector import open_run
 from collector.config import DataConfig, ModelConfig
-from collector.export import export, streams
-from collector.export.hub import _size_category
-from collector.records import Layer
-from collector.storage import REJECTS, TABLES, RunDirectory
+from collector.look.export import export, streams
+from collector.look.export.hub import _size_category
+from collector.store.run_directory import REJECTS, TABLES, RunDirectory
+from collector.store.tables import Layer
+from collector.upkeep import verify
 from tests.runs import collect_here, run_config
 
 LABELS = ("eng_Latn", 'the "quoted", one', "a\nline|break", "한국어")

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from collector import families, show
-from collector.capture import RouterCapture
-from collector.families import NOT_CAPTURED, describe, family, geometry, tiny
-from collector.routers import find_routers
+from collector.capture.hooks import RouterCapture
+from collector.look import terminal
+from collector.models import families
+from collector.models.families import NOT_CAPTURED, describe, family, geometry, tiny
+from collector.models.routers import find_routers
 
 ROUNDING = 1e-5
 LENGTHS = (7, 3, 9, 5)
@@ -315,13 +316,13 @@ def test_a_tiny_model_repeats_under_its_seed(name):
 
 
 def test_the_list_of_models_is_current(capsys):
-    show.models([describe(each) for each in families.families()], "markdown")
+    terminal.models([describe(each) for each in families.families()], "markdown")
     page = Path(__file__).parents[1] / "docs" / "models.md"
     assert capsys.readouterr().out == page.read_text(), "run: collector models --format markdown > docs/models.md"
 
 
 def test_the_list_of_models_is_printed_as_a_table(capsys):
-    show.models([describe(family("olmoe")), describe(family("zaya"))], "table")
+    terminal.models([describe(family("olmoe")), describe(family("zaya"))], "table")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == ["olmoe", "OlmoeModel", "OlmoeTopKRouter", "64", "8", "returned", "fused", "3-D"]
     assert lines[2][:6] == ["zaya", "ZayaModel", "ZayaRouter", "17", "1", "bias"]

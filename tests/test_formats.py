@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from collector.formats import REASONS, lines
-from collector.sources import BadRow, Document
+from collector.data.formats import REASONS, lines
+from collector.data.sources import BadRow, Document
 from tests.documents import BAD_JSON, HUGE, ROWS, brief, expected_of, read, write
 
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from collector import plan
 from collector.config import DataConfig, ModelConfig
-from collector.formats import REASONS
-from collector.sources import BadRow
+from collector.data import plan
+from collector.data.formats import REASONS
+from collector.data.sources import BadRow
 from tests.documents import HUGE, brief, config, read
 from tests.runs import collect_here, content, run_config
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from collector.storage import RunDirectory
+    from collector.store.run_directory import RunDirectory
 
 LABELS = [
     "../../x", "/tmp/label", "..", "", "a/b\\c", "שלום", "\u202eevil\u202c", "e\u0301\u0327\u0323", "\u1100\u1161",

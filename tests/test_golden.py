@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from synthetic import Shard, write_run
 
-from collector.records import Layer
-from collector.warehouse import Run, open_run
+from collector.query.warehouse import Run, open_run
+from collector.store.tables import Layer
 
 PUBLISHED = {("github", 7, 17): 77.0, ("arxiv", 0, 0): 97.7}
 """OLMoE, arXiv 2409.02060, section 5: domain specialization in percent, of (domain, layer, expert)."""

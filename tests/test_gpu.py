@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from collector import batches, driver, models
-from collector.capture import RouterCapture
+from collector.capture import batches
+from collector.capture.hooks import RouterCapture
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
-from collector.routers import find_routers
+from collector.fleet import driver
+from collector.models import loading
+from collector.models.routers import find_routers
 from tests.runs import collect_here, content, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -42,7 +44,7 @@ def test_two_replicas_share_one_gpu(tmp_path):
 
 def test_4_bits_on_a_gpu_hold_the_same_values_as_on_a_cpu():
     config = ModelConfig(dtype="float32", quantization="nf4")
-    gpu, cpu = models.load(config, "cuda"), models.load(config, "cpu")
+    gpu, cpu = loading.load(config, "cuda"), loading.load(config, "cpu")
     a, b = gpu.model.state_dict(), cpu.model.state_dict()
     assert a.keys() == b.keys()
     for key in a:
@@ -68,7 +70,7 @@ def test_a_quantized_run_through_ray(tmp_path):
 
 def test_a_captured_pass_never_waits_for_the_device():
     """Torch raises at any synchronisation between the call and the wait."""
-    loaded = models.load(ModelConfig(dtype="bfloat16"), "cuda")
+    loaded = loading.load(ModelConfig(dtype="bfloat16"), "cuda")
     texts = ["One sentence.", "And another one, which is a little longer than the first."]
     table = batches.tokenize(loaded.tokenizer, texts, 64)
     batch = batches.pad(table, np.arange(2), loaded.pad_id)
@@ -87,7 +89,7 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path):
     """Only so much of the GPU is given to this process that large batches fail."""
     config = run_config(DataConfig(per_label=8), ModelConfig(), tokens_per_batch=65536)
     config = type(config)(data=config.data, model=config.model, capture=config.capture, device="cuda")
-    loaded = models.load(config.model, "cuda")
+    loaded = loading.load(config.model, "cuda")
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + 200 * 2**20) / total))
     try:

@@ -18,15 +18,15 @@ from reference.base import groups
 from synthetic import Shard, random_shard, write_run
 from transformers import AutoTokenizer
 
-from collector import models
-from collector.catalog import query_folder, read_header
-from collector.counts import document_counts
-from collector.demo.corpus import MODEL_DIR
-from collector.groupings import find_grouping
-from collector.records import Layer
-from collector.rollup import making
-from collector.storage import RunDirectory
-from collector.warehouse import list_queries, open_run
+from collector.models import loading
+from collector.models.loading import DEMO_MODEL
+from collector.query.catalog import query_folder, read_header
+from collector.query.document_counts import document_counts
+from collector.query.groupings import find_grouping
+from collector.query.rollup import making
+from collector.query.warehouse import list_queries, open_run
+from collector.store.run_directory import RunDirectory
+from collector.store.tables import Layer
 
 GROUPINGS = sorted(path.stem for path in (query_folder() / "groupings").glob("*.sql"))
 QUERIES = [query.name for query in list_queries()]
@@ -132,7 +132,7 @@ def test_names_of_buckets_sort_as_their_numbers() -> None:
 
 
 def test_every_letter_of_a_real_vocabulary_is_of_the_script_that_unicode_names(tmp_path) -> None:
-    entries = models.readable_vocabulary(AutoTokenizer.from_pretrained(MODEL_DIR))
+    entries = loading.readable_vocabulary(AutoTokenizer.from_pretrained(DEMO_MODEL))
     run = open_run(write_run(tmp_path / "run", LAYERS, [], complete=False, vocabulary=[e[1:] for e in entries]))
     first_word = {
         "LATIN": "Latn", "CYRILLIC": "Cyrl", "HANGUL": "Hang", "CJK": "Hani", "HIRAGANA": "Hira", "KATAKANA": "Kana",

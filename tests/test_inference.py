@@ -16,14 +16,14 @@ from synthetic import Shard, random_shard, write_run
 
 from benchmarks.calibration import World, false_discoveries, independent_tokens, studentized
 from collector import __main__ as cli
-from collector import inference
-from collector.catalog import find_query, list_queries
-from collector.counts import STATISTICS, DocumentCounts, document_counts
-from collector.inference import permutation, resampling
-from collector.inference.answers import KEYS, ask
-from collector.inference.bootstrap import effective_documents, interval, sampled_values
-from collector.records import Layer
-from collector.warehouse import Run, open_run
+from collector.query import inference
+from collector.query.catalog import find_query, list_queries
+from collector.query.document_counts import STATISTICS, DocumentCounts, document_counts
+from collector.query.inference import permutation, resampling
+from collector.query.inference.answers import KEYS, ask
+from collector.query.inference.bootstrap import effective_documents, interval, sampled_values
+from collector.query.warehouse import Run, open_run
+from collector.store.tables import Layer
 
 LAYERS = [Layer(layer=0, n_experts=6, top_k=2, has_capacity=True), Layer(layer=3, n_experts=5, top_k=1)]
 DOCUMENTS = [("en", 7), ("ko", 5), ("en", 3), ("ko", 9), ("en", 12), ("th", 4), ("th", 6), ("ko", 2)]

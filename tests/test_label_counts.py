@@ -10,12 +10,12 @@ from hypothesis import given
 from query_runs import assert_same_rows, few_examples, opened, random_runs
 from synthetic import Shard, random_shard, write_run
 
-from collector import label_counts
-from collector.catalog import find_query, list_queries
-from collector.records import Layer
-from collector.rollup import making
-from collector.storage import RunDirectory
-from collector.warehouse import Run, open_run
+from collector.query import label_counts
+from collector.query.catalog import find_query, list_queries
+from collector.query.rollup import making
+from collector.query.warehouse import Run, open_run
+from collector.store.run_directory import RunDirectory
+from collector.store.tables import Layer
 
 LAYERS = [
     Layer(layer=0, n_experts=4, top_k=1),

@@ -12,8 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collector import manifest
-from collector.storage import MANIFEST, SUCCESS, Commit, DamagedRecordError, LocalStore, Part, RunDirectory, Skipped
+from collector.store import manifest
+from collector.store.run_directory import (
+    MANIFEST,
+    SUCCESS,
+    Commit,
+    DamagedRecordError,
+    LocalStore,
+    Part,
+    RunDirectory,
+    Skipped,
+)
 from tests.test_storage import attempt
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
@@ -95,7 +104,7 @@ def test_a_complete_run_is_read_from_one_file(run):
 
 
 def test_success_holds_the_hash_of_the_manifest(run, tmp_path):
-    from collector.storage import sha256_of
+    from collector.store.run_directory import sha256_of
 
     mark = json.loads(run.store.read(SUCCESS))
     assert mark == {"plan_hash": "p", "shards": 40, "manifest": sha256_of(tmp_path / "run" / MANIFEST)}

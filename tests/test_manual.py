@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from collector import __main__ as cli
-from collector import manual
-from collector.catalog import list_comparisons, list_queries
+from collector.look import metrics_page
+from collector.query.catalog import list_comparisons, list_queries
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 REMEDY = "write docs/metrics.md again, by the commands that it begins with"
@@ -35,7 +35,7 @@ def about(cell: str, other: str) -> bool:
 
 def test_the_page_is_current(demo_runs: dict[str, Path]) -> None:
     """Words exactly, numbers to a hundredth; a near tie of two experts may fall otherwise on another CPU."""
-    written = manual.page((str(demo_runs["pretrained"]), str(demo_runs["random"]))).splitlines()
+    written = metrics_page.page((str(demo_runs["pretrained"]), str(demo_runs["random"]))).splitlines()
     stored = PAGE.read_text(encoding="utf-8").splitlines()
     words = [[line for line in page if not line.startswith("|")] for page in (written, stored)]
     assert words[0] == words[1], REMEDY
@@ -65,7 +65,7 @@ def test_an_example_is_a_command_line(query) -> None:
 
 
 def test_without_runs_the_page_has_commands_and_no_rows() -> None:
-    page = manual.page(None)
+    page = metrics_page.page(None)
     assert "collector query runs/small router_saturation --beside runs/small-random --layer 4" in page
     assert "| metric |" not in page
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from collector import checkpoints, footprint, models
 from collector.config import LaunchConfig, ModelConfig, Spread
-from collector.demo.corpus import MODEL_DIR
+from collector.models import checkpoints, footprint, loading
+from collector.models.loading import DEMO_MODEL
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def rewrite(folder, change) -> None:
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
-def load(folder, **settings) -> models.LoadedModel:
-    return models.load(ModelConfig(model=str(folder), **settings), "cpu")
+def load(folder, **settings) -> loading.LoadedModel:
+    return loading.load(ModelConfig(model=str(folder), **settings), "cpu")
 
 
 def test_a_missing_tensor_is_an_error_and_never_a_random_value(folder):
@@ -73,7 +73,7 @@ def test_a_dense_model_is_refused_before_its_weights_are_read(folder):
 
 @pytest.mark.parametrize(("free", "remedy"), [(5e6, "--quantization nf4"), (1e6, "--gpus-per-replica, --offload")])
 def test_too_little_memory_names_what_would_fit(folder, monkeypatch, free, remedy):
-    shutil.copy(MODEL_DIR / "config.json", folder)
+    shutil.copy(DEMO_MODEL / "config.json", folder)
     (folder / "model.safetensors").unlink()
     monkeypatch.setattr(footprint, "free_bytes", lambda _device: int(free))
     with pytest.raises(ValueError, match=f"takes 7.7 MB in bfloat16, but free are .*{remedy}"):
@@ -99,7 +99,7 @@ def test_a_checkpoint_in_several_files_of_the_layout_of_the_hub(tiny_folder, tmp
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
     assert len(checkpoints.weight_files(str(tmp_path), None)) > 2
     again = load(tmp_path)
-    assert models.fingerprint(again.model) == models.fingerprint(plain.model)
+    assert loading.fingerprint(again.model) == loading.fingerprint(plain.model)
 
 
 def test_random_weights_are_drawn_in_the_precision_asked_for(tiny_folder):
@@ -115,19 +115,19 @@ def test_random_weights_are_drawn_in_the_precision_asked_for(tiny_folder):
 def test_weights_on_the_disk_compute_the_same(tmp_path, settings, room):
     """With room for a part of the model only, the rest is read from disk in every pass."""
     spread = Spread(offload="disk", host_memory=room, folder=str(tmp_path))
-    spread_out = models.load(ModelConfig(**settings), "cpu", spread)
+    spread_out = loading.load(ModelConfig(**settings), "cpu", spread)
     assert set(map(str, spread_out.model.hf_device_map.values())) == {"cpu", "disk"}
-    plain = models.load(ModelConfig(**settings), "cpu")
+    plain = loading.load(ModelConfig(**settings), "cpu")
     ids = torch.randint(3, 8000, (2, 9))
     with torch.inference_mode():
         torch.testing.assert_close(spread_out.model(ids)[0], plain.model(ids)[0], rtol=1e-5, atol=1e-5)
-    assert models.fingerprint(spread_out.model) == models.fingerprint(plain.model)
+    assert loading.fingerprint(spread_out.model) == loading.fingerprint(plain.model)
 
 
 def test_the_disk_is_used_only_when_asked_for(tiny_folder, monkeypatch):
     monkeypatch.setattr(footprint, "free_bytes", lambda _device: 120_000)
     with pytest.raises(ValueError, match="--offload"):
-        models.load(ModelConfig(model=str(tiny_folder)), "cpu", Spread())
+        loading.load(ModelConfig(model=str(tiny_folder)), "cpu", Spread())
 
 
 def test_how_a_launch_spreads_its_replicas():
@@ -145,4 +145,4 @@ def test_how_a_launch_spreads_its_replicas():
 
 def test_offloaded_weights_cannot_be_quantized():
     with pytest.raises(ValueError, match="--offload moves plain weights only"):
-        models.load(ModelConfig(quantization="nf4"), "cpu", Spread(offload="disk"))
+        loading.load(ModelConfig(quantization="nf4"), "cpu", Spread(offload="disk"))

@@ -18,13 +18,12 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from collector import cluster as ray_cluster
-from collector import driver, fleet
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, resolve
-from collector.placement import Need
-from collector.progress import ProgressView, Tally
-from collector.stages import DeviceLost
-from collector.storage import SUCCESS, RunDirectory
+from collector.fleet import driver, ray_cluster, ray_fleet
+from collector.fleet.placement import Need
+from collector.fleet.progress import ProgressView, Tally
+from collector.pipeline import DeviceLost
+from collector.store.run_directory import SUCCESS, RunDirectory
 from tests.runs import assert_same_content, collect_here, run_config, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -76,14 +75,14 @@ def worker(head):
     return head.add_node(num_cpus=1)
 
 
-def slow_actor(folder: Path, pause: float) -> type[fleet.ReplicaActor]:
+def slow_actor(folder: Path, pause: float) -> type[ray_fleet.ReplicaActor]:
     """A replica that takes its time, if need be, and leaves a mark for each shard: on which node, with how many cores.
 
     It hurries once there is a file `hurry` beside its marks.
     """
     hurry = folder.parent / HURRY
 
-    class ReplicaActor(fleet.ReplicaActor):
+    class ReplicaActor(ray_fleet.ReplicaActor):
         def collect(self, shard):
             context = ray.get_runtime_context()
             cores = int(context.get_assigned_resources()["CPU"])
@@ -106,7 +105,7 @@ class Watched:
         self.marks.mkdir()
         self.said = io.StringIO()
 
-    def collect(self, pause: float = 0.1, actor_class: type[fleet.ReplicaActor] | None = None) -> None:
+    def collect(self, pause: float = 0.1, actor_class: type[ray_fleet.ReplicaActor] | None = None) -> None:
         plan, need = driver.freeze_plan(self.run, self.config), Need.of(self.launch, "cpu")
         tally = Tally(shards=len(plan.shards), documents=plan.documents)
         with ProgressView(tally, Console(file=self.said, width=200)) as view:
@@ -195,7 +194,7 @@ def test_a_label_chooses_the_nodes(tmp_path, job, nodes):
 
 def test_a_run_may_wait_for_its_first_node(tmp_path, job, nodes, monkeypatch):
     config, _ = job
-    monkeypatch.setattr(fleet, "PATIENCE", 0.5)
+    monkeypatch.setattr(ray_fleet, "PATIENCE", 0.5)
     watched = Watched(tmp_path, config, cpus_per_replica=1, replicas="0:2", node_labels=("zone=c",))
     with watched.at_work(pause=0.0):
         wait_for(lambda: "replicas wait" in watched.said.getvalue())
@@ -239,7 +238,7 @@ def test_a_replica_that_lost_its_device_is_replaced_and_its_shard_not_blamed_bes
 
 @pytest.mark.usefixtures("worker")
 def test_a_replica_that_is_ready_before_its_node_is_known_finishes_its_shards(tmp_path, job):
-    class ReplicaActor(fleet.ReplicaActor):
+    class ReplicaActor(ray_fleet.ReplicaActor):
         def where(self):
             while not hasattr(self, "replica"):
                 time.sleep(0.05)

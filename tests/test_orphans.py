@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from command_line import exit_status
 
-from collector import orphans
-from collector.storage import PLAN, DamagedRecordError, RunDirectory
+from collector.store.run_directory import PLAN, DamagedRecordError, RunDirectory
+from collector.upkeep import orphans
 from tests.test_storage import attempt
 
 HOUR = 3600

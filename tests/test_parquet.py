@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from collector import plan, sources
-from collector.sources import files
+from collector.data import plan, sources
+from collector.data.sources import files
 from tests.documents import ROWS, brief, config, count_bytes, read, write
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from collector.config import LaunchConfig
-from collector.placement import Need, Node, require_room
+from collector.fleet.placement import Need, Node, require_room
 
 
 def node(cpus: float, gpus: float = 0, *, name: str = "n", kind: str | None = None, **labels: str) -> Node:

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collector import plan
-from collector.plan import frozen, making
-from collector.sources import BadRow, Document
+from collector.data import plan
+from collector.data.plan import frozen, making
+from collector.data.sources import BadRow, Document
 from tests.documents import GOOD, config, write_pairs
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def test_reading_a_plan_starts_no_scanner(tmp_path):
     """Its threads may outlive the interpreter, which then aborts: a finished collect would exit with -6."""
     (tmp_path / "plan.parquet").write_bytes(plan.Plan(shards=(), config={}).to_parquet())
     program = (
-        "import pathlib, sys; from collector.plan import Plan\n"
+        "import pathlib, sys; from collector.data.plan import Plan\n"
         "Plan.from_parquet(pathlib.Path(sys.argv[1]).read_bytes())\n"
         "assert 'pyarrow.dataset' not in sys.modules"
     )

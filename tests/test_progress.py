@@ -8,8 +8,8 @@ import json
 import pytest
 from rich.console import Console
 
-from collector import progress
-from collector.storage import Commit, Skipped
+from collector.fleet import progress
+from collector.store.run_directory import Commit, Skipped
 
 
 def commit(documents: int, tokens: int, bad: int = 0) -> Commit:

@@ -15,10 +15,19 @@ from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
-from collector import arithmetic, checkpoints, families, footprint, fourbit, models, quantization, unpacking
 from collector.config import ModelConfig
-from collector.demo.corpus import MODEL_DIR
-from collector.routers import find_routers
+from collector.models import (
+    arithmetic,
+    checkpoints,
+    families,
+    footprint,
+    four_bit,
+    four_bit_reading,
+    loading,
+    quantization,
+)
+from collector.models.loading import DEMO_MODEL
+from collector.models.routers import find_routers
 
 SHAPES = [(8, 96, 80), (6, 32, 48), (5, 20, 18), (3, 64)]
 """Whole blocks per expert; two dimensions below a block; blocks that reach over experts; a plain matrix."""
@@ -37,20 +46,20 @@ def by_table(packed, state, kind):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pieces_give_what_bitsandbytes_makes_of_the_whole(shape, kind, double, monkeypatch):
-    monkeypatch.setattr(fourbit, "_PIECE", 256)
+    monkeypatch.setattr(four_bit, "_PIECE", 256)
     values = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()
-    packed, state = fourbit.quantize(values, kind, double=double)
+    packed, state = four_bit.quantize(values, kind, double=double)
     expected, expected_state = bnb.quantize_4bit(values, quant_type=kind, compress_statistics=double)
     assert torch.equal(packed, expected)
     module = nn.Module()
     module.w = nn.Parameter(values)
-    fourbit.replace(module, "w", packed, state.as_dict(packed=True))
+    four_bit.replace(module, "w", packed, state.as_dict(packed=True))
     # not bnb.dequantize_4bit: with AVX-512 it is wrong for rows of 80 or 48 values
     whole = by_table(expected, expected_state, kind)
     assert torch.equal(module.w, whole)
-    assert torch.equal(unpacking.dequantized(module, "w", torch.bfloat16), whole)
+    assert torch.equal(four_bit_reading.dequantized(module, "w", torch.bfloat16), whole)
     if len(shape) == 3:
-        one = unpacking.slices(module, "w", torch.float32)
+        one = four_bit_reading.slices(module, "w", torch.float32)
         assert all(torch.equal(one(index).bfloat16(), whole[index]) for index in range(shape[0]))
 
 
@@ -58,7 +67,7 @@ def test_a_state_dict_is_the_one_bitsandbytes_writes():
     values = torch.randn(4, 64, 64)
     ours, theirs = nn.Module(), nn.Module()
     ours.w, theirs.w = nn.Parameter(values), nn.Parameter(values)
-    fourbit.quantize_parameter(ours, "w", values, "nf4", double=True)
+    four_bit.quantize_parameter(ours, "w", values, "nf4", double=True)
     replace_parameter_4bit(theirs, "w", compress_statistics=True)
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys()
@@ -94,7 +103,7 @@ def test_every_family_computes_with_4_bits_as_with_the_same_values_in_floats(nam
         kept = isinstance(module, nn.Embedding) or f"{path}.".startswith(routers)
         for leaf, parameter in module.named_parameters(recurse=False):
             if kept or parameter.ndim == 1 or "bias" in leaf:
-                assert not unpacking.is_quantized(model.get_submodule(path), leaf), f"{path}.{leaf}"
+                assert not four_bit_reading.is_quantized(model.get_submodule(path), leaf), f"{path}.{leaf}"
     if name != "doge":  # its experts are rows of embeddings
         assert quantization.unquantized_experts(model) == []
     reference = dequantized_copy(model, plain)
@@ -110,12 +119,12 @@ def same_state(one, other):
 
 
 @pytest.fixture(scope="module")
-def nf4() -> models.LoadedModel:
-    return models.load(ModelConfig(dtype="bfloat16", quantization="nf4"), "cpu")
+def nf4() -> loading.LoadedModel:
+    return loading.load(ModelConfig(dtype="bfloat16", quantization="nf4"), "cpu")
 
 
 def test_loading_tensor_by_tensor_equals_quantizing_the_loaded_model(nf4):
-    plain = models.load(ModelConfig(dtype="bfloat16"), "cpu")
+    plain = loading.load(ModelConfig(dtype="bfloat16"), "cpu")
     quantization.quantize_model(plain.model, "nf4", double=True)
     assert same_state(nf4, plain)
 
@@ -139,18 +148,18 @@ def test_what_is_told_before_the_first_batch(nf4):
 
 def test_random_weights_are_quantized_alike_in_every_replica():
     config = ModelConfig(weights="random", seed=5, dtype="bfloat16", quantization="nf4")
-    one, other = models.load(config, "cpu"), models.load(config, "cpu")
+    one, other = loading.load(config, "cpu"), loading.load(config, "cpu")
     assert same_state(one, other)
-    plain = models.load(ModelConfig(weights="random", seed=5, dtype="bfloat16"), "cpu")
+    plain = loading.load(ModelConfig(weights="random", seed=5, dtype="bfloat16"), "cpu")
     quantization.quantize_model(plain.model, "nf4", double=True)
     assert same_state(one, plain), "of the weights that the unquantized baseline has"
 
 
 def test_a_quantized_copy_loads_as_what_it_was_made_of(nf4, tmp_path):
     checkpoints.save(nf4.model, nf4.tokenizer, tmp_path / "copy")
-    again = models.load(ModelConfig(model=str(tmp_path / "copy")), "cpu")
+    again = loading.load(ModelConfig(model=str(tmp_path / "copy")), "cpu")
     assert same_state(nf4, again)
-    assert models.fingerprint(nf4.model) == models.fingerprint(again.model)
+    assert loading.fingerprint(nf4.model) == loading.fingerprint(again.model)
     assert torch.equal(outputs(nf4.model), outputs(again.model))
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["quantization_config"]["kind"] == "nf4"
 
@@ -159,7 +168,7 @@ def test_a_quantized_copy_in_several_files(nf4, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "_SHARD_BYTES", 2**19)
     checkpoints.save(nf4.model, nf4.tokenizer, tmp_path / "copy")
     assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 3
-    assert same_state(nf4, models.load(ModelConfig(model=str(tmp_path / "copy")), "cpu"))
+    assert same_state(nf4, loading.load(ModelConfig(model=str(tmp_path / "copy")), "cpu"))
     with pytest.raises(ValueError, match="not empty"):
         checkpoints.save(nf4.model, nf4.tokenizer, tmp_path / "copy")
 
@@ -170,31 +179,31 @@ def usual_recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("usual")
     recipe = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                 llm_int8_skip_modules=["gate"])  # fmt: skip
-    model = AutoModel.from_pretrained(MODEL_DIR, dtype=torch.bfloat16, quantization_config=recipe, device_map="cpu")
+    model = AutoModel.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16, quantization_config=recipe, device_map="cpu")
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
     return str(folder)
 
 
 def test_a_checkpoint_that_left_its_experts_out_is_refused(usual_recipe):
     with pytest.raises(ValueError, match=r"experts\.(down|gate_up)_proj.*--quantization nf4.*--unquantized-experts"):
-        models.load(ModelConfig(model=usual_recipe), "cpu")
+        loading.load(ModelConfig(model=usual_recipe), "cpu")
 
 
 def test_a_checkpoint_that_left_its_experts_out_is_accepted_or_completed(usual_recipe, nf4):
-    accepted = models.load(ModelConfig(model=usual_recipe, unquantized_experts=True), "cpu")
+    accepted = loading.load(ModelConfig(model=usual_recipe, unquantized_experts=True), "cpu")
     assert quantization.treatments(accepted.model)["nf4"].parameters == 8 * 4 * 64 * 64
-    completed = models.load(ModelConfig(model=usual_recipe, quantization="nf4"), "cpu")
+    completed = loading.load(ModelConfig(model=usual_recipe, quantization="nf4"), "cpu")
     assert same_state(completed, nf4)
 
 
 def test_int8_converts_linear_layers_only():
-    loaded = models.load(ModelConfig(dtype="bfloat16", quantization="int8-linear"), "cpu")
+    loaded = loading.load(ModelConfig(dtype="bfloat16", quantization="int8-linear"), "cpu")
     held = quantization.treatments(loaded.model)
     assert held["int8"].parameters == 8 * 4 * 64 * 64
     routers = find_routers(loaded.model)
     assert {router.module.weight.dtype for router in routers} == {torch.bfloat16}
-    plain = models.load(ModelConfig(dtype="bfloat16"), "cpu")
+    plain = loading.load(ModelConfig(dtype="bfloat16"), "cpu")
     close = (outputs(loaded.model) - outputs(plain.model)).float().abs().mean()
     assert 0 < close < 0.1 * outputs(plain.model).float().abs().mean()
 
@@ -204,5 +213,5 @@ def test_a_quantized_model_states_what_it_takes(monkeypatch):
     with pytest.raises(
         ValueError, match=r"15\.3 MB in float32.*free are 10\.0 MB on cpu.*--dtype bfloat16 \(7\.7 MB\) or .*nf4"
     ):
-        models.load(ModelConfig(), "cpu")
-    models.load(ModelConfig(quantization="nf4"), "cpu")
+        loading.load(ModelConfig(), "cpu")
+    loading.load(ModelConfig(quantization="nf4"), "cpu")

@@ -23,9 +23,9 @@ from reference.base import groups
 from synthetic import Shard, random_shard, write_run
 from synthetic import key as router_key
 
-from collector.comparison import list_comparisons, open_runs
-from collector.records import Layer
-from collector.warehouse import Run, list_queries, open_run
+from collector.query.comparison import list_comparisons, open_runs
+from collector.query.warehouse import Run, list_queries, open_run
+from collector.store.tables import Layer
 
 CASES = Path(__file__).parent / "cases"
 QUERIES = [query.name for query in list_queries()]

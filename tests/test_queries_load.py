@@ -13,8 +13,8 @@ from reference import load
 from reference.base import decisions
 from synthetic import Shard, write_run
 
-from collector.records import Layer
-from collector.warehouse import Run, open_run
+from collector.query.warehouse import Run, open_run
+from collector.store.tables import Layer
 
 LAYERS = (Layer(layer=0, n_experts=7, top_k=2), Layer(layer=3, n_experts=5, top_k=5))
 

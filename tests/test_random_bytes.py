@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collector import plan
-from collector.formats import REASONS
-from collector.sources import BadRow, Document
+from collector.data import plan
+from collector.data.formats import REASONS
+from collector.data.sources import BadRow, Document
 from tests.documents import HUGE, config, read
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from collector import records
 from collector.config import DataConfig, ModelConfig
-from collector.formats import REASONS
+from collector.data.formats import REASONS
+from collector.store import tables
 from tests.runs import collect_here, run_config
 
 SECRET = "confidential"
@@ -85,7 +85,7 @@ def test_the_commit_record_names_the_file_and_still_counts_by_reason(run):
 def test_the_file_holds_no_text(run):
     """Uncompressed, for compression would hide it."""
     for table in rejects(run).values():
-        assert table.schema.equals(records.REJECTS_SCHEMA)
+        assert table.schema.equals(tables.REJECTS_SCHEMA)
         assert SECRET.encode() not in table.to_pandas().to_csv().encode()
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none", use_dictionary=False)

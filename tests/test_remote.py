@@ -29,12 +29,14 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from query_runs import assert_same, assert_same_rows, keyed
 from werkzeug.serving import make_server
 
-from collector import objectstore, open_runs, verify
+from collector import open_runs
 from collector.config import DataConfig, ModelConfig
-from collector.objectfiles import BLOCK, BlockCache, RangeFile, RunFiles
-from collector.rollup import files
-from collector.storage import ObjectStore, RunDirectory, StoreError
-from collector.warehouse import open_run
+from collector.query.rollup import files
+from collector.query.warehouse import open_run
+from collector.store import object_store
+from collector.store.remote_files import BLOCK, BlockCache, RangeFile, RunFiles
+from collector.store.run_directory import ObjectStore, RunDirectory, StoreError
+from collector.upkeep import verify
 from tests.runs import collect_here, run_config, write_jsonl
 from tests.test_storage import attempt
 
@@ -330,7 +332,7 @@ def test_a_damaged_part_is_named_set_aside_and_collected_again(config, tiny_mode
 
 @pytest.fixture
 def two_retries(monkeypatch):
-    monkeypatch.setitem(objectstore._RETRIES, "max_retries", 2)
+    monkeypatch.setitem(object_store._RETRIES, "max_retries", 2)
 
 
 def test_passing_errors_are_retried(server, tmp_path):

@@ -19,12 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from collector import driver, models, plan, records, show
 from collector.config import DataConfig, ModelConfig
-from collector.replica import IN_WORK, Replica
-from collector.stages import DeviceLost
-from collector.storage import PLAN, VOCAB, Commit, RunDirectory
-from collector.writing import PartWriter, ShardText
+from collector.data import plan
+from collector.fleet import driver
+from collector.look import terminal
+from collector.models import loading
+from collector.pipeline import DeviceLost
+from collector.replica.part_writer import PartWriter, ShardText
+from collector.replica.replica import IN_WORK, Replica
+from collector.store import tables
+from collector.store.run_directory import PLAN, VOCAB, Commit, RunDirectory
 from tests.runs import assert_same_content, collect_here, content, run_config, write_jsonl
 
 
@@ -174,7 +178,7 @@ def test_an_exception_in_any_stage_costs_its_shard_alone(tmp_path, tiny_folder, 
     config, files = several_files(tmp_path / "data", tiny_folder)
     longest = "\u0d9a " * 300  # a letter that no other file holds
     files[2].write_text(json.dumps({"text": longest, "label": "si"}) + "\n")
-    loaded = models.load(config.model, "cpu")
+    loaded = loading.load(config.model, "cpu")
     with replica_and_plan(tmp_path / "plain", config, loaded) as (replica, made):
         plain = whole_run(replica, made, list(replica.collect_all(made.shards)))
     with replica_and_plan(tmp_path / "run", config, loaded) as (replica, made):
@@ -328,7 +332,7 @@ def test_probabilities_are_stored_when_asked_for_and_agree_with_the_weights(tmp_
 
 
 def test_a_router_that_returns_nan_fails_the_shard_and_leaves_no_file(tmp_path, config, tiny_folder):
-    broken = models.load(ModelConfig(model=str(tiny_folder)), "cpu")
+    broken = loading.load(ModelConfig(model=str(tiny_folder)), "cpu")
     with torch.no_grad():
         broken.model.layers[1].mlp.gate.weight[0, 0] = torch.nan
     with (
@@ -375,8 +379,8 @@ def test_a_batch_beyond_the_devices_memory_is_halved_until_it_fits(tmp_path, con
     exact = ["shard", "layer", "tok", "label", "e0", "e1"]
     assert a.loc[clear, exact].equals(b.loc[clear, exact])
     np.testing.assert_allclose(a[["w0", "w1"]], b[["w0", "w1"]], atol=1e-6)
-    show.status(RunDirectory(tmp_path / "run"))
-    show.status(plain)
+    terminal.status(RunDirectory(tmp_path / "run"))
+    terminal.status(plain)
     said = capsys.readouterr().out
     assert said.count(f"{len(asked) - len(fitting)} batches did not fit and were halved") == said.count("halved") == 1
 
@@ -403,14 +407,14 @@ def test_a_commit_record_from_before_batches_could_be_halved_is_read(tmp_path, c
 
 def test_an_exception_while_writing_publishes_nothing(tmp_path, config, tiny_model, monkeypatch):
     """A Parquet writer closed by an exception leaves a valid file that lacks rows."""
-    real = records.routing_table
+    real = tables.routing_table
 
     def fail_at_layer_1(shard, layer, *args, **kwargs):
         if layer.geometry.layer == 1:
             raise OSError("no space left on device")
         return real(shard, layer, *args, **kwargs)
 
-    monkeypatch.setattr(records, "routing_table", fail_at_layer_1)
+    monkeypatch.setattr(tables, "routing_table", fail_at_layer_1)
     with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
         with pytest.raises(OSError, match="no space"):
             replica.collect(made.shards[0])

@@ -16,12 +16,12 @@ import pytest
 from report_runs import LABELS, collect_pair, payload, synthetic_run
 from synthetic import Shard, random_shard
 
-from collector import inference
-from collector.counts import document_counts
-from collector.records import Layer
-from collector.report import write
-from collector.storage import SUCCESS, RunDirectory
-from collector.warehouse import list_queries, open_run
+from collector.look.report import write
+from collector.query import inference
+from collector.query.document_counts import document_counts
+from collector.query.warehouse import list_queries, open_run
+from collector.store.run_directory import SUCCESS, RunDirectory
+from collector.store.tables import Layer
 
 FIGURES = {
     "specialization", "specialization-compared", "top-experts", "divergence-by-layer", "overlap", "decisiveness",

@@ -9,8 +9,8 @@ import pytest
 from browser import Browser
 from report_runs import collect_pair
 
-from collector.report import write
-from collector.warehouse import open_run
+from collector.look.report import write
+from collector.query.warehouse import open_run
 
 
 @pytest.fixture(scope="module")

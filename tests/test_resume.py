@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from collector import plan, sources
+from collector.data import plan, sources
 from tests.documents import GOOD, config, write_pairs
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from hypothesis import given
 from query_runs import assert_same, assert_same_rows, few_examples, keyed, random_runs
 from synthetic import Shard, commit_shard, publish_shard, random_shard, write_run
 
-from collector import orphans, verify
 from collector.config import DataConfig, ModelConfig
-from collector.counts import document_counts
-from collector.records import Layer
-from collector.rollup import files, making
-from collector.storage import PLAN, ROLLUP, LocalStore, RunDirectory
-from collector.warehouse import Run, list_queries, open_run
+from collector.query.document_counts import document_counts
+from collector.query.rollup import files, making
+from collector.query.warehouse import Run, list_queries, open_run
+from collector.store.run_directory import PLAN, ROLLUP, LocalStore, RunDirectory
+from collector.store.tables import Layer
+from collector.upkeep import orphans, verify
 from tests.runs import collect_here, run_config, write_jsonl
 
 LAYERS = [Layer(layer=1, n_experts=4, top_k=2), Layer(layer=4, n_experts=300, top_k=3, has_capacity=True)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from collector.families import family, tiny
-from collector.routers import Router, find_routers
+from collector.models.families import family, tiny
+from collector.models.routers import Router, find_routers
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from collector.stages import Pipeline, Stage, Stopwatch
+from collector.pipeline import Pipeline, Stage, Stopwatch
 
 SOON = 30
 """Seconds after which a test gives up what must happen at once."""

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from collector import __main__ as cli
-from collector import show
 from collector.config import DataConfig, ModelConfig
-from collector.storage import SUCCESS, RunDirectory
-from collector.summary import summarize
-from collector.totals import Totals
+from collector.look import terminal
+from collector.look.summary import summarize
+from collector.store.run_directory import SUCCESS, RunDirectory
+from collector.store.totals import Totals
 from tests.runs import collect_here, run_config, write_jsonl
 
 FAILURE = {"shard": 1, "source": "texts.jsonl", "first_row": 8, "rows": 8, "attempts": 3, "left_out": True,
@@ -55,7 +55,7 @@ def commit_the_rest(run: RunDirectory, finished: Path) -> None:
 
 def test_a_failed_shard_is_told_with_its_traceback_and_the_way_on(half, capsys):
     half.record_failure(1, FAILURE)
-    assert not show.status(half)
+    assert not terminal.status(half)
     said = capsys.readouterr().out
     assert "incomplete, 1 shards to go" in said
     assert "shard 1 failed after 3 attempts, left out (texts.jsonl, rows from 8):" in said
@@ -67,12 +67,12 @@ def test_a_failed_shard_is_told_with_its_traceback_and_the_way_on(half, capsys):
 def test_a_failure_of_a_shard_that_was_committed_after_all_is_none(finished, half, capsys):
     half.record_failure(1, FAILURE)
     commit_the_rest(half, finished)
-    assert show.status(half)
+    assert terminal.status(half)
     assert "failed" not in capsys.readouterr().out
 
 
 def test_the_status_says_where_the_devices_time_went(finished, capsys):
-    show.status(RunDirectory(finished))
+    terminal.status(RunDirectory(finished))
     assert "device idle" in capsys.readouterr().out
 
 

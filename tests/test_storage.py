@@ -15,7 +15,7 @@ from pathlib import Path
 import obstore.store
 import pytest
 
-from collector.storage import (
+from collector.store.run_directory import (
     Commit,
     DamagedRecordError,
     LocalStore,

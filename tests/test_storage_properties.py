@@ -19,8 +19,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from collector import orphans
-from collector.storage import MANIFEST, PLAN, SUCCESS, TABLES, Commit, LocalStore, ObjectStore, Part, RunDirectory
+from collector.store.run_directory import (
+    MANIFEST,
+    PLAN,
+    SUCCESS,
+    TABLES,
+    Commit,
+    LocalStore,
+    ObjectStore,
+    Part,
+    RunDirectory,
+)
+from collector.upkeep import orphans
 
 SHARDS = 2
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collector import plan, token_ids
+from collector import token_ids
 from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-from collector.storage import VOCAB
-from collector.warehouse import list_queries, open_run
+from collector.data import plan
+from collector.query.warehouse import list_queries, open_run
+from collector.store.run_directory import VOCAB
 from tests.runs import collect_here, content, run_config, write_jsonl
 
 KEY = "correct horse battery staple"

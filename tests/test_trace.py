@@ -21,7 +21,7 @@ from rich.console import Console
 
 from collector import __main__ as cli
 from collector.config import CaptureConfig, ModelConfig
-from collector.trace import Decision, Router, Token, Trace, collecting, page, palette, pieces, read, terminal
+from collector.look.trace import Decision, Router, Token, Trace, collecting, page, palette, pieces, printing, read
 from tests.command_line import collector
 
 HEBREW = "שלום עולם"
@@ -49,7 +49,7 @@ def made(texts: list[str], experts: list[int], layer: int = 3) -> Router:
 
 def printed(trace: Trace, width: int = 80, **console: object) -> str:
     out = io.StringIO()
-    terminal.show(trace, Console(file=out, width=width, highlight=False, **console), "title")
+    printing.show(trace, Console(file=out, width=width, highlight=False, **console), "title")
     return out.getvalue()
 
 

@@ -15,10 +15,12 @@ import torch
 from command_line import exit_status
 from transformers import AutoTokenizer, SwitchTransformersConfig, SwitchTransformersModel
 
-from collector import models, show, verify
 from collector.config import DataConfig, ModelConfig
-from collector.demo.corpus import MODEL_DIR
-from collector.storage import MANIFEST, RUN, SUCCESS, VOCAB, LocalStore, RunDirectory, sha256_of
+from collector.look import terminal
+from collector.models import loading
+from collector.models.loading import DEMO_MODEL
+from collector.store.run_directory import MANIFEST, RUN, SUCCESS, VOCAB, LocalStore, RunDirectory, sha256_of
+from collector.upkeep import verify
 from tests.runs import assert_same_content, collect_here, run_config, write_jsonl
 from tests.test_encoder_decoder import SWITCH
 
@@ -112,7 +114,7 @@ def test_verifying_writes_nothing(run):
 )
 def test_runs_of_every_kind_are_sound(tmp_path, config, family, capture, switch_folder, tiny_folder):
     folder = {"olmoe": tiny_folder, "switch": switch_folder}[family]
-    loaded = models.load(ModelConfig(model=str(folder)), "cpu")
+    loaded = loading.load(ModelConfig(model=str(folder)), "cpu")
     settings = run_config(config.data, ModelConfig(model=str(folder)), **capture)
     run = collect_here(tmp_path / "run", settings, loaded=loaded)
     assert list(verify.verify(run).lines()) == ["sound: all of 3 committed shards are what they must be"]
@@ -123,7 +125,7 @@ def switch_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("switch")
     torch.manual_seed(3)
     SwitchTransformersModel(SwitchTransformersConfig(**SWITCH)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
     return folder
 
 
@@ -366,7 +368,7 @@ def test_wrong_shards_alone_are_set_aside_and_collected_again(run, original, con
     assert out[-2].startswith("set aside: replaced/000002-damaged-")
     assert out[-1] == "Run the same collect command again."
     assert run.committed_shards() == {0}
-    assert not show.status(run)
+    assert not terminal.status(run)
     collect_here(Path(run.root), config, loaded=tiny_model)
     assert verify.verify(run).sound
     assert_same_content(run, original)

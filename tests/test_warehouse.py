@@ -15,11 +15,11 @@ import pyarrow as pa
 import pytest
 from synthetic import Shard, commit_shard, publish_shard, random_shard, write_run
 
-from collector import locked
-from collector.catalog import Param, list_comparisons, read_header
-from collector.records import Layer
-from collector.storage import RunDirectory
-from collector.warehouse import Run, list_queries, one_line_errors, open_run, views_sql
+from collector.query import locked_duckdb
+from collector.query.catalog import Param, list_comparisons, read_header
+from collector.query.warehouse import Run, list_queries, one_line_errors, open_run, views_sql
+from collector.store.run_directory import RunDirectory
+from collector.store.tables import Layer
 
 LAYERS = [Layer(layer=1, n_experts=4, top_k=2), Layer(layer=4, n_experts=6, top_k=3)]
 TWO_STACKS = [
@@ -360,7 +360,7 @@ def test_a_session_variable_never_stands_in_for_a_parameter(run: Run) -> None:
 def test_an_undeclared_parameter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = "".join(f"-- {key}: x\n" for key in ("Question", "Formula", "Source", "Grain", "Reads", "Example"))
     (tmp_path / "sly.sql").write_text(f"{header}select $layer\n")
-    monkeypatch.setattr("collector.catalog.query_folder", lambda: tmp_path)
+    monkeypatch.setattr("collector.query.catalog.query_folder", lambda: tmp_path)
     with pytest.raises(ValueError, match="other parameters than the statement uses: layer"):
         list_queries()
 
@@ -441,9 +441,9 @@ def test_what_does_not_fit_into_memory_goes_to_a_folder_that_goes_again(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.chdir(tmp_path)
-    connection = locked._open()
+    connection = locked_duckdb._open()
     connection.execute("set memory_limit = '60MB'")
-    locked._lock(connection, [])
+    locked_duckdb._lock(connection, [])
     assert list(tmp_path.iterdir()) == [], "only when it is needed"
     rows = connection.execute("select * from (select range as i, hash(range) as h from range(5_000_000)) order by h")
     assert rows.fetchone() is not None

@@ -31,10 +31,11 @@ class Collect:
 
     def run(self) -> int:
         """Collects, then says what there is."""
-        from collector import driver, show
+        from collector.fleet import driver
+        from collector.look import terminal
 
         run = driver.collect(self.out, data=self.data, model=self.model, capture=self.capture, launch=self.launch)
-        return 0 if show.status(run) else 1
+        return 0 if terminal.status(run) else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,15 +56,15 @@ class Status:
 
     def run(self) -> int:
         """Prints the status; 1 if the run is incomplete."""
-        from collector import show, summary
-        from collector.storage import RunDirectory
+        from collector.look import summary, terminal
+        from collector.store.run_directory import RunDirectory
 
         run = RunDirectory(self.run_)
         if self.summary:
             text, complete = summary.summarize(run)
             sys.stdout.write(text)
         else:
-            complete = show.status(run) if self.watch is None else show.watch(run, self.watch)
+            complete = terminal.status(run) if self.watch is None else terminal.watch(run, self.watch)
         return 0 if complete else 1
 
 

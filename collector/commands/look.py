@@ -28,10 +28,11 @@ class Show:
 
     def run(self) -> int:
         """Prints the table."""
-        from collector import show, warehouse
+        from collector.look import terminal
+        from collector.query import warehouse
 
         beside = warehouse.open_run(self.beside, by=self.by) if self.beside else None
-        show.top_experts_by_layer(warehouse.open_run(self.run_, by=self.by), self.labels, beside)
+        terminal.top_experts_by_layer(warehouse.open_run(self.run_, by=self.by), self.labels, beside)
         return 0
 
 
@@ -59,15 +60,15 @@ class Trace:
 
     def run(self) -> int:
         """Prints the trace, and writes the page if one is asked for."""
-        from collector import show
-        from collector.trace import collecting, page, read, terminal
+        from collector.look import terminal
+        from collector.look.trace import collecting, page, printing, read
 
         text = sys.stdin.read() if self.text == "-" else self.text
         capture = CaptureConfig(layers=self.layers, stacks=self.stacks, max_length=self.max_length)
         with collecting.collected(text, self.model, capture, self.device) as run:
-            trace, title = read(run), f"{show.model(run.info)}: {show.routers(run.info['layers'])}"
+            trace, title = read(run), f"{terminal.model(run.info)}: {terminal.routers(run.info['layers'])}"
             cut = f"; cut after {self.max_length} tokens" if collecting.was_cut(run) else ""
-        terminal.show(trace, show.console(), title + cut)
+        printing.show(trace, terminal.console(), title + cut)
         if self.html is not None:
             Path(self.html).write_text(page.page(trace, title + cut), encoding="utf-8")
         return 0
@@ -89,7 +90,7 @@ class Explore:
 
     def run(self) -> int:
         """Serves until Ctrl-C."""
-        from collector.explore import serving
+        from collector.look.explore import serving
 
         serving.serve(self.run_, self.port, browser=self.browser)
         return 0

@@ -36,7 +36,7 @@ class Quantize:
 
     def run(self) -> int:
         """Loads tensor by tensor, quantizes, writes."""
-        from collector import checkpoints, footprint, models
+        from collector.models import checkpoints, footprint, loading
 
         config = ModelConfig(
             model=self.source, revision=self.revision, dtype=self.dtype, quantization=self.quantization,
@@ -44,7 +44,7 @@ class Quantize:
         )  # fmt: skip
         out = Path(self.out)
         checkpoints.require_empty(out)
-        loaded = models.load(config, "cpu")
+        loaded = loading.load(config, "cpu")
         written = checkpoints.save(loaded.model, loaded.tokenizer, out)
         summary = footprint.describe(loaded.model, loaded.compute_dtype)["summary"]
         sys.stdout.write(f"{summary}\n{out}: {footprint.size(written)}\n")
@@ -62,8 +62,9 @@ class Models:
         """Reads the families from the installed transformers and prints them."""
         from transformers.utils import logging
 
-        from collector import families, show
+        from collector.look import terminal
+        from collector.models import families
 
         logging.set_verbosity_error()  # tiny configs draw warnings about their sizes
-        show.models([families.describe(family) for family in families.families()], self.format)
+        terminal.models([families.describe(family) for family in families.families()], self.format)
         return 0

@@ -42,9 +42,9 @@ class Export:
 
     def run(self) -> int:
         """Writes the folder, and tells what is in it."""
-        from collector import warehouse
-        from collector.export import export
-        from collector.storage import RunDirectory
+        from collector.look.export import export
+        from collector.query import warehouse
+        from collector.store.run_directory import RunDirectory
 
         with warehouse.one_line_errors():
             done = export(RunDirectory(self.run_), self.out, self.to, gzip=self.gzip, partial=self.partial)
@@ -84,8 +84,8 @@ class Report:
     def run(self) -> int:
         """Writes the files and names them."""
         with _extra("report"):
-            from collector import report
-            from collector.warehouse import one_line_errors
+            from collector.look import report
+            from collector.query.warehouse import one_line_errors
         with one_line_errors():
             written = report.write(self.run_, self.out, compare=self.compare, figures=self.figures, layer=self.layer,
                                    labels=self.labels, resamples=self.resamples)  # fmt: skip

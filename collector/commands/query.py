@@ -50,7 +50,8 @@ class Query:
 
     def run(self) -> int:
         """Runs the query, or lists them."""
-        from collector import show, warehouse
+        from collector.look import terminal
+        from collector.query import warehouse
 
         if self.list:
             return self._list()
@@ -63,34 +64,37 @@ class Query:
             elif self.interval is not None:
                 self._resample(params)
             else:
-                show.relation(warehouse.open_run(self.run_, by=self.by).query(self.name, **params), self.format)
+                terminal.relation(warehouse.open_run(self.run_, by=self.by).query(self.name, **params), self.format)
         return 0
 
     def _compare(self, params: dict[str, Any]) -> None:
-        from collector import comparison, show
+        from collector.look import terminal
+        from collector.query import comparison
 
         if self.interval is not None:
             raise ValueError("--interval resamples the documents of one run: give it without --beside")
         pair = comparison.open_runs(self.run_, self.beside or "", by=self.by)
         rows = pair.query(self.name, **params)
         sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
-        show.relation(rows, self.format)
+        terminal.relation(rows, self.format)
 
     def _resample(self, params: dict[str, Any]) -> None:
-        from collector import inference, show, warehouse
+        from collector.look import terminal
+        from collector.query import inference, warehouse
 
         draws: dict[str, Any] = {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
         run = warehouse.open_run(self.run_, by=self.by)
-        show.uncertain(inference.intervals(run, self.name, column=self.column, **draws, **params), self.format)
+        terminal.uncertain(inference.intervals(run, self.name, column=self.column, **draws, **params), self.format)
 
     def _list(self) -> int:
-        from collector import comparison, manual, show
+        from collector.look import metrics_page, terminal
+        from collector.query import comparison
 
         if self.format == "markdown":
             runs = (self.run_, self.beside) if self.run_ and self.beside else None
-            sys.stdout.write(manual.page(runs))
+            sys.stdout.write(metrics_page.page(runs))
         else:
-            show.queries([*comparison.list_queries(), *comparison.list_comparisons()])
+            terminal.queries([*comparison.list_queries(), *comparison.list_comparisons()])
         return 0
 
 
@@ -134,10 +138,11 @@ class Sql:
 
     def run(self) -> int:
         """Runs the statement."""
-        from collector import show, warehouse
+        from collector.look import terminal
+        from collector.query import warehouse
 
         with warehouse.one_line_errors():
-            show.relation(warehouse.open_run(self.run_, by=self.by).sql(self.statement), self.format)
+            terminal.relation(warehouse.open_run(self.run_, by=self.by).sql(self.statement), self.format)
         return 0
 
 
@@ -154,8 +159,8 @@ class Views:
 
     def run(self) -> int:
         """Writes the script to standard output."""
-        from collector.storage import RunDirectory
-        from collector.warehouse import views_sql
+        from collector.query.warehouse import views_sql
+        from collector.store.run_directory import RunDirectory
 
         sys.stdout.write(views_sql(RunDirectory(self.run_), in_place=True))
         return 0

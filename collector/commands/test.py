@@ -52,8 +52,9 @@ class Test:
 
     def run(self) -> int:
         """Prints one row per cell."""
-        from collector import inference, show, warehouse
-        from collector.counts import document_counts
+        from collector.look import terminal
+        from collector.query import inference, warehouse
+        from collector.query.document_counts import document_counts
 
         where: dict[str, Any] = {
             "stack": self.stack, "layer": self.layer, "labels": self.labels, "include_special": self.include_special,
@@ -70,5 +71,5 @@ class Test:
                     alternative=self.alternative,
                 )  # fmt: skip
                 sys.stderr.write(f"{inference.remark(table, self.resamples, self.level)}\n")
-            show.uncertain(table, self.format)
+            terminal.uncertain(table, self.format)
         return 0

@@ -28,8 +28,8 @@ class Verify:
 
     def run(self) -> int:
         """Prints the findings; 0 if the run is sound and complete, else 1."""
-        from collector import verify
-        from collector.storage import RunDirectory
+        from collector.store.run_directory import RunDirectory
+        from collector.upkeep import verify
 
         run = RunDirectory(self.run_)
         report = verify.verify(run, verify.Ticker())
@@ -56,9 +56,9 @@ class Rollup:
 
     def run(self) -> int:
         """Makes the rollup, unless it is there."""
-        from collector import verify
-        from collector.rollup import files, making
-        from collector.storage import RunDirectory
+        from collector.query.rollup import files, making
+        from collector.store.run_directory import RunDirectory
+        from collector.upkeep import verify
 
         run = RunDirectory(self.run_)
         if not self.again and (names := files.current(run)):
@@ -88,8 +88,8 @@ class Gc:
 
     def run(self) -> int:
         """Prints what goes, and removes it."""
-        from collector import orphans
-        from collector.storage import RunDirectory
+        from collector.store.run_directory import RunDirectory
+        from collector.upkeep import orphans
 
         run, age = RunDirectory(self.run_), orphans.parse_age(self.older_than)
         if age == 0:

@@ -30,7 +30,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn import functional as F  # noqa: N812
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from collector.demo.corpus import MODEL_DIR, SOURCE, read_sentences
+from collector.data.corpus import SOURCE, read_sentences
+from collector.models.loading import DEMO_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +43,7 @@ BOS, EOS, PAD = "<|bos|>", "<|endoftext|>", "<|pad|>"
 class TrainConfig:
     """Train the demo model from scratch and write it with its training record."""
 
-    out: Path = MODEL_DIR
+    out: Path = DEMO_MODEL
     """Folder for config, safetensors, tokenizer and training.json."""
     seed: int = 0
     """Seed of the initial weights and of the order of sentences."""

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collector.storage import RunDirectory
+from collector.store.run_directory import RunDirectory
 from tests.chaos import toy
 from tests.chaos.verdict import Verdict, compare
 from tests.runs import content

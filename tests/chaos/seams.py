@@ -53,14 +53,16 @@ def install() -> None:
     """Wraps everything, in the process of a driver or of a replica."""
     board, root = Board(Path(os.environ["CHAOS_BOARD"])), os.environ["CHAOS_ROOT"]
     patches: dict[str, Callable[[ModuleType], None]] = {
-        "collector.plan": lambda module: setattr(module, "read_shard", _reading(board, module.read_shard)),
-        "collector.models": lambda module: setattr(module, "load", _between(board, module.load, lambda *_: "load")),
-        "collector.capture": lambda module: _wrap(board, module.RouterCapture, "run", lambda *_: "forward"),
+        "collector.data.plan": lambda module: setattr(module, "read_shard", _reading(board, module.read_shard)),
+        "collector.models.loading": lambda module: setattr(
+            module, "load", _between(board, module.load, lambda *_: "load")
+        ),
+        "collector.capture.hooks": lambda module: _wrap(board, module.RouterCapture, "run", lambda *_: "forward"),
         "pyarrow.parquet.core": lambda module: _wrap(
             board, module.ParquetWriter, "write_table", lambda writer, *_: _below(root, writer.where, "write")
         ),
-        "collector.stores": lambda module: _wrap_store(board, module.LocalStore),
-        "collector.replica": lambda module: _wrap_replica(board, module.Replica),
+        "collector.store.local_store": lambda module: _wrap_store(board, module.LocalStore),
+        "collector.replica.replica": lambda module: _wrap_replica(board, module.Replica),
     }
     sys.meta_path.insert(0, AfterImport(patches))
     os.fsync = _between(board, os.fsync, lambda file: _below(root, f"/proc/self/fd/{file}", "fsync"))

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from synthetic import Shard, key, token_stacks
 
-from collector.records import STATISTICS, Layer, round_statistic
+from collector.store.tables import STATISTICS, Layer, round_statistic
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from synthetic import Shard
 
-from collector.records import Layer
+from collector.store.tables import Layer
 from reference.base import Decision, decisions, grouped
 from reference.frequency import expected_jaccard
 

@@ -1,0 +1,1 @@
+"""One forward pass: documents become padded batches, hooks on the routers keep what each token was given."""

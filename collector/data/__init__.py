@@ -1,0 +1,1 @@
+"""Documents: where they come from, how files are read, and the plan that cuts them into shards."""

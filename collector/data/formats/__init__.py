@@ -1,0 +1,33 @@
+"""How each file format is cut into rows: JSON lines, CSV, TSV, plain text and Parquet.
+
+A format does two things with a file. `locate` finds, once and while planning, where every N-th row
+begins; `read` then enters the file at such a place and yields the rows of one span, so that nobody
+reads what another worker reads, or holds more than a block of a file.
+
+Guarantees: every row is yielded exactly once, in file order, numbered from 0, either as its wanted
+columns or as the one of `REASONS` why it has none. Where a row begins does not depend on how the
+file was cut. A UTF-8 byte order mark is skipped. What the columns mean, and where files are, is the
+business of `sources`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from collector.data.formats.base import REASONS, Columns, Format, Span, even_spans
+from collector.data.formats.delimited import Csv, Tsv
+from collector.data.formats.lines import JsonLines, Text
+from collector.data.formats.parquet import Parquet, table_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["FORMATS", "REASONS", "Columns", "Format", "Span", "even_spans", "table_rows"]
+
+FORMATS: Mapping[str, type[Format]] = {
+    "jsonl": JsonLines,
+    "csv": Csv,
+    "tsv": Tsv,
+    "parquet": Parquet,
+    "txt": Text,
+}

@@ -1,0 +1,148 @@
+"""Parquet: planned from the footer, read by row group and column.
+
+A shard reads only the row groups that it overlaps, of them only the wanted columns, and streams
+those. The row group is what can be entered: a shard in the middle of one is reached by decoding the
+group from its start. So a process keeps the last few files open where it stopped, and one that takes
+shards in order decodes every row once, however large row groups are (pandas writes a million rows).
+Replicas that share a file each decode the rows of the others in between: write row groups of a few
+thousand rows where that matters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from collector.data.formats.base import Format, Span, even_spans
+from collector.data.formats.kept import Kept
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+    from typing import BinaryIO
+
+    from collector.data.formats.base import Columns
+
+_BATCH = 512
+_BUFFER = 4 << 20
+_KEPT_FILES = 4
+
+
+def table_rows(table: Any, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow table or batch, by meaning instead of name."""
+    columns = [_values(table.column(name)) for name in names.values()]
+    return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError):  # one value that Python has no counterpart of
+        return [_value(scalar) for scalar in column]
+    return values
+
+
+def _value(scalar: Any) -> Any:
+    """A value as Python has it; what is not UTF-8 with surrogates, a time that Python cannot tell as its number."""
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        scalar = scalar.value if pa.types.is_dictionary(scalar.type) else scalar
+        is_text = hasattr(scalar, "as_buffer")
+        return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape") if is_text else []
+    except (ValueError, OverflowError):
+        return getattr(scalar, "value", None)
+
+
+class _OpenFile:
+    """A file and the place in it where the last span ended."""
+
+    def __init__(self, open_file: Callable[[], BinaryIO], columns: Columns, where: str) -> None:
+        import pyarrow.parquet as pq
+
+        self._file = open_file()
+        # Without pre_buffer and with a buffer, a column is streamed rather than loaded whole.
+        self.parquet = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_BUFFER)
+        self.names = columns.find(self.parquet.schema_arrow.names, where)
+        self._group, self._next, self._rest = -1, 0, None
+        self._batches: Iterator[Any] = iter(())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._batches, self._rest = iter(()), None
+        self.parquet.close()
+        self._file.close()
+
+    def rows(self, group: int, rows: range) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The given rows of a row group, numbered inside it."""
+        if group != self._group or rows.start < self._next:
+            self._enter(group)
+        while self._next < rows.stop:
+            batch = self._rest or next(self._batches)
+            start, stop = max(0, rows.start - self._next), min(len(batch), rows.stop - self._next)
+            first = self._next + start
+            self._rest = batch.slice(stop) if stop < len(batch) else None
+            self._next += stop
+            if start < stop:
+                yield from enumerate(table_rows(batch.slice(start, stop - start), self.names), first)
+
+    def _enter(self, group: int) -> None:
+        self._group, self._next, self._rest = group, 0, None
+        columns = sorted(set(self.names.values()))
+        # Its own threads would still be running when the interpreter ends.
+        self._batches = self.parquet.iter_batches(_BATCH, row_groups=[group], columns=columns, use_threads=False)
+
+
+_kept: Kept[_OpenFile] = Kept(_KEPT_FILES)
+
+
+class Parquet(Format):
+    """Parquet: planned from the footer alone, read by row group."""
+
+    def locate(self, every: int) -> Iterator[Span]:
+        """See `Format.locate`.
+
+        Raises:
+            ValueError: the file is not Parquet, or a column is missing.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with self.open() as file:
+            try:
+                parquet = pq.ParquetFile(file)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"{self.where} cannot be read as Parquet: {error}") from error
+            self.columns.find(parquet.schema_arrow.names, self.where)
+            return even_spans(parquet.metadata.num_rows, every)
+
+    def read(self, span: Span, keep: Collection[int] | None) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+        """See `Format.read`; touches only row groups with a wanted row."""
+        key = (self.where, self.version, self.columns)
+        file = (_kept.take(key) if self.version else None) or _OpenFile(self.open, self.columns, self.where)
+        try:
+            for row, fields in self._rows(file, span, keep):
+                if keep is None or row in keep:
+                    yield row, fields
+        except BaseException:
+            # An exception in the middle, or nobody who reads on: where it stands is not known.
+            file.close()
+            raise
+        if self.version:
+            _kept.put(key, file)
+        else:
+            file.close()
+
+    def _rows(
+        self, file: _OpenFile, span: Span, keep: Collection[int] | None
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        first_row = 0
+        metadata = file.parquet.metadata
+        for group in range(metadata.num_row_groups):
+            end = first_row + metadata.row_group(group).num_rows
+            rows = range(max(first_row, span.first_row), min(end, span.first_row + span.rows))
+            if rows and (keep is None or any(row in keep for row in rows)):
+                inside = range(rows.start - first_row, rows.stop - first_row)
+                for row, fields in file.rows(group, inside):
+                    yield first_row + row, fields
+            first_row = end

@@ -1,0 +1,151 @@
+"""Lists the sources and cuts them into shards."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, TypeVar
+
+from collector.data import sources
+from collector.data.plan.frozen import Plan, Shard
+from collector.data.sources import BadRow, Document, Source, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from collector.config import DataConfig, RunConfig
+
+_THREADS = 16
+_AHEAD = 4 * _THREADS
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Cut = tuple[Span, tuple[int, ...] | None]
+"""A span, and the rows taken of it; None: all."""
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Each item with what `work` makes of it, several at a time and in their order.
+
+    The first item that fails ends it with its error. At most `_AHEAD` results wait for their turn.
+    """
+    remaining = iter(items)
+    pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="plan")
+    try:
+        ahead = collections.deque((item, pool.submit(work, item)) for item in itertools.islice(remaining, _AHEAD))
+        while ahead:
+            item, future = ahead.popleft()
+            yield item, future.result()
+            ahead.extend((each, pool.submit(work, each)) for each in itertools.islice(remaining, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Lists the sources and cuts them into shards.
+
+    Raises:
+        ValueError: a source or column is missing, or there is not one document.
+    """
+    data = config.data
+    cut = _cut_selected if data.per_label is not None or data.limit is not None else _cut_whole
+    shards: list[Shard] = []
+    fingerprints: dict[str, str | None] = {}
+    for source, fingerprint, cuts in cut(sources.resolve(data), data):
+        fingerprints[source.location] = fingerprint
+        for number, (span, keep) in enumerate(cuts, len(shards)):
+            assert fingerprint is not None, "what was not read has no rows"
+            shards.append(_shard(number, source, span, keep, fingerprint))
+    if not shards:
+        raise ValueError(f"--data {' '.join(data.data)} holds no row at all")
+    return Plan(shards=tuple(shards), config=config.to_dict(), sources=fingerprints)
+
+
+def _shard(number: int, source: Source, span: Span, keep: tuple[int, ...] | None, fingerprint: str) -> Shard:
+    return Shard(
+        shard=number,
+        source=source.location,
+        name=source.name,
+        kind=source.kind,
+        first_row=span.first_row,
+        rows=span.rows,
+        offset=span.offset,
+        keep=keep,
+        fingerprint=fingerprint,
+    )
+
+
+# -- all rows ----------------------------------------------------------------------------------------
+
+
+def _cut_whole(found: list[Source], data: DataConfig) -> Iterator[tuple[Source, str | None, Iterator[Cut]]]:
+    """Fingerprint and spans of each source."""
+
+    def look(source: Source) -> tuple[str, list[Span]]:
+        return sources.fingerprint(source), list(sources.reader(source, data).locate(data.docs_per_shard))
+
+    for source, (fingerprint, spans) in in_order(look, found):
+        yield source, fingerprint, ((span, None) for span in spans)
+
+
+# -- a selection of rows -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Selection:
+    """What `--per-label` and `--limit` still let through."""
+
+    per_label: int | None
+    limit: int | None
+    taken: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    total: int = 0
+
+    def full(self) -> bool:
+        return self.limit is not None and self.total >= self.limit
+
+    def takes(self, row: Document | BadRow) -> bool:
+        if isinstance(row, BadRow):
+            return True
+        if self.per_label is not None and self.taken[row.label] >= self.per_label:
+            return False
+        self.taken[row.label] += 1
+        self.total += 1
+        return True
+
+
+def _cut_selected(found: list[Source], data: DataConfig) -> Iterator[tuple[Source, str | None, Iterator[Cut]]]:
+    """The same, with what is taken of each source; it must be used up before the next one is asked for."""
+    selection = _Selection(per_label=data.per_label, limit=data.limit)
+    for source in found:
+        if selection.full():
+            yield source, None, iter(())
+        else:
+            fingerprint = sources.fingerprint(source)
+            yield source, fingerprint, _pack(_taken(source, data, fingerprint, selection), data.docs_per_shard)
+
+
+def _taken(source: Source, data: DataConfig, fingerprint: str, selection: _Selection) -> Iterator[tuple[int, Span]]:
+    """The rows taken, each with the span that it lies in."""
+    for span in sources.reader(source, data).locate(data.docs_per_shard):
+        if selection.full():
+            return
+        if span.damaged:
+            yield span.first_row, span
+            continue
+        for row, document in sources.documents(source, data, span, version=fingerprint):
+            if selection.full():
+                return
+            if selection.takes(document):
+                yield row, span
+
+
+def _pack(taken: Iterator[tuple[int, Span]], every: int) -> Iterator[Cut]:
+    """Cuts the rows taken into lists of `every`, damage apart; None where a list is all that its span holds."""
+    for _, together in itertools.groupby(taken, lambda pair: pair[1].damaged):
+        while batch := list(itertools.islice(together, every)):
+            rows, span = tuple(row for row, _ in batch), batch[0][1]
+            length = rows[-1] + 1 - span.first_row
+            cut = dataclasses.replace(span, rows=length)
+            yield cut, None if length == len(rows) else rows

@@ -1,0 +1,85 @@
+"""What workers and resumed runs do with a plan: read a shard, and refuse sources that are not those it was made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from collector.data import sources
+from collector.data.plan.making import in_order
+from collector.data.sources import BadRow, Document, Source, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from collector.config import DataConfig, RunConfig
+    from collector.data.plan.frozen import Plan, Shard
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two sets of settings, in words for whoever has to decide."""
+    keys = [*old, *(key for key in new if key not in old)]
+    pairs = [(f"--{key.replace('_', '-')}", _spoken(old.get(key)), _spoken(new.get(key))) for key in keys]
+    return [f"{flag} was {was}, is now {now}" for flag, was, now in pairs if was != now]
+
+
+def _spoken(value: Any) -> str:
+    if value is None or value in ((), []):
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def check_sources(plan: Plan, config: RunConfig) -> list[str]:
+    """What has happened to the sources since the plan was made, in words; reads no more than their ends.
+
+    A dataset of the hub is left out: its plan names one commit, which stays readable.
+    """
+    files = tuple(spec for spec in config.data.data if not sources.is_pinned(spec))
+    try:
+        found = sources.resolve(dataclasses.replace(config.data, data=files)) if files else []
+    except ValueError as error:
+        return [str(error)]
+    now = {source.location: source for source in found}
+    removed = [location for location in plan.sources if location not in now and not location.startswith("hf://")]
+    planned = [source for source in found if plan.sources.get(source.location) is not None]
+    changed = [
+        source.location
+        for source, fingerprint in in_order(sources.fingerprint, planned)
+        if fingerprint != plan.sources[source.location]
+    ]
+    return [
+        *(f"{location} is gone" for location in removed),
+        *(f"{location} has been added" for location in now if location not in plan.sources),
+        *(f"{location} has changed" for location in changed),
+    ]
+
+
+def _require_unchanged(source: Source, planned: str) -> None:
+    """Checked for every shard: a file can change while a run reads it."""
+    now = sources.fingerprint(source)
+    if now != planned:
+        raise ValueError(
+            f"source changed since the plan was made: {source.location} was {planned}, is {now}; "
+            f"restore it, or start a new run"
+        )
+
+
+def read_shard(shard: Shard, data: DataConfig) -> Iterator[Document | BadRow]:
+    """The rows of a shard in the order of the source, each as a document or as what is wrong with it.
+
+    Raises:
+        ValueError: the source is not what the plan was made of, or is damaged here (`DamagedError`).
+    """
+    source = Source(location=shard.source, name=shard.name, kind=shard.kind)
+    _require_unchanged(source, shard.fingerprint)
+    span = Span(first_row=shard.first_row, rows=shard.rows, offset=shard.offset)
+    keep = None if shard.keep is None else frozenset(shard.keep)
+    count = 0
+    for _, document in sources.documents(source, data, span, keep, version=shard.fingerprint):
+        count += 1
+        yield document
+    if count != shard.planned:
+        raise ValueError(
+            f"source changed since the plan was made: {shard.source} has {count} of the {shard.planned} rows "
+            f"of shard {shard.shard}; restore it, or start a new run"
+        )

@@ -1,0 +1,151 @@
+"""Documents: where they come from, and how one is named.
+
+`resolve` turns what `--data` says into a list of sources (a file each, or a corpus), always in the
+same order: as given, and sorted within a glob. `documents` reads a span of one of them. Sources
+are absolute, so that any worker on any node with the same files reads the same. How a file is cut
+into rows is the business of `formats`, which rows make a shard that of `plan`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from collector.config import DEMO, DataConfig
+from collector.data.corpus import SOURCE, corpus_path
+from collector.data.formats import FORMATS, Columns, Format, Span
+from collector.data.sources import compressed, embedded, files, huggingface
+from collector.data.sources.documents import BadRow, Document, are_utf8, as_document
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from typing import BinaryIO
+
+__all__ = ["BadRow", "Document", "Source", "Span", "documents", "fingerprint", "is_pinned", "reader", "resolve"]
+
+FROM_FILE = "@file"
+_FORMATS = {**FORMATS, "demo": embedded.Embedded, "saved": huggingface.Saved}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One file, saved folder, or split of the embedded corpus."""
+
+    location: str
+    """Absolute path, URL, or `demo:SPLIT`."""
+    name: str
+    """Its part of a document's default id: what is left of the location without the common folder."""
+    kind: str
+    """How it is read: jsonl, csv, tsv, parquet, txt, demo or saved; the text formats also as `.gz` and `.zst`."""
+
+    @property
+    def format(self) -> str:
+        """The kind without how it is compressed."""
+        return self.kind.partition(".")[0]
+
+    @property
+    def compression(self) -> str:
+        """`gz`, `zst` or nothing."""
+        return self.kind.partition(".")[2]
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it lies somewhere, rather than in an installed package."""
+        return self.kind != "demo"
+
+
+def _find(spec: str) -> list[tuple[str, str]]:
+    """Location and kind of all that a `--data` value stands for."""
+    if spec == DEMO or spec.startswith(f"{DEMO}:"):
+        return [(f"{DEMO}:{embedded.split_of(spec)}", "demo")]
+    if huggingface.is_hub_spec(spec):
+        return [(location, files.kind_of(location)) for location in huggingface.list_split(spec)]
+    folder = files.absolute(spec)
+    if not files.is_url(folder) and Path(folder).is_dir() and huggingface.is_saved(folder):
+        return [(folder, "saved")]
+    return [(location, files.kind_of(location)) for location in files.list_files(spec)]
+
+
+def resolve(data: DataConfig) -> list[Source]:
+    """All sources of a configuration, in reading order.
+
+    Raises:
+        ValueError: a specification stands for nothing, or two of them for the same file; or a name is not UTF-8.
+    """
+    found = [pair for spec in data.data for pair in _find(spec)]
+    for location, _ in found:
+        if not are_utf8([location]):
+            raise ValueError(f"--data names {location!r}: its name is not UTF-8, so no id can be made of it; rename it")
+    for location, times in collections.Counter(location for location, _ in found).items():
+        if times > 1:
+            raise ValueError(f"--data names {location} {times} times; give it once")
+    folders = [location.split("/")[:-1] for location, kind in found if kind != "demo"]
+    shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
+    return [
+        Source(location=location, kind=kind, name=SOURCE if kind == "demo" else "/".join(location.split("/")[shared:]))
+        for location, kind in found
+    ]
+
+
+def is_pinned(spec: str) -> bool:
+    """Whether a specification was resolved to one commit of the hub, whose files cannot change."""
+    return huggingface.is_hub_spec(spec) and not Path(huggingface.parse(spec)[0]).is_dir()
+
+
+def fingerprint(source: Source) -> str:
+    """What changes when the content of a source does."""
+    if source.kind == "demo":
+        return files.fingerprint(str(corpus_path()))
+    if source.kind == "saved":
+        return huggingface.saved_fingerprint(source.location)
+    return files.fingerprint(source.location)
+
+
+def _file_label(source: Source, data: DataConfig) -> str | None:
+    """The label of all documents of a source; None if each has its own."""
+    if source.format == "txt" or (source.is_file and data.label_column == FROM_FILE):
+        return files.file_name(source.location).name.split(".")[0]
+    return None
+
+
+def reader(source: Source, data: DataConfig, version: str | None = None) -> Format:
+    """The format of a source, ready to locate and read its rows.
+
+    Args:
+        source: the file, folder or corpus.
+        data: names of its columns.
+        version: its fingerprint, if it may stay open for whoever reads on; None if it is read once.
+
+    Raises:
+        ValueError: a target column is asked for where there are no columns.
+    """
+    if data.target_column is not None and source.format in ("txt", "demo"):
+        raise ValueError(f"{source.location} has texts alone, so there is no column for --target-column")
+    label = None if data.label_column == FROM_FILE else data.label_column
+    columns = Columns(text=data.text_column, label=label, id=data.id_column, target=data.target_column)
+    return _FORMATS[source.format](_opener(source, version), columns, source.location, version)
+
+
+def _opener(source: Source, version: str | None) -> Callable[[], BinaryIO]:
+    open_file = functools.partial(files.open_file, source.location, scattered=source.format == "parquet")
+    if not source.compression:
+        return open_file
+    return functools.partial(compressed.open_unpacked, open_file, source.location, source.compression, version)
+
+
+def documents(
+    source: Source, data: DataConfig, span: Span, keep: Collection[int] | None = None, *, version: str | None = None
+) -> Iterator[tuple[int, Document | BadRow]]:
+    """The rows of a span by number, each as a document or as what is wrong with it.
+
+    Raises:
+        DamagedError: the span, or a part of it, cannot be read.
+    """
+    label = _file_label(source, data)
+    for row, fields in reader(source, data, version).read(span, keep):
+        has_target = data.target_column is not None
+        yield row, as_document(fields, name=source.name, row=row, label=label, has_target=has_target)

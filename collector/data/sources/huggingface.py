@@ -1,0 +1,146 @@
+"""What the library `datasets` knows: hub datasets as lists of files, and saved folders.
+
+`hf:NAME[:CONFIG][:SPLIT]` is only resolved here, to the data files of that split, which the hub pins
+to a commit; they are then read by range like any other file, and nothing is downloaded whole. NAME
+may also be a local folder of data files. A folder that `Dataset.save_to_disk` wrote is memory-mapped
+and entered at any row. No other module imports `datasets`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collector.data.formats import Format, Span, even_spans, table_rows
+from collector.data.sources.files import COMPRESSIONS, KINDS, absolute, file_name, is_known
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+PREFIX = "hf:"
+DEFAULT_SPLIT = "train"
+_BATCH = 512
+
+
+def is_hub_spec(spec: str) -> bool:
+    """Whether a specification is `hf:…`, rather than a file, also one of hf://."""
+    return spec.startswith(PREFIX) and not spec.startswith("hf://")
+
+
+def parse(spec: str) -> tuple[str, list[str]]:
+    """Name or local folder, and up to two of config and split.
+
+    Raises:
+        ValueError: there are more parts.
+    """
+    parts = spec.removeprefix(PREFIX).split(":")
+    # A folder's own name may hold colons, so the longest one that exists is meant.
+    for count in range(len(parts), 0, -1):
+        folder = absolute(":".join(parts[:count]))
+        if parts[0] and Path(folder).is_dir():
+            return folder, _options(spec, parts[count:])
+    return parts[0], _options(spec, parts[1:])
+
+
+def _options(spec: str, options: list[str]) -> list[str]:
+    if len(options) > 2:
+        raise ValueError(f"--data {spec}: write hf:NAME, hf:NAME:CONFIG, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+    return options
+
+
+def list_split(spec: str) -> list[str]:
+    """The data files of `hf:NAME[:CONFIG][:SPLIT]`, absolute; a single option is a config if there is such a one.
+
+    Raises:
+        ValueError: there is no such dataset, config or split, or its files are of no known kind.
+    """
+    import datasets
+
+    name, options = parse(spec)
+    try:
+        configs = datasets.get_dataset_config_names(name)
+        if len(options) == 1:
+            options = [*options, ""] if options[0] in configs else ["", *options]
+        config, split = options or ("", "")
+        builder = datasets.load_dataset_builder(name, config or None)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--data {spec}: {error}") from error
+    splits = {str(key): list(files) for key, files in (builder.config.data_files or {}).items()}
+    return _files_of(spec, splits, split or DEFAULT_SPLIT, configs)
+
+
+def _files_of(spec: str, splits: Mapping[str, list[str]], split: str, configs: list[str]) -> list[str]:
+    if split not in splits:
+        have = f"splits {', '.join(splits) or 'none'}; configs {', '.join(configs)}"
+        raise ValueError(f"--data {spec}: no split {split!r}; there are {have}: hf:NAME[:CONFIG][:SPLIT]")
+    unknown = sorted({"".join(file_name(file).suffixes) for file in splits[split] if not is_known(file)})
+    if unknown:
+        known = f"{' '.join(KINDS)}, and text files as {' or '.join(COMPRESSIONS)},"
+        raise ValueError(f"--data {spec} holds {' '.join(unknown)} files; {known} can be read: convert them")
+    return [absolute(file) for file in splits[split]]
+
+
+def is_saved(folder: str) -> bool:
+    """Whether a folder was written by `Dataset.save_to_disk`.
+
+    Raises:
+        ValueError: it holds several splits.
+    """
+    several = Path(folder) / "dataset_dict.json"
+    if several.is_file():
+        splits = sorted(path.parent.name for path in Path(folder).glob("*/state.json"))
+        raise ValueError(
+            f"--data {folder} holds the splits {', '.join(splits)}: give one, such as {folder}/{splits[0]}"
+        )
+    return (Path(folder) / "state.json").is_file()
+
+
+def saved_fingerprint(folder: str) -> str:
+    """Changes when the folder is written anew: `datasets` keeps a fingerprint of its own in state.json."""
+    files = sorted(Path(folder).glob("*.arrow"))
+    state = (Path(folder) / "state.json").read_text(encoding="utf-8")
+    listing = "\n".join([*(f"{file.name} {file.stat().st_size}" for file in files), state])
+    return f"files:{len(files)}-sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+@functools.lru_cache(maxsize=8)
+def _load(folder: str, written: int) -> Any:  # noqa: ARG001 (a folder written anew is loaded anew)
+    import datasets
+
+    return datasets.load_from_disk(folder).with_format("arrow")
+
+
+class Saved(Format):
+    """A folder of `Dataset.save_to_disk`."""
+
+    def _dataset(self) -> Any:
+        return _load(self.where, (Path(self.where) / "state.json").stat().st_mtime_ns)
+
+    def locate(self, every: int) -> Iterator[Span]:
+        """See `Format.locate`.
+
+        Raises:
+            ValueError: a column is missing.
+        """
+        dataset = self._dataset()
+        self.columns.find(dataset.column_names, self.where)
+        return even_spans(len(dataset), every)
+
+    def read(self, span: Span, keep: Collection[int] | None) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+        """See `Format.read`."""
+        dataset = self._dataset()
+        names = self.columns.find(dataset.column_names, self.where)
+        wanted = dataset.select_columns(sorted(set(names.values())))
+        name_of_class = getattr(dataset.features.get(names.get("label")), "int2str", None)
+        rows = range(span.first_row, span.first_row + span.rows)
+        for first in range(rows.start, rows.stop, _BATCH):
+            batch = range(first, min(first + _BATCH, rows.stop))
+            if keep is None or any(row in keep for row in batch):
+                for row, fields in zip(batch, table_rows(wanted[batch.start : batch.stop], names), strict=True):
+                    if keep is not None and row not in keep:
+                        continue
+                    if name_of_class and isinstance(fields.get("label"), int) and fields["label"] >= 0:
+                        fields = {**fields, "label": name_of_class(fields["label"])}
+                    yield row, fields

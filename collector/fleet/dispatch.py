@@ -1,0 +1,347 @@
+"""Which replica gets which shard, and what becomes of a shard that fails.
+
+Pure logic over a `Fleet`: no Ray here, so that every course of events can be played through in a
+test. Guarantees:
+
+- A free replica gets a shard before another gets its second one; a replica has up to `IN_WORK` in
+  work, so that reading, computing and writing of different shards overlap.
+- An error that a shard raises counts as an attempt. When a replica dies with several shards in work,
+  nobody knows which of them did it: none is blamed, each is tried again alone, and only a death
+  alone counts.
+- Attempts are counted over all launches. After `max_attempts` a shard is left out and stays out,
+  until a launch with `retry_failed` gives it as many again.
+
+The dispatcher holds no state that matters: what counts is in the run directory. Killing it at any
+moment leaves a run that can be resumed, and two drivers on one run only waste work. What others
+commit is seen by listing the commit records from time to time; a driver that finds another one at its
+own shards goes on in an order of its own, and looks before each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from collector.fleet.events import Collected, Died, Failed, Loaded, Notice, NotLoaded
+from collector.fleet.worklist import Worklist
+from collector.pipeline import IN_WORK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from collector.data.plan import Plan
+    from collector.fleet.events import Event, Fleet
+    from collector.fleet.progress import ProgressView
+    from collector.store.run_directory import Commit, RunDirectory
+
+WAIT_SECONDS = 0.5
+LISTING_SECONDS = 10.0
+LISTING_SHARE = 20
+"""A listing of the commits comes at most after this many times the time that the last one took."""
+
+
+class Dispatcher:
+    """Hands shards to replicas until none is left to hand out."""
+
+    def __init__(
+        self, *, run: RunDirectory, plan: Plan, fleet: Fleet, view: ProgressView, max_attempts: int,
+        share: tuple[int, int] = (0, 1), retry_failed: bool = False,
+        accept_card: Callable[[dict[str, Any]], None] = lambda _: None,
+        observe: Callable[[Dispatcher], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """Reads what is committed and what failed, and counts what is committed.
+
+        Args:
+            run: the run directory.
+            plan: its shards.
+            fleet: who does the work.
+            view: where messages and progress go.
+            max_attempts: attempts per shard, over all launches.
+            share: this driver's own shards, as remainder and divisor of their numbers.
+            retry_failed: whether shards that were left out are tried again.
+            accept_card: takes each new replica's card; a ValueError of it ends the run.
+            observe: called after every round.
+        """
+        self.run = run
+        self.plan = plan
+        self.fleet = fleet
+        self.view = view
+        self.max_attempts = max_attempts
+        self.accept_card = accept_card
+        self.observe = observe
+        committed = self._count_committed()
+        failures = self._read_failures(committed)
+        self.attempts = {shard: int(failure["attempts"]) for shard, failure in failures.items()}
+        left_out = {shard: failure for shard, failure in failures.items() if failure.get("left_out")}
+        self.forgiven = {shard: self.attempts[shard] for shard in left_out} if retry_failed else {}
+        if retry_failed:
+            left_out = {}
+        self._tell_left_out(left_out)
+        self.work = Worklist(len(plan.shards), committed=committed, failed=left_out, share=share)
+        self.in_work: dict[int, set[int]] = {}
+        self.alone: set[int] = set()
+        self.loaded_one = False
+        self.load_failures = 0
+        self.last_load_failure = ""
+        self.ready_seconds = 0.0
+        self.busy_seconds = 0.0
+        self.has_company = False
+        self._listing = _Listing(run)
+
+    def dispatch(self) -> None:
+        """Returns when every shard is committed or has failed its last attempt.
+
+        Raises:
+            ValueError: the model cannot be loaded, or a replica loaded another than the run began with.
+            RuntimeError: no replica is left, and none can be loaded any more.
+        """
+        before = time.monotonic()
+        while self.work.unfinished:
+            self._scale()
+            for event in self.fleet.wait(WAIT_SECONDS):
+                self._handle(event)
+            now = time.monotonic()
+            self.ready_seconds += (now - before) * len(self.in_work)
+            before = now
+            self._take_out_what_others_did()
+            self._assign()
+            self._release_idle()
+            self.observe(self)
+            self.view.tick()
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the ready replicas' time in which their model computed nothing."""
+        return max(0.0, 1 - self.busy_seconds / self.ready_seconds) if self.ready_seconds else 0.0
+
+    def _scale(self) -> None:
+        """Asks for replicas, unless no replica is left and those before could not load."""
+        if self.in_work or self.load_failures < self.max_attempts:
+            self.fleet.scale(self.work.waiting)
+        elif not self.fleet.count("loading"):
+            raise RuntimeError(self.last_load_failure)
+
+    # -- what happened -----------------------------------------------------------------------------
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Loaded():
+                self._loaded(event)
+            case NotLoaded():
+                self._not_loaded(event)
+            case Collected():
+                self._taken_off(event.replica, event.shard)
+                self._done(event.shard, event.commit)
+            case Failed():
+                self._taken_off(event.replica, event.shard)
+                self._failed(event.shard, event, suspect=False)
+            case Died():
+                self._died(event)
+            case Notice():
+                self.view.say(event.message, event=event.event)
+
+    def _loaded(self, event: Loaded) -> None:
+        self.accept_card(event.card)
+        self.load_failures = 0
+        self.in_work[event.replica] = set()
+        if not self.loaded_one:  # rates and ETA count from here
+            self.loaded_one = True
+            self.view.say(f"replica: {event.card['memory']['summary']}", event="replica_ready")
+            self.view.note = ""
+            self.view.tally.started = time.monotonic()
+
+    def _not_loaded(self, event: NotLoaded) -> None:
+        """Tries again, as long as there is hope: one bad node must not end the run of the others."""
+        if event.refused and not self.loaded_one:
+            raise ValueError(str(event.error)) from event.error
+        self.load_failures += 1
+        node = self.fleet.node(event.replica)
+        self.last_load_failure = (
+            f"{self.load_failures} replicas in a row could not load the model, for lack of memory if they died "
+            f"(the last on {node}): {_first_line(event.error)}"
+        )
+        self.view.say(self.last_load_failure, event="load_failed", node=node)
+
+    def _taken_off(self, replica: int, shard: int) -> None:
+        self.in_work[replica].discard(shard)
+        self.alone.discard(replica)
+
+    def _done(self, shard: int, commit: Commit, *, by_another: bool = False) -> None:
+        """Counts a committed shard; one of another driver has no part in this launch's rate."""
+        self.work.commit(shard)
+        self._forget_failure(shard)
+        self.view.tally.add(commit, before=by_another)
+        if not by_another:
+            self.busy_seconds += commit.seconds.get("forward", 0.0)
+
+    def _forget_failure(self, shard: int) -> None:
+        if self.attempts.pop(shard, None) is not None:
+            self.run.clear_failure(shard)
+
+    def _died(self, event: Died) -> None:
+        shards = self.in_work.pop(event.replica, set())
+        self.load_failures = 0  # it had loaded, so another one may
+        self.alone.discard(event.replica)
+        lost = []
+        for shard in sorted(shards):  # it may have died between a commit and the answer
+            commit = self.run.read_commit(shard)
+            if commit is None:
+                lost.append(shard)
+            else:
+                self._done(shard, commit)
+        if lost and len(shards) == 1:
+            self._failed(lost[0], event, suspect=True)
+            return
+        for shard in lost:
+            self.work.put_back(shard, suspect=True)
+        what = f"shards {', '.join(map(str, lost))} of it are tried one at a time" if lost else "it had nothing in work"
+        node = self.fleet.node(event.replica)
+        self.view.say(
+            f"a replica on {node} died, {what}: {_first_line(event.error)}",
+            event="replica_died", node=node, shards=lost,
+        )  # fmt: skip
+
+    def _failed(self, number: int, event: Failed | Died, *, suspect: bool) -> None:
+        """Counts an attempt at a shard against it, records why it failed and says so."""
+        attempt = self.attempts[number] = self.attempts.get(number, 0) + 1
+        limit = self.forgiven.get(number, 0) + self.max_attempts
+        final = attempt >= limit
+        reason = f"{type(event.error).__name__}: {event.error}"
+        shard, node = self.plan.shards[number], self.fleet.node(event.replica)
+        failure = {
+            "shard": number,
+            "source": shard.source,
+            "first_row": shard.first_row,
+            "rows": shard.rows,
+            "attempts": attempt,
+            "left_out": final,
+            "error": reason,
+            "traceback": event.trace,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "node": node,
+        }
+        self.run.record_failure(number, failure)
+        if final:
+            self.work.leave_out(number)
+            self.view.tally.shards_failed += 1
+        else:
+            self.work.put_back(number, suspect=suspect)
+        self.view.say(
+            f"shard {number} failed on {node} (attempt {attempt} of {limit}), "
+            f"{'left out' if final else 'to be tried again'}: {_first_line(reason)}",
+            event="shard_failed", shard=number, attempt=attempt, left_out=final, node=node, error=reason,
+        )  # fmt: skip
+
+    # -- who gets what -----------------------------------------------------------------------------
+
+    def _assign(self) -> None:
+        """Gives out shards, round by round, so that no replica gets its second before all have their first."""
+        reserved = self._assign_suspects()
+        for depth in range(IN_WORK):
+            for replica, shards in self.in_work.items():
+                if len(shards) != depth or replica in reserved:
+                    continue
+                if depth and self.work.waiting <= self.fleet.count("loading"):
+                    return  # one is kept for each replica that will be there soon
+                number = self._next()
+                if number is None:
+                    return
+                self._give(replica, number)
+
+    def _assign_suspects(self) -> set[int]:
+        """Gives a replica of its own to each shard that has to run alone; returns who gets nothing else."""
+        free = sorted(self.in_work.keys() - self.alone, key=lambda replica: (len(self.in_work[replica]), replica))
+        emptying = free[: self.work.suspects]
+        for replica in emptying:
+            if not self.in_work[replica] and (number := self.work.take_suspect()) is not None:
+                self.alone.add(replica)
+                self._give(replica, number)
+        return self.alone.union(emptying)
+
+    def _give(self, replica: int, number: int) -> None:
+        self.in_work[replica].add(number)
+        self.fleet.assign(replica, self.plan.shards[number])
+
+    def _next(self) -> int | None:
+        """The next shard that nobody committed meanwhile.
+
+        Asking costs a round trip, so of the own shards it is asked only once somebody else was seen at them.
+        """
+        while (number := self.work.take()) is not None:
+            alone = self.work.is_own(number) and not self.has_company
+            commit = None if alone else self.run.read_commit(number)
+            if commit is None:
+                return number
+            self._done(number, commit, by_another=True)
+        return None
+
+    def _release_idle(self) -> None:
+        if self.work.waiting:
+            return
+        for replica in [replica for replica, shards in self.in_work.items() if not shards]:
+            del self.in_work[replica]
+            self.fleet.release(replica)
+
+    # -- what others do ----------------------------------------------------------------------------
+
+    def _count_committed(self) -> set[int]:
+        committed = set()
+        for commit in self.run.commits():
+            committed.add(commit.shard)
+            self.view.tally.add(commit, before=True)
+        return committed
+
+    def _read_failures(self, committed: set[int]) -> dict[int, dict[str, Any]]:
+        """Failures of shards that are still to do; a driver may have ended between a commit and forgetting one."""
+        failures = self.run.failures()
+        for shard in failures.keys() & committed:
+            self.run.clear_failure(shard)
+        return {shard: failure for shard, failure in sorted(failures.items()) if shard not in committed}
+
+    def _tell_left_out(self, failures: dict[int, dict[str, Any]]) -> None:
+        self.view.tally.shards_failed = len(failures)
+        for shard, failure in failures.items():
+            self.view.say(
+                f"shard {shard} failed {failure['attempts']} times before and stays out (--retry-failed tries it "
+                f"again): {_first_line(failure['error'])}",
+                event="shard_left_out", shard=shard, attempts=failure["attempts"], error=failure["error"],
+            )  # fmt: skip
+
+    def _take_out_what_others_did(self) -> None:
+        news = self.work.found(self._listing.look())
+        for number in news:
+            self._forget_failure(number)
+            self.view.tally.add_unread(self.plan.shards[number].planned)
+        if not self.has_company and any(map(self.work.is_own, news)):
+            self.has_company = True
+            self.work.shuffle()
+
+
+class _Listing:
+    """Lists the commit records now and then, in a thread: a large run's listing must not hold up the dispatcher."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.found: set[int] | None = None
+        self.next = time.monotonic() + LISTING_SECONDS
+
+    def look(self) -> set[int]:
+        """What a listing found, once; begins another one where it is time."""
+        if time.monotonic() >= self.next:
+            self.next = float("inf")
+            threading.Thread(target=self._list, daemon=True).start()
+        found, self.found = self.found, None
+        return found or set()
+
+    def _list(self) -> None:
+        started = time.monotonic()
+        with contextlib.suppress(Exception):  # of any kind of store; the next listing may work again
+            self.found = self.run.committed_shards()
+        took = time.monotonic() - started
+        self.next = time.monotonic() + max(LISTING_SECONDS, LISTING_SHARE * took)
+
+
+def _first_line(error: BaseException | str) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,200 @@
+"""The course of a run: the frozen plan, the card, the fleet at work, the mark of completeness.
+
+The driver holds no state that matters: what counts is in the run directory, so killing it at any
+moment leaves a run that the same command resumes, and two drivers on one run only waste work. Which
+shard goes to whom is the business of `dispatch`, Ray that of `fleet` and `cluster`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import signal
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
+from collector.data import plan as planning
+from collector.fleet.dispatch import Dispatcher
+from collector.fleet.placement import Need, require_room
+from collector.fleet.progress import ProgressView, Tally
+from collector.fleet.ray_cluster import alive_nodes, cluster, pick_device
+from collector.fleet.ray_fleet import RayFleet, ReplicaActor
+from collector.fleet.ray_metrics import Metrics
+from collector.query.warehouse import views_sql
+from collector.store.run_directory import PLAN, RUN, VIEWS, RunDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from collector.data.plan import Plan
+    from collector.fleet.ray_fleet import Actor
+    from collector.models.loading import LoadedModel
+
+FORMAT = 1
+"""Version of the run directory's layout."""
+
+
+def freeze_plan(run: RunDirectory, config: RunConfig) -> Plan:
+    """Writes the plan of a new run, or reads that of a run to resume.
+
+    Raises:
+        ValueError: the run was planned with other settings or other sources; names what differs.
+    """
+    stored = run.read_or_none(PLAN)
+    if stored is None:
+        plan = planning.make_plan(config)
+        if run.store.put_new(PLAN, plan.to_parquet()):
+            return plan
+        stored = run.store.read(PLAN)
+    plan = planning.Plan.from_parquet(stored)
+    differences = planning.differences(plan.config, config.to_dict()) or planning.check_sources(plan, config)
+    if differences:
+        raise ValueError(
+            f"{run.root} holds a run with another plan:\n  " + "\n  ".join(differences)
+            + "\nGo on with the old settings, or choose another --out."
+        )  # fmt: skip
+    return plan
+
+
+def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware: dict[str, Any] | None = None) -> None:
+    """Writes run.json from the first replica's card; every later card must agree with it.
+
+    Args:
+        run: the run directory.
+        plan: of the run.
+        card: what a replica says of its model.
+        hardware: what the first launch reserves for a replica.
+
+    Raises:
+        ValueError: a replica holds another model than the run was begun with; names what differs.
+    """
+    described = {
+        "format": FORMAT,
+        "config": plan.config,
+        "plan_hash": plan.hash,
+        "plan": {"shards": len(plan.shards), "documents": plan.documents},
+        **card,
+        **({"hardware": hardware} if hardware else {}),
+    }
+    if run.store.put_new(RUN, json.dumps(described, indent=1).encode() + b"\n"):
+        return
+    recorded = run.read_json(RUN)
+    different = [key for key in ("model", "layers", "memory", "tokenizer") if recorded.get(key) != card[key]]
+    if different:
+        details = "; ".join(f"{key}: {recorded.get(key)} -> {card[key]}" for key in different)
+        raise ValueError(f"{run.root} was begun with another model than this replica loaded ({details})")
+
+
+@contextlib.contextmanager
+def _terminate_like_interrupt() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does: replicas stopped, run resumable."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def collect(
+    root: str, *, data: DataConfig, model: ModelConfig, capture: CaptureConfig, launch: LaunchConfig
+) -> RunDirectory:
+    """Runs or resumes a collection.
+
+    Args:
+        root: the run directory.
+        data: which documents.
+        model: which model.
+        capture: what to record.
+        launch: where.
+
+    Returns:
+        The run; `_SUCCESS` is there if every shard is committed.
+
+    Raises:
+        ValueError: settings, data or model are not usable, or belong to another run than `root`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the run can be resumed.
+    """
+    run = RunDirectory(root)
+    # In this order: connecting makes Ray set a handler of its own.
+    with cluster(launch) as grows, _terminate_like_interrupt():
+        config = resolve(data=data, model=model, capture=capture, device=pick_device(launch, grows=grows))
+        need, (least, _) = Need.of(launch, config.device), launch.replica_range()
+        require_room(need, alive_nodes(), least if grows else max(1, least))
+        plan = freeze_plan(run, config)
+        tally = Tally(shards=len(plan.shards), documents=plan.documents)
+        with ProgressView(tally, as_json=launch.log_format == "json") as view:
+            work_off(run, plan, config, launch, view, need=need, grows=grows)
+    finish(run, plan)
+    return run
+
+
+def work_off(
+    run: RunDirectory, plan: Plan, config: RunConfig, launch: LaunchConfig, view: ProgressView, *,
+    need: Need, grows: bool = False, actor_class: type[Actor] = ReplicaActor,
+) -> None:  # fmt: skip
+    """Has replicas on the connected Ray collect whatever shards of a plan are still to do.
+
+    Args:
+        run: the run directory, which holds the plan.
+        plan: of the run.
+        config: of the plan.
+        launch: how many replicas, how many attempts, which share.
+        view: where messages and progress go.
+        need: what a replica reserves.
+        grows: whether nodes may come.
+        actor_class: what runs in the actors.
+    """
+    fleet = RayFleet(
+        root=run.root, config=config, plan_hash=plan.hash, need=need, most=launch.replica_range()[1], grows=grows,
+        load_attempts=launch.max_attempts, actor_class=actor_class,
+    )  # fmt: skip
+    accelerators = sorted({kind for node in alive_nodes() if need.slots(node) for kind in node.accelerators})
+    hardware = {"gpus_per_replica": need.gpus, "cpus_per_replica": need.cpus or "all", "accelerators": accelerators}
+    metrics = Metrics(PurePosixPath(run.root).name)
+    dispatcher = Dispatcher(
+        run=run, plan=plan, fleet=fleet, view=view, max_attempts=launch.max_attempts, share=launch.share(),
+        retry_failed=launch.retry_failed, accept_card=functools.partial(record_card, run, plan, hardware=hardware),
+        observe=metrics,
+    )  # fmt: skip
+    try:
+        dispatcher.dispatch()
+    finally:
+        fleet.stop()
+        metrics(dispatcher, last=True)
+
+
+def finish(run: RunDirectory, plan: Plan) -> None:
+    """Marks the run complete if every shard of the plan is committed."""
+    if run.committed_shards() == {shard.shard for shard in plan.shards}:
+        run.store.put(VIEWS, views_sql(run).encode())
+        run.finish(plan.hash, len(plan.shards))
+
+
+def collect_in_process(
+    root: str, config: RunConfig, *, loaded: LoadedModel | None = None, threads: int | None = None
+) -> RunDirectory:
+    """A whole run without Ray, in this process; an error ends it.
+
+    Args:
+        root: the run directory, of a new run.
+        config: what to record.
+        loaded: what `models.load` gave for this config, if it is there already.
+        threads: CPU threads for the model (None: torch's default).
+    """
+    from collector.replica.replica import Replica
+
+    run, plan = RunDirectory(root), planning.make_plan(config)
+    run.store.put_new(PLAN, plan.to_parquet())
+    with contextlib.closing(Replica(root, config, plan.hash, loaded=loaded, threads=threads)) as replica:
+        replica.write_vocabulary()
+        record_card(run, plan, replica.card())
+        for _ in replica.collect_all(plan.shards):
+            pass
+    finish(run, plan)
+    return run

@@ -1,0 +1,206 @@
+"""Progress of a collection: a live bar on a terminal, a plain line every few seconds elsewhere.
+
+Shows shards, documents, tokens, tokens per second and ETA of this launch, and padding efficiency
+(real tokens / tokens that went through the model). On request every message and every line is a
+JSON object instead, with `time` (UTC), `event`, and fields of the event's own. Writes to standard
+error only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from collector.store.run_directory import Commit
+
+PLAIN_EVERY = 5.0
+"""Seconds between two plain lines."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tally:
+    """What is done, and how fast this launch does it."""
+
+    shards: int
+    """Shards of the plan."""
+    documents: int
+    """Rows of the plan that become documents if they are readable."""
+    shards_done: int = 0
+    shards_failed: int = 0
+    rows_done: int = 0
+    """Rows of the plan that are behind us: documents and skipped rows."""
+    tokens: int = 0
+    padded_tokens: int = 0
+    launch_rows: int = 0
+    launch_tokens: int = 0
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    def add(self, commit: Commit, *, before: bool = False) -> None:
+        """Counts a committed shard; `before`: it was there when this launch began."""
+        rows = commit.documents + sum(skipped.count for skipped in commit.skipped.values())
+        self.shards_done += 1
+        self.rows_done += rows
+        self.tokens += commit.tokens
+        self.padded_tokens += commit.padded_tokens
+        if not before:
+            self.launch_rows += rows
+            self.launch_tokens += commit.tokens
+
+    def add_unread(self, rows: int) -> None:
+        """Counts a shard of another driver by its planned rows: its commit record is not read, its tokens are not."""
+        self.shards_done += 1
+        self.rows_done += rows
+
+    @property
+    def padding_efficiency(self) -> float:
+        """Real tokens / tokens that went through the model."""
+        return self.tokens / max(1, self.padded_tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this launch."""
+        return self.launch_tokens / self._elapsed
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At this launch's rate; None while there is none."""
+        if not self.launch_rows:
+            return None
+        return max(0.0, (self.documents - self.rows_done) * self._elapsed / self.launch_rows)
+
+    @property
+    def _elapsed(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [
+            f"shards {self.shards_done}/{self.shards}",
+            f"documents {self.rows_done:,}/{self.documents:,}",
+            f"tokens {self.tokens:,}",
+            f"{self.tokens_per_second:,.0f} tokens/s",
+            f"padding efficiency {self.padding_efficiency:.2f}",
+        ]
+        if self.shards_failed:
+            parts.append(f"failed {self.shards_failed}")
+        if self.seconds_left is not None:
+            parts.append(f"ETA {_clock(self.seconds_left)}")
+        return " · ".join(parts)
+
+    def fields(self) -> dict[str, Any]:
+        """The same for machines."""
+        left = self.seconds_left
+        return {
+            "shards": self.shards,
+            "shards_done": self.shards_done,
+            "shards_failed": self.shards_failed,
+            "documents": self.documents,
+            "documents_done": self.rows_done,
+            "tokens": self.tokens,
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "padding_efficiency": round(self.padding_efficiency, 4),
+            "seconds_left": None if left is None else round(left, 1),
+        }
+
+
+def shares(seconds: Mapping[str, float]) -> str:
+    """Where the time of a run's devices went, for people; empty for a run that did not record it.
+
+    Stages overlap: a stage that takes less than the device's time can hide behind `forward`.
+
+    Args:
+        seconds: stage -> wall time, as commit records hold it; `idle` is how long the device waited for a shard.
+    """
+    device = seconds.get("forward", 0.0) + seconds.get("idle", 0.0)
+    if "idle" not in seconds or not device:
+        return ""
+    share = {stage: f"{100 * spent / device:.1f} %" for stage, spent in seconds.items()}
+    stages = [f"{stage} {share.get(stage, '0.0 %')}" for stage in ("forward", "read", "tokenize", "encode", "publish")]
+    return f"{' · '.join(stages)} of the device's time; device idle {share['idle']}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class ProgressView:
+    """Context manager that shows a tally; call `tick` often, it decides what to print."""
+
+    def __init__(self, tally: Tally, console: Console | None = None, *, as_json: bool = False) -> None:
+        self.tally = tally
+        self.console = console or Console(file=sys.stderr, highlight=False)
+        self.as_json = as_json
+        self.note = "starting replicas"
+        self._bar = Progress(BarColumn(bar_width=30), TextColumn("{task.fields[line]}"), console=self.console)
+        self._task = self._bar.add_task("", total=max(1, tally.documents), line="")
+        live = self.console.is_terminal and not as_json
+        self._live = Live(self._bar, console=self.console, refresh_per_second=4) if live else None
+        self._next_line = time.monotonic() + PLAIN_EVERY
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        self.tick()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        else:
+            self._print()
+
+    def tick(self) -> None:
+        """Brings the view up to date."""
+        if self._live:
+            self._bar.update(self._task, completed=self.tally.rows_done, line=self._line())
+        elif time.monotonic() >= self._next_line:
+            self._print()
+
+    def say(self, message: str, *, event: str = "message", **fields: Any) -> None:
+        """Prints a message that stays.
+
+        Args:
+            message: for people.
+            event: what kind of thing happened.
+            fields: what machines want to know of it.
+        """
+        if self.as_json:
+            self._write(json_line(event, message=message, **fields))
+        else:
+            self.console.print(message, markup=False)
+
+    def _line(self) -> str:
+        return self.tally.line() + (f" · {self.note}" if self.note else "")
+
+    def _print(self) -> None:
+        self._next_line = time.monotonic() + PLAIN_EVERY
+        if self.as_json:
+            self._write(json_line("progress", **self.tally.fields(), note=self.note))
+        else:
+            self.console.print(self._line(), markup=False, soft_wrap=True)
+
+    def _write(self, line: str) -> None:
+        """Writes as it is: a console would break long lines."""
+        self.console.file.write(line)
+        self.console.file.flush()
+
+
+def json_line(event: str, **fields: Any) -> str:
+    """An event as one line of JSON."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return json.dumps({"time": now, "event": event} | fields) + "\n"

@@ -1,0 +1,311 @@
+"""The replicas of a run on a Ray cluster: one actor each, where there is room, while there is work.
+
+Ray retries and restarts nothing here (`max_restarts=0`): the fleet reports every death and the
+dispatcher decides. Only commit records cross Ray's object store; parts go from the replica to the
+run directory.
+
+On a node that is there a replica is pinned, with what fits that node; so nodes may differ. What
+`--replicas N` or `MIN:MAX` asks for beyond that waits unpinned, which is what an autoscaler goes by.
+Nodes are looked at every few seconds: new ones get replicas, and those of lost ones are replaced.
+Loading has no time limit; what waits for a place is told from what loads by a first call that every
+actor answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import ray
+from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from collector.fleet.events import Collected, Died, Failed, Loaded, Notice, NotLoaded
+from collector.fleet.ray_cluster import alive_nodes
+from collector.pipeline import IN_WORK, DeviceLost
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from collector.config import RunConfig, Spread
+    from collector.data.plan import Shard
+    from collector.fleet.events import Event
+    from collector.fleet.placement import Need, Node
+    from collector.store.run_directory import Commit
+
+NODES_EVERY = 3.0
+"""Seconds between two looks at the cluster's nodes."""
+PATIENCE = 30.0
+"""Seconds that replicas may wait for a place before it is said."""
+REMIND_EVERY = 600.0
+
+
+class Actor:
+    """What every kind of replica answers in its actor."""
+
+    def where(self) -> tuple[str, str]:
+        """Node id and name of the machine; answered as soon as the actor has a place."""
+        import platform
+
+        return ray.get_runtime_context().get_node_id(), platform.node()
+
+
+class ReplicaActor(Actor):
+    """What runs in an actor. Loading is a call of its own, so that its errors arrive as they are."""
+
+    def load(
+        self, root: str, config: RunConfig, plan_hash: str, threads: int | None, spread: Spread | None
+    ) -> dict[str, Any]:
+        """Loads the replica; returns its card for run.json."""
+        from collector.replica.replica import Replica
+
+        self.replica = Replica(root, config, plan_hash, threads=threads, spread=spread)
+        self.replica.write_vocabulary()
+        return self.replica.card()
+
+    def collect(self, shard: Shard) -> Commit:
+        """Collects one shard; several may be in work at once."""
+        return self.replica.collect(shard)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Member:
+    """A replica that was asked for."""
+
+    actor: Any
+    state: Literal["requested", "loading", "ready"] = "requested"
+    node: str | None
+    """Id of its node; None while it may go anywhere."""
+    name: str
+    since: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A question that an actor has not answered yet."""
+
+    replica: int
+    method: Literal["where", "load", "collect"]
+    shard: int = -1
+
+
+class RayFleet:
+    """Replicas on the nodes of the Ray that is connected; see `events.Fleet`."""
+
+    def __init__(
+        self, *, root: str, config: RunConfig, plan_hash: str, need: Need, most: int | None = None, grows: bool = False,
+        load_attempts: int = 3, actor_class: type[Actor] = ReplicaActor,
+    ) -> None:  # fmt: skip
+        """Starts nothing yet.
+
+        Args:
+            root: the run directory.
+            config: what to record.
+            plan_hash: of the plan that the shards come from.
+            need: what a replica reserves.
+            most: how many replicas there may be (None: as many as the nodes hold).
+            grows: whether nodes may come when more is asked for than they hold.
+            load_attempts: a node on which so many replicas could not load gets no other.
+            actor_class: what runs in the actors.
+        """
+        self.root = root
+        self.config = config
+        self.plan_hash = plan_hash
+        self.need = need
+        self.most = most
+        self.grows = grows
+        self.load_attempts = load_attempts
+        self.actor_class: Any = ray.remote(actor_class)
+        self._numbers = itertools.count()
+        self._members: dict[int, _Member] = {}
+        self._names: dict[int, str] = {}
+        self._calls: dict[Any, _Call] = {}
+        self._refusals: Counter[str | None] = Counter()
+        self._next_look = 0.0
+        self._next_notice = 0.0
+        self._members_since = time.monotonic()
+
+    # -- size --------------------------------------------------------------------------------------
+
+    def count(self, state: str) -> int:
+        """See `Fleet.count`."""
+        return sum(member.state == state for member in self._members.values())
+
+    def node(self, replica: int) -> str:
+        """See `Fleet.node`."""
+        return self._names.get(replica, "a node unknown")
+
+    def scale(self, waiting: int) -> None:
+        """See `Fleet.scale`; looks at the nodes every few seconds, and at once when a replica was lost."""
+        self._give_up(len(self._members) - self.count("ready") - waiting)
+        if not waiting or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + NODES_EVERY
+        nodes = [node for node in alive_nodes() if self._refusals[node.id] < self.load_attempts]
+        self._give_up_without_node({node.id for node in nodes})
+        wanted = waiting - (len(self._members) - self.count("ready"))
+        if self.most is not None:
+            wanted = min(wanted, self.most - len(self._members))
+        # Those without a node will take places as well.
+        places = self._free_places(nodes)
+        places = places[: max(0, len(places) - self._unplaced())][: max(0, wanted)]
+        for node in places:
+            self._start(node.name, node.id, self.need.cpus_on(node))
+        cpus = self.need.elsewhere(nodes)
+        if self.grows and self.most is not None and cpus and self._refusals[None] < self.load_attempts:
+            for _ in range(wanted - len(places)):
+                self._start("a node to come", None, cpus)
+
+    def _unplaced(self) -> int:
+        return sum(member.node is None for member in self._members.values())
+
+    def _free_places(self, nodes: list[Node]) -> list[Node]:
+        """A node for each replica that there is room for, the emptiest nodes first."""
+        taken = Counter(member.node for member in self._members.values())
+        places = [(number, node.id, node) for node in nodes for number in range(taken[node.id], self.need.slots(node))]
+        return [node for _, _, node in sorted(places, key=lambda place: place[:2])]
+
+    def _start(self, name: str, node: str | None, cpus: int) -> None:
+        options: dict[str, Any] = {
+            "num_cpus": cpus, "num_gpus": self.need.gpus, "max_concurrency": IN_WORK, "max_restarts": 0,
+            "max_task_retries": 0,
+        }  # fmt: skip
+        if node is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        else:
+            options |= {"accelerator_type": self.need.accelerator, "label_selector": dict(self.need.labels) or None}
+        actor = self.actor_class.options(**{key: value for key, value in options.items() if value is not None}).remote()
+        replica = next(self._numbers)
+        self._members[replica] = _Member(actor=actor, node=node, name=name, since=time.monotonic())
+        self._names[replica] = name
+        self._calls[actor.where.remote()] = _Call(replica=replica, method="where")
+        threads = cpus if self.config.device == "cpu" else None
+        loading = actor.load.remote(self.root, self.config, self.plan_hash, threads, self.need.spread)
+        self._calls[loading] = _Call(replica=replica, method="load")
+
+    def _give_up(self, surplus: int) -> None:
+        """Ends replicas that are not ready and would find no work, those first that have no place yet."""
+        unready = [replica for replica, member in self._members.items() if member.state != "ready"]
+        unready.sort(key=lambda replica: (self._members[replica].state != "requested", -replica))
+        for replica in unready[: max(0, surplus)]:
+            self.release(replica)
+
+    def _give_up_without_node(self, alive: set[str]) -> None:
+        """Ends what waits for a place on a node that is gone."""
+        for replica, member in list(self._members.items()):
+            if member.state == "requested" and member.node is not None and member.node not in alive:
+                self.release(replica)
+
+    # -- work --------------------------------------------------------------------------------------
+
+    def assign(self, replica: int, shard: Shard) -> None:
+        """See `Fleet.assign`."""
+        reference = self._members[replica].actor.collect.remote(shard)
+        self._calls[reference] = _Call(replica=replica, method="collect", shard=shard.shard)
+
+    def release(self, replica: int) -> None:
+        """See `Fleet.release`."""
+        member = self._members.pop(replica)
+        for reference in [reference for reference, call in self._calls.items() if call.replica == replica]:
+            del self._calls[reference]
+        with contextlib.suppress(RayError):
+            ray.kill(member.actor)
+
+    def stop(self) -> None:
+        """See `Fleet.stop`."""
+        for replica in list(self._members):
+            self.release(replica)
+
+    def wait(self, timeout: float) -> Iterator[Event]:
+        """See `Fleet.wait`."""
+        yield from self._notices()
+        if not self._calls:
+            time.sleep(timeout)
+            return
+        if ray.wait(list(self._calls), timeout=timeout)[0]:
+            ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+            for reference in ready:
+                if reference in self._calls:  # else its replica is gone by now
+                    yield from self._answered(self._calls.pop(reference), reference)
+
+    def _answered(self, call: _Call, reference: Any) -> Iterator[Event]:
+        member = self._members[call.replica]
+        try:
+            answer = ray.get(reference)
+        except RayTaskError as error:
+            yield from self._raised(call, error)
+        except RayError as error:
+            yield from self._lost(call, error)
+        else:
+            if call.method == "where":
+                member.node, member.name = answer
+                self._names[call.replica] = member.name
+                if member.state == "requested":  # the two calls run at once, and a small model may be the first
+                    member.state = "loading"
+            elif call.method == "load":
+                member.state = "ready"
+                self._refusals[member.node] = 0
+                yield Loaded(replica=call.replica, card=answer)
+            else:
+                yield Collected(replica=call.replica, shard=call.shard, commit=answer)
+
+    def _raised(self, call: _Call, error: RayTaskError) -> Iterator[Event]:
+        """An error in the actor's own code."""
+        if call.method != "collect":
+            self._refuse(call.replica)
+            yield NotLoaded(replica=call.replica, error=error.cause, refused=True)
+        elif isinstance(error.cause, DeviceLost):
+            self._remove(call.replica)
+            yield Died(replica=call.replica, error=error.cause, trace=str(error))
+        else:
+            yield Failed(replica=call.replica, shard=call.shard, error=error.cause, trace=str(error))
+
+    def _lost(self, call: _Call, error: RayError) -> Iterator[Event]:
+        """The actor is gone, or its answer is, which is the same to us."""
+        member = self._members[call.replica]
+        if member.state == "ready":
+            self._remove(call.replica)
+            yield Died(replica=call.replica, error=error, trace=str(error))
+        elif isinstance(error, ActorUnschedulableError) or self._is_gone(member.node):
+            self._remove(call.replica)
+            yield Notice(event="node_lost", message=f"{member.name} went away before its replica was ready")
+        else:
+            self._refuse(call.replica)
+            yield NotLoaded(replica=call.replica, error=error, refused=False)
+
+    def _is_gone(self, node: str | None) -> bool:
+        return node is not None and node not in {each.id for each in alive_nodes()}
+
+    def _refuse(self, replica: int) -> None:
+        self._refusals[self._members[replica].node] += 1
+        self._remove(replica)
+
+    def _remove(self, replica: int) -> None:
+        """Forgets a replica that is of no use any more; another one may take its place at once."""
+        self.release(replica)
+        self._next_look = 0.0
+
+    # -- waiting for machines ----------------------------------------------------------------------
+
+    def _notices(self) -> Iterator[Event]:
+        """Says it, now and then, when replicas wait for a place or none can even be asked for."""
+        now = time.monotonic()
+        waiting = [member for member in self._members.values() if member.state == "requested"]
+        if self._members:
+            self._members_since = now
+        since = min((member.since for member in waiting), default=now) if self._members else self._members_since
+        if now - since < PATIENCE or now < self._next_notice:
+            return
+        self._next_notice = now + REMIND_EVERY
+        if not self._members:
+            yield Notice(event="no_place", message=f"no node has room for a replica with {self.need}; waiting for one")
+            return
+        to_come = self._unplaced()
+        reasons = [f"{len(waiting) - to_come} for what others use on their nodes"] if len(waiting) > to_come else []
+        reasons += [f"{to_come} for nodes to come"] if to_come else []
+        message = f"{len(waiting)} replicas wait for {self.need} each, {' and '.join(reasons)}"
+        yield Notice(event="replicas_wait", message=message)

@@ -1,0 +1,1 @@
+"""Pages, figures and terminal output: everything that a person looks at."""

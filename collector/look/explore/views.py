@@ -1,0 +1,210 @@
+"""What the explorer shows of a run, as HTML: the experts of a layer, and the card of one expert.
+
+Label-level numbers come from the rollup where the run has one. Those of tokens need the tokens themselves, so a card is
+made from one shard of so many where a run is large, and says from how many tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from typing import TYPE_CHECKING
+
+from collector.look.trace import palette, pieces
+from collector.query.views import literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from collector.query.warehouse import Run
+
+SAMPLE = 250_000
+"""Tokens that a card is made from, about: what two cores read in half a second."""
+MOST_DOCUMENTS = 200
+"""Documents that are offered at once."""
+ITEMS = 10
+"""Of each aspect of a card."""
+WIDTH = 12
+"""Tokens of a context on each side."""
+MARKS = (
+    '<p class="quiet">Framed: the chosen expert has the highest weight. Underlined: it is among the k. '
+    "A click on a token or an expert chooses its expert.</p>"
+)
+"""What stands below a document."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """A document that can be looked at."""
+
+    shard: int
+    doc: int
+    doc_id: str
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        """How a link names it: shard and place in it."""
+        return f"{self.shard}.{self.doc}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frequency:
+    """How often a label's tokens choose an expert: domain specialization."""
+
+    label: str
+    expert: int
+    value: float
+    baseline: float
+    n: int
+    """Tokens of the label."""
+
+
+def documents(run: Run, label: str, condition: str = "") -> list[Document]:
+    """The first documents of a label for which a condition holds.
+
+    Args:
+        run: the run.
+        label: of the documents.
+        condition: SQL over the columns of `documents`, for example `tokens > 100`; nothing: all.
+
+    Raises:
+        ValueError: the condition is none, or would write.
+    """
+    rows = run.sql(
+        f"select shard, doc, doc_id, tokens from documents where label = {literal(label)} and tokens > 0\n"
+        f"and ({condition.strip() or 'true'}\n) order by shard, doc limit {MOST_DOCUMENTS}"
+    ).fetchall()
+    return [Document(shard=shard, doc=doc, doc_id=doc_id, tokens=tokens) for shard, doc, doc_id, tokens in rows]
+
+
+def frequencies(run: Run, stack: str, layer: int) -> list[Frequency]:
+    """Domain specialization of every label and expert of a router."""
+    relation = run.query("domain_specialization", stack=stack, layer=layer)
+    names = [field.name for field in dataclasses.fields(Frequency)]
+    rows = relation.project(", ".join(names)).fetchall()
+    return [Frequency(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def sampling(run: Run) -> int:
+    """Of how many shards a card reads one."""
+    tokens, shards = run.sql("select sum(tokens), count(distinct shard) from documents").fetchall()[0]
+    return max(1, min(shards, (tokens or 0) // SAMPLE))
+
+
+def message(text: str) -> str:
+    """What takes the place of a document."""
+    return f'<p role="alert">{html.escape(text)}</p>'
+
+
+# -- experts -----------------------------------------------------------------------------------------
+
+
+def experts(found: Iterable[Frequency], label: str, name: str) -> str:
+    """All experts of a router, coloured by how often a label chooses them."""
+    own = [each for each in found if each.label == label]
+    if not own:
+        return message(f"No token of {label} was recorded in {name}.")
+    highest = max(each.value for each in own)
+    cells = "".join(
+        f'<button type="button" data-expert="{each.expert}" style="background:{palette.along(each.value, 0, highest)}" '
+        f'data-token="expert {each.expert}" data-about="{_chosen(each)}">{each.expert}</button>'
+        for each in own
+    )
+    told = f"Experts of {name} by the share of {label} tokens that choose them"
+    scale = (
+        f'<p class="quiet">0 <span class="ramp" style="background:{palette.ramp()}"></span> {highest:.2f}; '
+        f"by chance {own[0].baseline:.3f}; {own[0].n:,} tokens</p>"
+    )
+    return f'<h2>{html.escape(told)}</h2><div class="cells" role="group" aria-label="Experts">{cells}</div>{scale}'
+
+
+def _chosen(frequency: Frequency) -> str:
+    told = f"chosen by {frequency.value:.3f} of the {frequency.n:,} tokens of {frequency.label}"
+    return html.escape(f"{told}; by chance {frequency.baseline:.3f}")
+
+
+# -- one expert --------------------------------------------------------------------------------------
+
+
+def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert: int, label: str, name: str) -> str:
+    """What an expert is for: languages, tokens, companions, positions, contexts.
+
+    Args:
+        run: the run.
+        found: `frequencies` of the router.
+        stack: of the router.
+        layer: of the router.
+        expert: which one.
+        label: the language that is looked at.
+        name: of the router, for people.
+
+    Raises:
+        ValueError: the run has no such router or label.
+    """
+    every = sampling(run)
+    given = {"stack": stack, "layer": layer, "expert": expert, "n": ITEMS, "width": WIDTH, "every": every}
+    profile = run.query("expert_profile", **given).project("aspect, item, value, baseline, n, count").fetchall()
+    languages = sorted((each for each in found if each.expert == expert), key=lambda each: -each.value)[:ITEMS]
+    lists = [_bars("Languages", [(_bold(e.label, label), e.value, e.baseline, e.n) for e in languages])]
+    for aspect, title in (("token", "Tokens"), ("expert", "Together with experts"), ("position", "Positions")):
+        rows = [(_item(aspect, item), *numbers) for kind, item, *numbers, _ in profile if kind == aspect]
+        lists.append(_bars(title, rows))
+    # baseline = N_e / N; positions that never chose the expert are not told, so their n do not add up to N
+    own = [(count, baseline) for aspect, _, _, baseline, _, count in profile if aspect == "position"]
+    tokens = round(sum(count for count, _ in own) / own[0][1]) if own else 0
+    sample = "" if every == 1 else f", of one shard in {every}"
+    return (
+        f"<h2>Expert {expert} in {html.escape(name)}</h2>"
+        "<p class=\"quiet\">Bars: the share of a language's, a spelling's or a position's tokens that chose it, and of "
+        "its own tokens the share that chose another expert as well; behind them, of how many tokens. Lines: what to "
+        "expect if nothing mattered. Languages: all tokens. "
+        f"The rest: {tokens:,} tokens{sample}; of spellings those that chose it most often.</p>"
+        f'<div class="aspects">{"".join(lists)}</div>'
+        + _contexts([(item, weight) for aspect, item, weight, *_ in profile if aspect == "context"])
+    )
+
+
+def _bold(label: str, chosen: str) -> str:
+    return f"<b>{html.escape(label)}</b>" if label == chosen else html.escape(label)
+
+
+def _item(aspect: str, item: str) -> str:
+    if aspect == "expert":
+        return f'<button type="button" data-expert="{item}">{item}</button>'
+    shown = pieces.spelled(pieces.visible(item)) if aspect == "token" else item
+    return f"<bdi>{html.escape(shown)}</bdi>"
+
+
+def _bars(title: str, rows: Sequence[tuple[str, float, float, int]]) -> str:
+    """A small table of items with bars, each beside its baseline, and the number of tokens behind it."""
+    highest = max((max(value, baseline) for _, value, baseline, _ in rows), default=1)
+    lines = "".join(
+        f'<tr><th scope="row">{item}</th><td>{value:.3f}</td><td class="bar"><i style="width:{value / highest:.1%}">'
+        f'</i><s style="inset-inline-start:{baseline / highest:.1%}"></s></td><td class="n">{n:,}</td></tr>'
+        for item, value, baseline, n in rows
+    )
+    table = f'<table class="bars"><tbody>{lines}</tbody></table>' if rows else '<p class="quiet">none</p>'
+    return f'<section><h3>{title}</h3><div role="group" aria-label="{title}">{table}</div></section>'
+
+
+def _contexts(found: Sequence[tuple[str, float]]) -> str:
+    """Lines with the token in the middle, each in the direction in which it is read."""
+    lines = "".join(_context(item, weight) for item, weight in found)
+    return f"<section><h3>Highest weights, one a document</h3>{lines}</section>" if found else ""
+
+
+def _context(item: str, weight: float) -> str:
+    before, token, after = re.split("[⟦⟧]", item, maxsplit=2)
+    parts = pieces.in_context(before, token, after)
+    direction = "rtl" if pieces.is_right_to_left("".join(parts)) else "ltr"
+    left, middle, right = map(_words, parts)
+    return (
+        f'<div class="context" dir="{direction}"><span>{left}</span><mark>{middle}</mark><span>{right}</span>'
+        f"<small>{weight:.2f}</small></div>"
+    )
+
+
+def _words(text: str) -> str:
+    return html.escape(pieces.visible(text)) if text else ""

@@ -1,0 +1,87 @@
+"""The card of an exported run: what was recorded, of which model and documents, how it loads, and how private it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from collector.look import summary
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from collector.query.warehouse import Run
+    from collector.store.run_directory import RunDirectory
+
+NAME = "README.md"
+MOST_LABELS = 200
+"""So many labels are listed, those with the most tokens."""
+_ROWS = {
+    "routing": "a token at a router (`stack`, `layer`): chosen experts `e0` …, the weights `w0` … that the model "
+    "applied, `d0` … for picks that a capacity limit dropped; the router's entropy (nats), top-k mass and margin",
+    "tokens": "a token that the model saw: document, position, id (see `vocab`), whether the tokenizer added it",
+    "documents": "a document: id, label, source, tokens, characters, whether it was cut",
+    "rejects": "a row of the source that became no document: its number, and why",
+    "vocab": "a token id as readable text",
+    "layers": "a router: experts to choose from, experts chosen per token",
+}
+_PRIVACY = """\
+Treat this data as you treat the text that it was made of. Even without text and token ids, the chosen experts alone
+gave back 91 % of a text's tokens ([arXiv 2602.04105](https://arxiv.org/abs/2602.04105)). Publish it only if you may
+publish the text, and under terms that suit the text's licence."""
+
+
+def write(directory: RunDirectory, run: Run, rows: Mapping[str, int], front_matter: str) -> str:
+    """The card, in Markdown.
+
+    Args:
+        directory: the run.
+        run: the same, opened.
+        rows: table -> rows.
+        front_matter: what goes before it; for the hub, and then the card also says how it loads.
+    """
+    sections = [
+        f"# Routing decisions of {run.info['model']['id']}",
+        summary.summarize(directory)[0].rstrip(),
+        "## Tables",
+        _table(("table", "rows", "a row is"), [(f"`{name}`", f"{n:,}", _ROWS[name]) for name, n in rows.items()]),
+        "Tokens and decisions belong together by `shard` and `tok`, tokens and documents by `shard` and `doc`.",
+        "## Labels",
+        _labels(run),
+        *(["## Loading", _LOADING] if front_matter else []),
+        "## Privacy",
+        _privacy(run),
+    ]
+    return front_matter + "\n\n".join(sections) + "\n"
+
+
+_LOADING = """\
+```python
+from datasets import load_dataset
+
+routing = load_dataset("USER/NAME", "routing", split="train", streaming=True)
+```
+
+`USER/NAME` is the data set on the hub, or the folder with this file. The folder is a run of moe-routing-collector as
+well: `collector query FOLDER top_experts` asks it, `collector verify FOLDER` checks a copy."""
+
+
+def _labels(run: Run) -> str:
+    found = run.sql("select label, documents, tokens from labels order by tokens desc, label").fetchall()
+    listed = [(_cell(label), f"{documents:,}", f"{tokens:,}") for label, documents, tokens in found[:MOST_LABELS]]
+    table = _table(("label", "documents", "tokens"), listed)
+    more = len(found) - MOST_LABELS
+    return table if more <= 0 else f"{table}\n\nand {more:,} labels with fewer tokens."
+
+
+def _privacy(run: Run) -> str:
+    stored = run.info["config"].get("store") or ()
+    return "The texts themselves are in `documents`.\n\n" + _PRIVACY if "text" in stored else _PRIVACY
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def _cell(text: str) -> str:
+    """A label as a cell of a table: whatever it holds, it stays one."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")

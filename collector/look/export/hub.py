@@ -1,0 +1,96 @@
+"""A run as a data set of the Hugging Face hub: a folder whose card names a configuration per table.
+
+The folder is itself a run, the same one without what does not count (orphans, failures, records set aside), so that
+`collector query`, `sql` and `verify` work on it and on every copy. Parts are hard links where the run lies on the same
+file system, copies otherwise. Machines are called node-1, node-2 …; names of source files stay, in `documents.source`,
+the plan and run.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collector.look import terminal
+from collector.query.warehouse import views_sql
+from collector.store.run_directory import PLAN, REJECTS, RUN, TABLES, VIEWS, VOCAB, RunDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from collector.query.warehouse import Run
+
+_FILES = {
+    **{table: f"data/*.{table}.parquet" for table in TABLES},
+    REJECTS: f"{REJECTS}/*.{REJECTS}.parquet",
+    "vocab": VOCAB,
+}
+"""Configuration -> its files; the first one is the default."""
+
+
+def write(source: RunDirectory, run: Run, folder: Path) -> dict[str, int]:
+    """Links or copies what is committed of a run into a folder.
+
+    Returns:
+        Table -> rows, by the commit records.
+    """
+    target, rows, nodes = RunDirectory(folder), Counter[str](), dict[str, str]()
+    for commit in source.commits():
+        for table, part in commit.files.items():
+            _place(source, part.path, folder)
+            rows[table] += part.rows
+        node = nodes.setdefault(commit.node, f"node-{len(nodes) + 1}")
+        target.commit(dataclasses.replace(commit, node=node))
+    for name in (PLAN, RUN, VOCAB):
+        content = source.read_or_none(name)
+        if content is not None:
+            target.store.put(name, content)
+    target.store.put(VIEWS, views_sql(target).encode())
+    if run.complete:
+        plan = terminal.read_plan(source)
+        target.finish(plan.hash, len(plan.shards))
+    rows["vocab"] = run.sql("select count(*) from vocab").fetchall()[0][0]
+    return {table: count for table, count in rows.items() if count}
+
+
+def _place(source: RunDirectory, name: str, folder: Path) -> None:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # a file of the run itself where it is local, else a download into the scratch folder
+        copy = source.store.local_copy(name, Path(scratch))
+        try:
+            os.link(copy, path)
+        except OSError:  # another file system, or a file of somebody else's
+            shutil.copyfile(copy, path)
+
+
+def front_matter(run: Run, rows: Mapping[str, int]) -> str:
+    """What the hub and `datasets.load_dataset` read on top of a card: YAML between two lines of dashes."""
+    from huggingface_hub import DatasetCardData
+
+    tables = [table for table in _FILES if rows.get(table)]
+    configs: list[dict[str, Any]] = [{"config_name": table, "data_files": _FILES[table]} for table in tables]
+    if configs:
+        configs[0]["default"] = True
+    data = DatasetCardData(
+        pretty_name=f"Routing of {run.info['model']['id']}",
+        tags=["mixture-of-experts", "routing", "interpretability", "moe-routing-collector"],
+        size_categories=_size_category(max(rows.values(), default=0)),
+        configs=configs,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def _size_category(rows: int) -> str:
+    """The hub's name for so many rows."""
+    names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    decade = next((i for i in range(len(names)) if rows < 10 ** (3 + i)), len(names))
+    if decade == 0:
+        return f"n<{names[0]}"
+    return f"n>{names[-1]}" if decade == len(names) else f"{names[decade - 1]}<n<{names[decade]}"

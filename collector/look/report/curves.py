@@ -1,0 +1,144 @@
+"""Drawings of curves over depth, of loads and of bars with words, as Vega-Lite made by Altair. See `charts`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+import altair as alt
+
+from collector.look.report.charts import COLOURED, ROWS, axis, place, tooltip_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from collector.look.report.charts import Layout
+
+
+_NAME = 9
+"""Width of a name in a legend, with its symbol, in sizes of the text."""
+_TICKS = 5
+"""About; an axis also ends at one of them, so that the titles of panels stand in line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One metric over depth."""
+
+    metric: str
+    words: str
+    low: float
+    high: float
+
+
+def by_depth(
+    layout: Layout, *, panels: Sequence[Panel], series: str, stacks: Sequence[str], main: str, dash: bool = False,
+    band: tuple[str, str] | None = None, faint: bool = False, tooltip: Mapping[str, str],
+) -> alt.VConcatChart:  # fmt: skip
+    """Curves over the layers, one panel per metric, and a row of panels per stack where there are several.
+
+    Args:
+        layout: sizes.
+        panels: metrics, left to right.
+        series: column that tells curves apart by colour.
+        stacks: of the run.
+        main: the run whose curves are also drawn faintly.
+        dash: tell runs apart by dashes.
+        band: columns of the lower and upper edge of a band around each coloured curve.
+        faint: draw the curves of the main run that are not `_coloured`.
+        tooltip: column -> N or Q.
+    """
+    width = layout.column if len(panels) == 1 else layout.width / len(panels) - layout.row * 2.4
+    columns = max(2, int(width * len(panels) / layout.text / _NAME))
+    rows = []
+    for stack in stacks:
+        drawn = []
+        for panel in panels:
+            where = f"datum.metric == '{panel.metric}' && datum.stack == '{stack}'"
+            chart = alt.layer(*_curves(panel, where, series, main, dash, band, faint, layout, columns, tooltip))
+            title = panel.words if len(stacks) == 1 else f"{stack}: {panel.words}"
+            drawn.append(chart.properties(width=width, height=layout.panel, title=title))
+        rows.append(alt.hconcat(*drawn, spacing=layout.row))
+    return alt.vconcat(*rows)
+
+
+def _curves(
+    panel: Panel, where: str, series: str, main: str, dash: bool, band: tuple[str, str] | None, faint: bool,
+    layout: Layout, columns: int, tooltip: Mapping[str, str],
+) -> list[alt.Chart]:  # fmt: skip
+    base = (
+        alt.Chart(ROWS)
+        .transform_filter(where)
+        .encode(x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)))
+    )
+    scale = alt.Scale(domain=[panel.low, panel.high], zero=False, nice=_TICKS)
+    y = alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=_TICKS))
+    detail = [alt.Detail(f"{name}:N") for name in dict.fromkeys((series, "run"))]
+    # a baseline of 0 is the axis
+    chance = base.transform_filter("datum.baseline != 0").mark_line(style="baseline", aria=False)
+    layers = [chance.encode(y=alt.Y("min(baseline):Q", title=None, scale=scale))]
+    coloured = base
+    if faint:
+        others = base.transform_filter(f"!datum.{COLOURED} && datum.run == {json.dumps(main)}")
+        layers.append(
+            others.mark_line(style="faint", aria=False).encode(y=y, detail=detail, tooltip=tooltip_of(tooltip))
+        )
+        coloured = base.transform_filter(f"datum.{COLOURED}")
+    legend = alt.Legend(columns=columns, symbolType="stroke", symbolOpacity=1)
+    coloured = coloured.encode(color=alt.Color(f"{series}:N", title=None, legend=legend))
+    if band:
+        low, high = band
+        area = coloured.transform_filter(f"isValid(datum.{low})").mark_area(opacity=0.18, aria=False)
+        layers.append(area.encode(y=alt.Y(f"{low}:Q", title=None, scale=scale), y2=f"{high}:Q", detail=detail))
+    line = coloured.mark_line(style="curve", point=alt.OverlayMarkDef(size=layout.panel / 8, filled=True), aria=False)
+    line = line.encode(y=y, detail=detail, tooltip=tooltip_of(tooltip))
+    if dash:
+        runs = alt.Legend(symbolType="stroke")
+        line = line.encode(strokeDash=alt.StrokeDash("run:N", title=None, legend=runs))
+    return [*layers, line]
+
+
+def loads(layout: Layout, *, high: float, compared: bool) -> alt.LayerChart | alt.FacetChart:
+    """Experts by load, the most used first; another run's as a stepped line."""
+    base = alt.Chart(ROWS).encode(
+        x=alt.X("_rank:O", title="experts, most used first", axis=alt.Axis(labels=False)),
+        y=alt.Y("value:Q", title="share of tokens", scale=alt.Scale(domain=[0, high])),
+        tooltip=tooltip_of({"run": "N", "expert": "N", "value": "Q", "baseline": "Q", "n": "Q", "is_dead": "N"}),
+    )
+    bars = base.transform_filter("datum._main").mark_bar(aria=False)
+    dead = base.transform_filter("datum._main && datum.is_dead").mark_point(
+        style="dead", shape="cross", filled=True, size=layout.row * 4, aria=False
+    )
+    layers = [bars, dead]
+    if compared:
+        other = base.transform_filter("!datum._main")
+        layers.append(other.mark_line(interpolate="step", style="compared", aria=False, tooltip=False))
+    rule = alt.Chart(ROWS).mark_rule(style="baseline", aria=False).encode(y="mean(baseline):Q")
+    return alt.layer(*layers, rule).properties(width=layout.width, height=layout.panel)
+
+
+def bars_with_words(layout: Layout, *, rows: int, words: int, x_title: str, y_title: str) -> alt.HConcatChart:
+    """Bars from the longest down, and behind each its words: the data set `words`, each at its `_place`."""
+    base = alt.Chart(ROWS).encode(y=alt.Y("expert:N", sort=place("_row"), title=y_title, axis=axis(layout, layout.row)))
+    tooltip = tooltip_of({"expert": "N", "value": "Q", "baseline": "Q", "n": "Q", "tokens": "Q"})
+    scale = alt.Scale(domain=[0, 1])
+    bars = base.mark_bar(size=layout.row * 0.4, aria=False).encode(
+        x=alt.X("value:Q", title=x_title, scale=scale), tooltip=tooltip
+    )
+    rule = alt.Chart(ROWS).mark_rule(style="baseline", aria=False).encode(x="mean(baseline):Q")
+    height, width = rows * layout.row * 1.15, layout.width * 0.75
+    left = alt.layer(bars, rule).properties(width=layout.width * 0.2, height=height)
+    right = (
+        alt.Chart(alt.NamedData("words"))
+        # a mark for each: a line of many scripts would be set in the font of one of them
+        .mark_text(style="on-pale", align="left", fontSize=layout.row * 0.92, aria=False, limit=width / words - 2)
+        .encode(
+            x=alt.X("_place:Q", scale=alt.Scale(domain=[0, words], nice=False), axis=None),
+            y=alt.Y("expert:N", sort=place("_row"), axis=None),
+            text="_text:N",
+            tooltip=tooltip_of({"expert": "N", "token": "N", "value": "Q", "baseline": "Q", "n": "Q"}),
+        )
+        .properties(width=width, height=height)
+    )
+    return alt.hconcat(left, right, spacing=layout.row).resolve_scale(x="independent", y="shared")

@@ -1,0 +1,138 @@
+"""Puts a report together: opens the runs, asks the queries, writes the page and the figures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from collector.look.report import card, experts, export, languages, page, vocabulary
+from collector.look.report.figure import Subject
+from collector.look.report.tables import Side
+from collector.query.warehouse import open_run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from collector.look.report.tables import Router
+    from collector.query.warehouse import Run
+
+MAX_LABELS = 60
+"""Languages that matrices show: those with the most tokens."""
+MAX_CELLS = 250_000
+"""Of all layers' matrices of experts together; above it the least used experts are left out."""
+RESAMPLES = 200
+"""Enough to look at; a paper wants 1,000."""
+FEW = 6
+"""Languages whose curves are in colour at first."""
+
+
+def write(
+    root: str,
+    out: Path,
+    *,
+    compare: str | None = None,
+    figures: Path | None = None,
+    layer: int | None = None,
+    labels: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+) -> list[Path]:
+    """Writes the report of a run.
+
+    Args:
+        root: the run.
+        out: the HTML file.
+        compare: another run, as a rule the same model with random weights.
+        figures: folder for the figures as PDF, SVG and PNG.
+        layer: that is shown first, and in figures of one layer (default: the one in the middle).
+        labels: whose curves are in colour (default: those with the most tokens).
+        resamples: bootstrap samples of intervals and shuffles of the test of specialization; 0 for neither.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: a run has no committed shard, or lacks the layer or a label.
+    """
+    sides = _sides(root, compare)
+    subject = _subject(sides, labels, resamples)
+    start = _start(subject, layer)
+    drawn = [*languages.figures(subject), *experts.figures(subject), *vocabulary.figures(subject)]
+    cards = [card.read_card(side) for side in sides]
+    table = card.label_table(sides[0])
+    text = page.render(
+        subject, drawn, cards=cards, labels=table, start=start, title=f"{cards[0].model}: who uses which experts",
+        lead=card.lead(cards[0], sides[0].run.info["layers"], len(table.rows)),
+        warnings=_warnings(cards, subject, len(table.rows)),
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    written = [out]
+    if figures:
+        written += export.write_figures(subject, drawn, figures, subject.routers[start])
+    return written
+
+
+def _sides(root: str, compare: str | None) -> list[Side]:
+    roots = [root, *([compare] if compare else [])]
+    runs = [open_run(each) for each in roots]
+    for each, run in zip(roots, runs, strict=True):
+        if not run.sql("select label from labels limit 1").fetchall():
+            raise ValueError(f"{each} has no committed shard yet: collect at least one, then report")
+    names = [f"{run.info['model']['weights']} weights" for run in runs]
+    if len(set(names)) < len(names):
+        names = [each.rstrip("/").rpartition("/")[2] for each in roots]
+    if len(set(names)) < len(names):
+        names = roots
+    return [Side(name=name, root=each, run=run) for name, each, run in zip(names, roots, runs, strict=True)]
+
+
+def _subject(sides: Sequence[Side], coloured: Sequence[str] | None, resamples: int) -> Subject:
+    by_tokens = [row[0] for row in sides[0].run.sql("select label from labels order by tokens desc, label").fetchall()]
+    if unknown := [label for label in coloured or () if label not in by_tokens]:
+        raise ValueError(
+            f"no document of {sides[0].root} has the label {unknown[0]!r}; it has {', '.join(sorted(by_tokens))}"
+        )
+    if coloured and len(coloured) > page.MAX_COLOURED:
+        raise ValueError(
+            f"--labels takes {page.MAX_COLOURED} at most, as many as there are colours; got {len(coloured)}"
+        )
+    first = list(dict.fromkeys([*(coloured or ()), *by_tokens]))[:MAX_LABELS]
+    routers = _routers(sides[0].run)
+    return Subject(
+        sides=sides, routers=routers, labels=sorted(first), coloured=list(coloured or by_tokens[:FEW]),
+        max_experts=math.isqrt(MAX_CELLS // len(routers)), resamples=resamples,
+    )  # fmt: skip
+
+
+def _routers(run: Run) -> list[Router]:
+    return [(one["stack"], one["layer"]) for one in run.info["layers"]]
+
+
+def _start(subject: Subject, layer: int | None) -> int:
+    if layer is None:
+        return len(subject.routers) // 2
+    layers = [number for _, number in subject.routers]
+    if layer not in layers:
+        raise ValueError(
+            f"layer {layer} is not recorded in this run; it has {', '.join(map(str, sorted(set(layers))))}"
+        )
+    return layers.index(layer)
+
+
+def _warnings(cards: Sequence[card.Card], subject: Subject, labels: int) -> list[dict[str, str]]:
+    found = [
+        {
+            "head": f"{each.name}: incomplete.",
+            "text": f"{each.shards[0]:,} of {each.shards[1]:,} shards are committed; all numbers are of these.",
+        }
+        for each in cards
+        if not each.complete
+    ]
+    if labels > len(subject.labels):
+        text = f"Of {labels} languages the {len(subject.labels)} with the most tokens are shown."
+        found.append(
+            {"head": "Not all are shown.", "text": text + " Divergence over depth and load count all of them."}
+        )
+    return found

@@ -1,0 +1,135 @@
+"""A run in a paragraph and a small table, for the appendix of a paper.
+
+Everything comes from run.json, the plan and the commit records; the labels, which these do not
+hold, from the documents tables.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from collector.look import terminal
+from collector.store.run_directory import RUN, SUCCESS
+from collector.store.totals import Totals
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from collector.data.plan import Plan
+    from collector.store.run_directory import RunDirectory
+
+FEW_LABELS = 8
+"""So many labels are listed with their documents, more are counted."""
+
+
+def summarize(run: RunDirectory) -> tuple[str, bool]:
+    """What a paper says of a run.
+
+    Returns:
+        Markdown, and whether the run is complete.
+
+    Raises:
+        FileNotFoundError: there is no run, or no replica of it has loaded the model yet.
+    """
+    card, plan, totals = read(run)
+    complete = run.read_or_none(SUCCESS) is not None
+    labels = _labels(run)
+    rows = facts(card, plan, totals, labels)
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join([_paragraph(card, plan, totals, labels, complete=complete), "", *table, ""]), complete
+
+
+def read(run: RunDirectory) -> tuple[dict[str, Any], Plan, Totals]:
+    """What run.json says, the plan, and the sums of the commit records.
+
+    Raises:
+        FileNotFoundError: there is no run, or no replica of it has loaded the model yet.
+    """
+    plan, totals = terminal.read_plan(run), Totals.of(run)
+    stored = run.read_or_none(RUN)
+    if stored is None:
+        raise FileNotFoundError(f"{run.root} has no {RUN} yet: no replica has loaded the model")
+    return json.loads(stored), plan, totals
+
+
+def _paragraph(
+    card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[str, int], *, complete: bool
+) -> str:
+    model = card["model"]
+    in_labels = f" in {len(labels)} languages or other labels" if labels else ""
+    cut = plan.config["max_length"]
+    sentences = [
+        f"We recorded the routing decisions of {model['id']} ({model['weights']} weights, {_held(card)}) for "
+        f"{totals.tokens:,} tokens of {totals.documents:,} documents{in_labels}: {terminal.routers(card['layers'])}, "
+        f"{totals.rows:,} rows in all.",
+        f"Documents longer than {cut} tokens were cut there ({totals.truncated:,} of them); "
+        f"{totals.skipped.total():,} rows were skipped{_reasons(totals)}.",
+        f"The run took {totals.replica_hours:.2f} replica-hours on {_hardware(card, plan, totals)}.",
+    ]
+    if not complete:
+        done = f"{len(totals.committed):,} of {len(plan.shards):,}"
+        sentences.append(f"The run is incomplete: {done} shards are committed.")
+    return " ".join(sentences)
+
+
+def facts(card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The run's card: names and values, in words.
+
+    Args:
+        card: what run.json says.
+        plan: of the run.
+        totals: of its commit records.
+        labels: label -> documents.
+    """
+    model, versions = card["model"], card["versions"]
+    rows = [
+        ("model", model["id"]),
+        ("revision", model["revision"] or "–"),
+        ("weights", f"{model['weights']}, fingerprint {model['fingerprint']}"),
+        ("quantization", _held(card)),
+        ("routers", terminal.routers(card["layers"])),
+        ("documents", f"{totals.documents:,}"),
+        ("tokens", f"{totals.tokens:,}"),
+        ("labels", _counts(labels)),
+        ("maximum length", f"{plan.config['max_length']} tokens, {totals.truncated:,} documents truncated"),
+        ("skipped rows", f"{totals.skipped.total():,}{_reasons(totals)}"),
+        ("replica-hours", f"{totals.replica_hours:.2f}, padding efficiency {totals.padding_efficiency:.3f}"),
+        ("hardware", _hardware(card, plan, totals)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("plan", f"{plan.hash} ({len(plan.shards):,} shards)"),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _held(card: Mapping[str, Any]) -> str:
+    return card["memory"]["summary"]
+
+
+def _reasons(totals: Totals) -> str:
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(totals.skipped.items()))
+    return f" ({reasons})" if reasons else ""
+
+
+def _hardware(card: Mapping[str, Any], plan: Plan, totals: Totals) -> str:
+    hardware = card.get("hardware") or {}
+    nodes = f"{len(totals.nodes)} node{'s' if len(totals.nodes) != 1 else ''}"
+    if plan.config["device"] == "cpu":
+        return f"the CPUs of {nodes}"
+    kinds = "/".join(hardware.get("accelerators", ())) or "CUDA"
+    each = hardware.get("gpus_per_replica")
+    return f"{kinds} GPUs of {nodes}" + (f", {each:g} per replica" if each else "")
+
+
+def _counts(labels: Mapping[str, int]) -> str:
+    if len(labels) > FEW_LABELS:
+        return f"{len(labels)}"
+    return ", ".join(f"{label} {count:,}" for label, count in labels.items())
+
+
+def _labels(run: RunDirectory) -> dict[str, int]:
+    """Label -> documents."""
+    from collector.query.warehouse import open_run
+
+    found = open_run(run.root).sql("select coalesce(label, '–'), count(*) from documents group by 1 order by 1")
+    return dict(found.fetchall())

@@ -1,0 +1,140 @@
+"""One document of a run, token by token, as the query `token_trace` tells it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from collector.look.trace import pieces
+
+if TYPE_CHECKING:
+    from collector.query.warehouse import Run
+
+_COLUMNS = (
+    "document", "label", "stack", "layer", "position", "token_id", "token", "is_special", "experts", "weights",
+    "expert", "router_entropy", "dropped_picks",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Token:
+    """A token of the document."""
+
+    position: int
+    """Its place in the document, from 0, special tokens counted."""
+    piece: str
+    """The vocabulary's spelling, made visible."""
+    text: str
+    """What it adds to the text, see `pieces.read_on`, made visible."""
+    is_special: bool
+    """Whether the tokenizer added it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a router decided about a token."""
+
+    expert: int
+    """The one with the highest weight."""
+    experts: tuple[int, ...]
+    """The k chosen, in the model's own order."""
+    weights: tuple[float, ...]
+    """Of these experts, as the model applied them."""
+    entropy: float
+    """Of the router's distribution over all experts, in nats."""
+    dropped: int
+    """How many of the k a capacity limit kept from their expert."""
+
+    @property
+    def weight(self) -> float:
+        """Of `expert`."""
+        return self.weights[self.experts.index(self.expert)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Router:
+    """A router and what it decided about each token that it saw."""
+
+    stack: str
+    layer: int
+    """The model's own number."""
+    n_experts: int
+    """E, experts to choose from."""
+    tokens: tuple[Token, ...]
+    decisions: tuple[Decision, ...]
+    """Of these tokens."""
+
+    @property
+    def token_stack(self) -> str:
+        """`encoder` or `decoder`: whose tokens these are."""
+        return self.stack.partition(".")[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The routing of one document."""
+
+    document: str
+    """Its id."""
+    label: str
+    routers: tuple[Router, ...]
+
+    @property
+    def several_stacks(self) -> bool:
+        """Whether a layer's number alone does not name a router."""
+        return len({router.stack for router in self.routers}) > 1
+
+    def name(self, router: Router) -> str:
+        """How a reader knows a router: `layer 3`, or `encoder layer 3` where there are several stacks."""
+        return f"{router.stack} layer {router.layer}" if self.several_stacks else f"layer {router.layer}"
+
+
+def read(run: Run, **params: object) -> Trace:
+    """Reads a document, special tokens included.
+
+    Args:
+        run: the run.
+        **params: of `token_trace`, which say the document and the routers.
+
+    Raises:
+        ValueError: the run has no such router or label, or the parameters leave no token.
+    """
+    relation = run.query("token_trace", **{"include_special": True, **params}).project(", ".join(_COLUMNS))
+    rows = [dict(zip(_COLUMNS, row, strict=True)) for row in relation.fetchall()]
+    if not rows:
+        raise ValueError(f"no token to trace{' with ' + str(params) if params else ''}")
+    sizes = {(one["stack"], one["layer"]): one["n_experts"] for one in run.info["layers"]}
+    rows.sort(key=lambda row: (row["stack"], row["layer"], row["position"]))
+    routers = tuple(
+        _router(*key, sizes[key], list(own))
+        for key, own in itertools.groupby(rows, key=lambda row: (row["stack"], row["layer"]))
+    )
+    return Trace(document=rows[0]["document"], label=rows[0]["label"], routers=routers)
+
+
+def _router(stack: str, layer: int, n_experts: int, rows: list[dict[str, Any]]) -> Router:
+    return Router(
+        stack=stack,
+        layer=layer,
+        n_experts=n_experts,
+        tokens=tuple(
+            Token(
+                position=row["position"],
+                piece=pieces.visible(row["token"], row["token_id"]),
+                text=pieces.visible(added, row["token_id"]),
+                is_special=row["is_special"],
+            )
+            for row, added in zip(rows, pieces.read_on(row["token"] for row in rows), strict=True)
+        ),
+        decisions=tuple(
+            Decision(
+                expert=row["expert"],
+                experts=tuple(row["experts"]),
+                weights=tuple(row["weights"]),
+                entropy=row["router_entropy"],
+                dropped=row["dropped_picks"],
+            )
+            for row in rows
+        ),
+    )

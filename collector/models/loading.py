@@ -1,0 +1,332 @@
+"""Tokenizer and model: pretrained or random weights, quantized or not, on one device, without a head.
+
+The model is the base model (`AutoModel`): routing needs no language-model head. What cannot work is
+refused before anything is downloaded or allocated, by an empty model of the same architecture: a
+dense model, a tokenizer that does not fit, too little memory. Random weights are drawn under a seed
+on the host straight in the target dtype, so every replica of a run holds the same ones, whatever
+its device. `fingerprint` tells whether two replicas do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from collector.config import DEMO, ModelConfig, Spread
+from collector.models import arithmetic, checkpoints, footprint, quantization
+from collector.models.routers import find_routers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
+"""The folder of the embedded checkpoint."""
+
+_FINGERPRINT_SAMPLES = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """What a replica runs."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    device: torch.device
+    """Where inputs go."""
+    compute_dtype: torch.dtype
+    """In which matrices are multiplied."""
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id: padding is masked, and no record shows it."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+
+def load(config: ModelConfig, device: str, spread: Spread | None = None) -> LoadedModel:
+    """Loads tokenizer and model, ready to run.
+
+    Args:
+        config: which model, in which precision.
+        device: `cpu` or `cuda`.
+        spread: over which devices the weights go if one does not hold them (default: one device).
+
+    Raises:
+        ValueError: the repository is missing or gated, the checkpoint does not fit the architecture,
+            tokenizer and model do not fit together, the model has no router, there is not enough
+            memory for it, or the quantization would leave its experts as they are.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # what counts of its reports is checked here
+        logging.set_verbosity_error()
+    location = _location(config)
+    with _telling_remedy(config):
+        architecture = AutoConfig.from_pretrained(location, revision=config.revision)
+    tokenizer = load_tokenizer(config)
+    # An index makes `cuda` the one GPU that Ray gave this process.
+    target = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    stored = _own_quantization(architecture)
+    if stored is not None and config.weights == "random":
+        del architecture.quantization_config
+        stored = None
+    dtype = architecture.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    empty = _empty(architecture, dtype or torch.float32)
+    _check_vocabulary(empty, tokenizer)
+    find_routers(empty)
+    if spread is not None and spread.offload != "none" and (stored is not None or config.quantization != "none"):
+        raise ValueError("--offload moves plain weights only: leave out --quantization, or use --gpus-per-replica")
+    if dtype is None:
+        read = config.weights == "pretrained"
+        dtype = checkpoints.stored_dtype(checkpoints.lazy_tensors(_files(config))) if read else torch.float32
+    if stored is None:  # what a quantized checkpoint takes is for its own quantizer to say
+        footprint.require_room(config, empty, dtype, target, spread)
+    method = _method(config, stored, empty)
+    if config.weights == "random":
+        model = _random(config, architecture, dtype, method, target, spread)
+    else:
+        model = _pretrained(config, type(empty), architecture, dtype, method, target, spread)
+    if config.quantization in ("nf4", "fp4"):  # what a checkpoint quantized in part left
+        quantization.quantize_model(model, config.quantization, double=config.double_quantization)
+    _check_experts(config, model)
+    compute = arithmetic.resolve(config.compute_dtype, dtype, target)
+    arithmetic.apply(model, dtype, compute, target)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, device=target, compute_dtype=compute)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer; ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    with _telling_remedy(config):
+        return AutoTokenizer.from_pretrained(_location(config), revision=config.revision)
+
+
+# -- weights -----------------------------------------------------------------------------------------
+
+
+def _location(config: ModelConfig) -> str:
+    return str(DEMO_MODEL) if config.model == DEMO else config.model
+
+
+@contextlib.contextmanager
+def _telling_remedy(config: ModelConfig) -> Iterator[None]:
+    """Transformers answers a missing, gated or unreachable repository with an OSError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load --model {config.model!r}: {error}\nCheck the id or path, and for a gated repository "
+            "accept its terms and set HF_TOKEN."
+        ) from error
+
+
+def _files(config: ModelConfig) -> list[str]:
+    with _telling_remedy(config):
+        return checkpoints.weight_files(_location(config), config.revision)
+
+
+def _empty(architecture: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights: every shape, no memory."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(architecture, dtype=dtype)
+
+
+def _random(
+    config: ModelConfig, architecture: Any, dtype: torch.dtype, method: Any, device: torch.device, spread: Spread | None
+) -> PreTrainedModel:
+    """The model's own initialisation, drawn on the host: the same numbers for every device.
+
+    Raises:
+        ValueError: quantized weights are to be spread, which only a checkpoint's can be.
+    """
+    from accelerate import dispatch_model, infer_auto_device_map
+    from transformers import AutoModel
+
+    if spread is not None and method is not None:
+        raise ValueError("--weights random with --quantization fits one device only: leave one of them out")
+    torch.manual_seed(config.seed)
+    model = AutoModel.from_config(architecture, dtype=dtype)
+    if method is not None:
+        return _fill(type(model), architecture, dtype, method, device, model.state_dict())[0]
+    if spread is None:
+        return model.to(device)
+    places = infer_auto_device_map(
+        model, max_memory=footprint.room(device, spread), no_split_module_classes=list(model._no_split_modules or ())
+    )
+    folder = footprint.offload_folder() if "disk" in places.values() else None
+    return dispatch_model(model, places, offload_dir=folder)
+
+
+def _pretrained(
+    config: ModelConfig, kind: type[PreTrainedModel], architecture: Any, dtype: torch.dtype, method: Any,
+    device: torch.device, spread: Spread | None,
+) -> PreTrainedModel:  # fmt: skip
+    if spread is not None:
+        model, info = _spread_out(config, kind, dtype, method, device, spread)
+    else:
+        tensors = checkpoints.lazy_tensors(_files(config))
+        model, info = _fill(kind, architecture, dtype, method, device, tensors)
+    checkpoints.require_complete(config.model, info)
+    return model
+
+
+def _fill(
+    kind: type[PreTrainedModel], architecture: Any, dtype: torch.dtype, method: Any, device: torch.device,
+    tensors: dict[str, Any],
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
+    """Loads tensors one by one to the device, each quantized before the next is read."""
+    build: Any = kind.from_pretrained
+    with checkpoints.sparing_memory():
+        return build(
+            None, config=architecture, state_dict=tensors, dtype=dtype, quantization_config=method,
+            device_map={"": str(device)}, output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+
+
+def _spread_out(
+    config: ModelConfig, kind: type[PreTrainedModel], dtype: torch.dtype, method: Any, device: torch.device,
+    spread: Spread,
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
+    """Loads over several GPUs, host memory and disk, as accelerate finds room.
+
+    Raises:
+        ValueError: accelerate needs the disk, which was not asked for.
+    """
+    room = footprint.room(device, spread)
+    build: Any = kind.from_pretrained
+    with checkpoints.sparing_memory(), _telling_remedy(config):
+        model, info = build(
+            _location(config), revision=config.revision, dtype=dtype, quantization_config=method, device_map="auto",
+            max_memory=room, offload_folder=spread.folder or footprint.offload_folder(), output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    if "disk" in getattr(model, "hf_device_map", {}).values() and spread.offload != "disk":
+        raise ValueError(
+            f"--model {config.model} does not fit into {footprint.told(room)}: use --offload disk, or more devices"
+        )
+    return model, info
+
+
+# -- quantization ------------------------------------------------------------------------------------
+
+
+def _own_quantization(architecture: Any) -> Any:
+    """What a checkpoint says of its own quantization, bitsandbytes' 4 bits in our terms.
+
+    The usual recipe leaves fused experts out; ours reads what it wrote and can quantize the rest.
+    """
+    found = getattr(architecture, "quantization_config", None)
+    if found is None:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    if values.get("load_in_4bit") or values.get("_load_in_4bit"):
+        kind, double = values.get("bnb_4bit_quant_type", "fp4"), values.get("bnb_4bit_use_double_quant", False)
+        architecture.quantization_config = quantization.FourBitConfig(kind, double=double).to_dict()
+    return architecture.quantization_config
+
+
+def _method(config: ModelConfig, stored: Any, empty: PreTrainedModel) -> Any:
+    """The quantization_config that transformers gets; None if the checkpoint brings its own, or none is wanted."""
+    if stored is not None or config.quantization == "none":
+        return None
+    if config.quantization == "int8-linear":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[r.name for r in find_routers(empty)])
+    return quantization.FourBitConfig(config.quantization, double=config.double_quantization)
+
+
+def _check_experts(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Refuses a quantized model whose experts, its largest part, are not quantized."""
+    quantized = config.quantization != "none" or getattr(model, "is_quantized", False)
+    if not quantized or config.quantization == "int8-linear" or config.unquantized_experts:
+        return
+    left = quantization.unquantized_experts(model)
+    held = quantization.treatments(model)
+    plain = sum(part.parameters for how, part in held.items() if "float" in how)
+    body = sum(part.parameters for part in held.values()) - _embedded(model)
+    if left or plain - _embedded(model) > body / 2:
+        raise ValueError(
+            f"{len(left)} experts' tensors of --model {config.model}, and {footprint.count(plain)} parameters in all, "
+            f"are not quantized ({', '.join(left[:2]) or 'their layers are of a kind that has no 4-bit form'} …): use "
+            "--quantization nf4 where the checkpoint left them out, or accept it with --unquantized-experts"
+        )
+
+
+def _embedded(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.numel()
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries but the model embeds only {rows}: "
+            "it belongs to another model, or tokens were added without resizing the embedding"
+        )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over names, shapes, dtypes and 256 evenly spaced values of every parameter and buffer.
+
+    Tells replicas and runs with different weights apart without reading every byte; two models that
+    differ only between the sampled values are taken for the same.
+    """
+    from accelerate.utils import align_module_device
+
+    prints = {name: _print(tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    for path, module in model.named_modules() if hasattr(model, "hf_device_map") else ():
+        with align_module_device(module, "cpu"):  # fetches what lies on the disk
+            own = module.state_dict(prefix=f"{path}." if path else "")
+            prints |= {
+                name: _print(tensor) for name, tensor in own.items() if name not in prints and not tensor.is_meta
+            }
+    return hashlib.sha256("".join(f"{name} {prints[name]}\n" for name in sorted(prints)).encode()).hexdigest()
+
+
+def _print(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
+    sample = flat[::step][:_FINGERPRINT_SAMPLES].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(sample).hexdigest()}"
+
+
+def readable_vocabulary(tokenizer: Any) -> list[tuple[int, str, bool]]:
+    """(token id, readable text, is special) of every entry, by id.
+
+    Byte-level pieces are decoded; a piece that is no whole UTF-8 sequence shows its bytes as
+    `<E3><81>`.
+    """
+    special = set(tokenizer.all_special_ids)
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    return [(i, names[i] if i in special else _readable(tokenizer, names[i]), i in special) for i in sorted(names)]
+
+
+def _readable(tokenizer: Any, token: str) -> str:
+    text = tokenizer.convert_tokens_to_string([token])
+    if "\ufffd" not in text:
+        # Some decoders swallow the space that opens a word.
+        return " " + text if token[0] in "▁Ġ" and not text.startswith(" ") else text
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    if all(character in byte_of for character in token):
+        return "".join(f"<{byte_of[character]:02X}>" for character in token)
+    return token

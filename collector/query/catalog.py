@@ -1,0 +1,233 @@
+"""The queries of `queries/`: what their headers say, and values for their parameters.
+
+A query is one SQL file with one select; those that compare two runs are in `queries/compare/`, and the views of the
+second run are in a schema of their own there, `other`. Its header, the leading comments, tells the question, the
+formula with its denominators, the source, what a row is, the views it reads, parameters for an example, and its
+parameters:
+
+    -- Params:
+    --   m integer >= 1 = null: size of the sets (default: the layer's k)
+
+Guarantees: a query binds exactly the parameters that its statement uses, each with a value of the
+declared type. Which labels and layers there are is a run's business (`warehouse`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+Value = int | float | bool | str | list[str] | None
+OTHER = "other"
+"""The schema that has the views of the second run, in queries of two."""
+
+_PARAM = re.compile(r"(?P<name>\w+) (?P<type>\S+?)(?: >= (?P<minimum>-?\d+))? = (?P<default>[^:]*): (?P<help>.*)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Param:
+    """A parameter that a query declares."""
+
+    name: str
+    type: str
+    """integer, double, boolean, varchar or varchar[]."""
+    default: Value
+    """None: the query's own default, as `help` says."""
+    help: str
+    minimum: int | None = None
+    """Smallest value allowed."""
+
+    def parse(self, value: object) -> Value:
+        """The value to bind.
+
+        Args:
+            value: of the declared type, or its text: a list separated by commas; `all` or nothing
+                for null.
+
+        Raises:
+            ValueError: not a value of the declared type, below the minimum, or null where the
+                parameter has no such meaning.
+        """
+        try:
+            parsed = _PARSERS[self.type](value.strip() if isinstance(value, str) else value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.name} takes {self.type}, got {value!r}") from error
+        if parsed is None and self.default is not None:
+            raise ValueError(f"{self.name} takes one {self.type} value, got {value!r}")
+        if self.minimum is not None and isinstance(parsed, int) and parsed < self.minimum:
+            raise ValueError(f"{self.name} must be at least {self.minimum}, got {value!r}")
+        return parsed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Query:
+    """One file of `queries/`: what its header says, and its statement."""
+
+    name: str
+    question: str
+    formula: str
+    source: str
+    grain: str
+    """What a row is, and its keys."""
+    reads: tuple[str, ...]
+    """Views that the statement reads."""
+    example: str
+    """Parameters, as a command line gives them, of a question to the demo run."""
+    params: tuple[Param, ...]
+    sql: str
+    of_two_runs: bool
+    """Whether it compares two runs."""
+
+    def keys(self, columns: Sequence[str]) -> list[str]:
+        """The columns that tell its rows apart, out of all columns: those that the grain begins with."""
+        named = re.findall(r"(?<!\$)\b\w+", re.split(r"[;.]", self.grain)[0])
+        return [column for column in columns if column in named]
+
+    def bind(self, given: Mapping[str, object]) -> dict[str, Value]:
+        """Values for all parameters: what is given, else the defaults.
+
+        Raises:
+            ValueError: unknown parameter or bad value.
+        """
+        declared = {param.name: param for param in self.params}
+        if unknown := sorted(set(given) - set(declared)):
+            raise ValueError(f"{self.name} has no parameter {unknown[0]!r}; it takes {', '.join(declared) or 'none'}")
+        return {name: p.parse(given[name]) if name in given else p.default for name, p in declared.items()}
+
+
+def list_queries() -> list[Query]:
+    """All queries of one run, by name."""
+    return [_read_query(path) for path in sorted(query_folder().glob("*.sql"))]
+
+
+def list_comparisons() -> list[Query]:
+    """All queries of two runs, by name."""
+    return [_read_query(path) for path in sorted(comparison_folder().glob("*.sql"))]
+
+
+def find_query(name: str) -> Query:
+    """The query of this name.
+
+    Raises:
+        ValueError: there is none; names what comes closest, or all.
+    """
+    paths = {path.stem: path for folder in (query_folder(), comparison_folder()) for path in folder.glob("*.sql")}
+    if name in paths:
+        return _read_query(paths[name])
+    close = difflib.get_close_matches(name, sorted(paths), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(paths))}"
+    raise ValueError(f"no query {name!r}; {hint}")
+
+
+def query_folder() -> Path:
+    """Where the SQL files are: `queries/` of an installed package, else of a checkout."""
+    installed = Path(__file__).parents[1] / "queries"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "queries"
+
+
+def comparison_folder() -> Path:
+    """Where the queries of two runs are."""
+    return query_folder() / "compare"
+
+
+def read_header(sql: str) -> dict[str, str]:
+    """Key -> text of the leading `-- Key: …` comments; continuation lines are indented."""
+    fields: dict[str, list[str]] = {}
+    key = ""
+    for line in sql.splitlines():
+        if not line.startswith("--"):
+            break
+        if match := re.match(r"-- (\w+): ?(.*)", line):
+            key = match[1].lower()
+            fields[key] = [match[2]] if match[2] else []
+        else:
+            fields[key].append(line.removeprefix("--").strip())
+    return {key: "\n".join(lines) for key, lines in fields.items()}
+
+
+def _read_query(path: Path) -> Query:
+    sql = path.read_text(encoding="utf-8")
+    header = read_header(sql)
+    params = tuple(_read_params(header.pop("params", "")))
+    query = Query(
+        name=path.stem, sql=sql, params=params, reads=split_names(header.pop("reads")),
+        of_two_runs=path.parent == comparison_folder(),
+        **{key: header[key] for key in ("question", "formula", "source", "grain", "example")},
+    )  # fmt: skip
+    used = duckdb.extract_statements(sql)[0].named_parameters
+    # An undeclared parameter could take its value from elsewhere in the session.
+    if used != {param.name for param in params}:
+        raise ValueError(
+            f"{path}: the header declares other parameters than the statement uses: {', '.join(sorted(used))}"
+        )
+    return query
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _read_params(text: str) -> Iterator[Param]:
+    """Parameters from lines `name type [>= minimum] = default: help`; other lines continue the help."""
+    joined: list[str] = []
+    for line in text.splitlines():
+        if _PARAM.fullmatch(line):
+            joined.append(line)
+        else:
+            joined[-1] += " " + line
+    for match in filter(None, map(_PARAM.fullmatch, joined)):
+        minimum = int(match["minimum"]) if match["minimum"] else None
+        default = None if match["default"] == "null" else _PARSERS[match["type"]](match["default"])
+        yield Param(name=match["name"], type=match["type"], default=default, help=match["help"], minimum=minimum)
+
+
+def _is_null(value: object) -> bool:
+    return value is None or value in ("", "all")
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise TypeError
+    return None if _is_null(value) else int(value)
+
+
+def _double(value: Any) -> float | None:
+    return None if _is_null(value) else float(value)
+
+
+def _boolean(value: Any) -> bool | None:
+    if _is_null(value):
+        return None
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower())
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _varchar(value: Any) -> str | None:
+    if not _is_null(value) and not isinstance(value, str):
+        raise TypeError
+    return None if _is_null(value) else value
+
+
+def _varchar_list(value: Any) -> list[str] | None:
+    if isinstance(value, str):
+        value = None if _is_null(value) else [item.strip() for item in value.split(",") if item.strip()]
+    if value is not None and not all(isinstance(item, str) for item in value):
+        raise TypeError
+    return list(value) if value else None
+
+
+_PARSERS: dict[str, Callable[[Any], Value]] = {
+    "integer": _integer, "double": _double, "boolean": _boolean, "varchar": _varchar, "varchar[]": _varchar_list,
+}  # fmt: skip

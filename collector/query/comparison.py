@@ -1,0 +1,144 @@
+"""Two runs of the same tokens, side by side in one DuckDB.
+
+    pair = open_runs("runs/demo", "runs/demo-random")
+    pair.query("router_saturation", layer=4).df()
+    pair.query("domain_specialization", layer=4).df()  # of each run, with the difference
+
+The views of the first run have their bare names, those of the second are in the schema `other`, and the views of
+`queries/compare/views/` find each document and token of the one in the other, whatever the shards. Queries of
+`queries/compare/` read both; any other query runs over each, and rows with the same keys become one.
+
+Guarantees: what does not agree is not compared. Before a query runs, `agreement` has compared vocabulary, documents,
+labels, tokens and routers of what the query reads, and a difference is an error that names it. The DuckDB is locked
+as that of a single run is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from collector.query import locked_duckdb
+from collector.query.agreement import compare_routers, compare_texts, uncomparable
+from collector.query.catalog import OTHER, Query, comparison_folder, find_query, list_comparisons, list_queries
+from collector.query.groupings import LABEL, find_grouping, in_order, read_views
+from collector.query.views import locate
+from collector.query.warehouse import opened
+from collector.store.remote_files import OtherRunFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import duckdb
+
+    from collector.query.warehouse import Run
+
+__all__ = ["Comparison", "list_comparisons", "list_queries", "open_runs"]
+
+_EXPERTS = ("expert", "other_expert", "next_expert")
+"""Keys of rows that are an expert's number."""
+
+
+class Comparison:
+    """Two opened runs, and the questions about both."""
+
+    def __init__(self, run: Run, other: Run, names: tuple[str, str]) -> None:
+        self.run = run
+        """The first run."""
+        self.other = other
+        """The second; `connection` is the same, and its views are in the schema `other`."""
+        self.names = names
+        """How messages call the two."""
+        self._differences: dict[tuple[str, ...] | None, list[str]] = {}
+
+    def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
+        """Asks a question about both runs.
+
+        Args:
+            name: of a query. One that compares two runs is run as it is. Of any other the rows of both runs: those
+                with the same keys in one row, the columns of the second as `…_beside`, and `difference`, the second's
+                value less the first's.
+            **params: values, or their text as a command line gives it.
+
+        Returns:
+            The rows, ordered.
+
+        Raises:
+            ValueError: the runs differ in what must agree; unknown query or parameter, a bad value, or a stack, layer
+                or label that a run does not have.
+        """
+        query = find_query(name)
+        values = self.run.bind(query, params)
+        self._require_agreement(query, values)
+        if query.of_two_runs:
+            return self.run.cursor().sql(query.sql, params=values)
+        return self._beside(query, params)
+
+    def unchecked(self) -> tuple[str, ...]:
+        """What cannot be compared of the two runs' texts, and why, in words; nothing if all can be."""
+        return uncomparable(self.run, self.other, self.names)
+
+    def _text_differences(self, labels: Sequence[str] | None) -> list[str]:
+        key = None if labels is None else tuple(labels)
+        if key not in self._differences:
+            self._differences[key] = compare_texts(self.run, self.other, self.names, labels)
+        return self._differences[key]
+
+    def _require_agreement(self, query: Query, values: Mapping[str, Any]) -> None:
+        """Refuses runs that differ in what the query reads."""
+        grouping = find_grouping(self.run.by)
+        # Labels that are groups of tokens leave no document out.
+        labels = None if grouping is not None and grouping.of == "token" else values.get("labels")
+        differences = [*self._text_differences(labels)]
+        if "stack" in values:
+            # An expert's number means something only among as many experts.
+            geometry = query.of_two_runs or bool(query.keys(_EXPERTS))
+            differences += compare_routers(
+                self.run, self.other, self.names, stack=values["stack"], layer=values["layer"], geometry=geometry
+            )
+        if differences:
+            raise ValueError(f"{' and '.join(self.names)} cannot be compared: {'; '.join(differences)}")
+
+    def _beside(self, query: Query, params: Mapping[str, object]) -> duckdb.DuckDBPyRelation:
+        cursor = self.run.cursor()
+        rows = [run.query(query.name, **params) for run in (self.run, self.other)]
+        columns = rows[0].columns
+        for name, relation in zip(("ours", "theirs"), rows, strict=True):
+            cursor.register(name, relation.to_arrow_table())
+        keys = query.keys(columns)
+        same = " and ".join(f"ours.{key} is not distinct from theirs.{key}" for key in keys)
+        selected = [f"coalesce(ours.{key}, theirs.{key}) as {key}" for key in keys]
+        for column in (column for column in columns if column not in keys):
+            selected += [f"ours.{column}", f"theirs.{column} as {column}_beside"]
+            if column == "value":
+                selected.append("theirs.value - ours.value as difference")
+        places = ", ".join(str(place) for place in range(1, len(keys) + 1))
+        return cursor.sql(f"select {', '.join(selected)} from ours full join theirs on {same} order by {places}")
+
+
+def open_runs(
+    root: str | os.PathLike[str], other: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True
+) -> Comparison:
+    """Opens two runs side by side; each local or on an object store.
+
+    Args:
+        root: the first run's directory: a path, or the URL that it was collected to.
+        other: the second's.
+        by: what `label` means in all views and queries, see `open_run`.
+        rollup: whether to read counts from the runs' rollups, see `open_run`.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        StoreError: an object store refuses or does not answer.
+        ValueError: what `open_run` refuses.
+    """
+    first = locate(root, by=by, rollup=rollup)
+    second = locate(other, by=by, rollup=rollup, schema=OTHER, files_of=OtherRunFiles)
+    connection = locked_duckdb.connect(first.paths | second.paths, (*first.mounts, *second.mounts))
+    connection.execute(f"create schema {OTHER};\n{first.script}\n{second.script}\n{_aligning_views()}")
+    return Comparison(opened(first, connection), opened(second, connection), (os.fspath(root), os.fspath(other)))
+
+
+def _aligning_views() -> str:
+    views = in_order(read_views(comparison_folder() / "views"))
+    return "\n".join(f"create view {name} as\n{select};" for name, select in views.items())

@@ -1,0 +1,124 @@
+"""What each router did with each document, as arrays: what every resampling of documents works on.
+
+Read from the view `document_counts`, and so from the run's rollup where there is a current one. Guarantees: one
+router is in memory at a time; documents come in the order of the run, only those with tokens to count. What becomes of
+the numbers is the caller's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from collector.query.rollup import files as rollups
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from collector.query.warehouse import Run
+
+STATISTICS = (*rollups.STATISTICS, "dropped_picks", "dropped_tokens")
+"""What the views `document_counts` and `label_statistics` sum up over tokens, besides the tokens themselves."""
+_ROWS = f"""
+select shard, doc, label, tokens, {", ".join(STATISTICS)}, experts, picks, top1, weight_sums
+from document_counts
+where stack = $stack and layer = $layer
+    and ($labels is null or list_contains($labels, label))
+    and ($include_special or not is_special)
+order by shard, doc, label, is_special
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DocumentCounts:
+    """Counts of one router for a run's documents; D documents that have tokens there, E experts, M `STATISTICS`.
+
+    Where labels are groups of tokens (`by="position"` for example), a document has a row for each group of its
+    tokens: rows of the same `shard_D` and `doc_D` belong together.
+    """
+
+    stack: str
+    layer: int
+    n_experts: int
+    """E."""
+    top_k: int
+    labels: tuple[str, ...]
+    """The names of labels, sorted."""
+    label_D: NDArray[np.int64]
+    """Index into `labels`."""
+    shard_D: NDArray[np.int64]
+    doc_D: NDArray[np.int64]
+    """The document's place in its shard."""
+    tokens_D: NDArray[np.int64]
+    statistics_DM: NDArray[np.float64]
+    """Sums over the document's tokens, in the order of `STATISTICS`."""
+    picks_DE: NDArray[np.uint32]
+    """Times each expert was chosen, dropped or not; a row sums to k times its tokens."""
+    top1_DE: NDArray[np.uint32]
+    """Tokens whose highest-weight expert it is; a row sums to its tokens."""
+    weight_sum_DE: NDArray[np.float32]
+    """Sum of the weights that the model applied."""
+
+
+def document_counts(
+    run: Run,
+    *,
+    stack: str | None = None,
+    layer: int | None = None,
+    labels: Sequence[str] | None = None,
+    include_special: bool = False,
+) -> Iterator[DocumentCounts]:
+    """Counts of a run's documents, router by router; without routers that have no token to count.
+
+    Args:
+        run: the run.
+        stack: only the routers of this stack.
+        layer: only this layer, by the model's own number.
+        labels: only documents with these labels.
+        include_special: also count the tokens that the tokenizer added itself.
+
+    Raises:
+        ValueError: a stack, layer or label that the run does not have.
+    """
+    chosen = None if labels is None else list(labels)
+    run.check(stack=stack, layer=layer, labels=chosen)
+    for router in run.info["layers"]:
+        if stack in (None, router["stack"]) and layer in (None, router["layer"]):
+            where = {"stack": router["stack"], "layer": router["layer"]}
+            params = {**where, "labels": chosen, "include_special": include_special}
+            rows = run.connection.cursor().sql(_ROWS, params=params).to_arrow_table()
+            if rows.num_rows:
+                yield _dense(rows, n_experts=router["n_experts"], top_k=router["top_k"], **where)
+
+
+def _dense(rows: pa.Table, *, stack: str, layer: int, n_experts: int, top_k: int) -> DocumentCounts:
+    """Rows in the order of documents -> arrays over all experts; a document's special tokens are a row beside it."""
+    shard, doc = rows["shard"].to_numpy().astype(np.int64), rows["doc"].to_numpy().astype(np.int64)
+    names, label = np.unique(rows["label"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+    keys = np.stack([shard, doc, label], axis=1)
+    opens = np.append(True, (keys[1:] != keys[:-1]).any(axis=1))
+    document = np.cumsum(opens) - 1
+    lists = {name: rows[name].combine_chunks() for name in ("experts", "picks", "top1", "weight_sums")}
+    lengths = lists["experts"].value_lengths().to_numpy()
+    cells = np.repeat(document, lengths) * n_experts + lists["experts"].flatten().to_numpy()
+
+    def summed(name: str) -> NDArray[np.float64]:
+        return np.add.reduceat(rows[name].to_numpy(), np.flatnonzero(opens), dtype=np.float64)
+
+    def spread(name: str, dtype: type[np.uint32 | np.float32]) -> NDArray:
+        counts = np.zeros(int(opens.sum()) * n_experts, dtype)
+        np.add.at(counts, cells, lists[name].flatten().to_numpy())
+        return counts.reshape(-1, n_experts)
+
+    return DocumentCounts(
+        stack=stack, layer=layer, n_experts=n_experts, top_k=top_k,
+        labels=tuple(names.tolist()), label_D=label[opens].astype(np.int64), shard_D=shard[opens], doc_D=doc[opens],
+        tokens_D=summed("tokens").astype(np.int64), statistics_DM=np.stack([*map(summed, STATISTICS)], axis=1),
+        picks_DE=spread("picks", np.uint32), top1_DE=spread("top1", np.uint32),
+        weight_sum_DE=spread("weight_sums", np.float32),
+    )  # fmt: skip

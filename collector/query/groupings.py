@@ -1,0 +1,99 @@
+"""What `label` can mean in every query: the recorded label, or a group of documents or tokens.
+
+A grouping is one SQL file of `queries/groupings/`: a select that gives the group of each document (shard, doc, label)
+or of each token (shard, tok, label). Its header says which (`Groups:`), and which relations it can do nothing
+without (`Needs:`). Opened by a grouping, a run has other views in place of some: those of
+`queries/views/by_document/` or `by_token/`, in which the base relation of that name is called `recorded_…`. Where
+there is a rollup, those of `rollup/` and `label_rollup/` take the place of views that would count again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import graphlib
+from typing import TYPE_CHECKING
+
+from collector.query.catalog import query_folder, read_header, split_names
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+LABEL = "label"
+"""No grouping: the label as it was recorded."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """One file of `queries/groupings/`."""
+
+    name: str
+    question: str
+    of: str
+    """`document` or `token`: what it groups."""
+    needs: tuple[str, ...]
+    """Base relations without which it has no meaning."""
+    sql: str
+
+
+def find_grouping(name: str) -> Grouping | None:
+    """The grouping of this name, None for the recorded label.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    if name == LABEL:
+        return None
+    path = _folder() / f"{name}.sql"
+    names = [LABEL, *sorted(path.stem for path in _folder().glob("*.sql"))]
+    if name not in names:
+        raise ValueError(f"no grouping {name!r}; runs are grouped by {', '.join(names)}")
+    sql = path.read_text(encoding="utf-8").strip()
+    header = read_header(sql)
+    return Grouping(
+        name=name, question=header["question"], of=header["groups"].removesuffix("s"),
+        needs=split_names(header["needs"]) if "needs" in header else (), sql=sql,
+    )  # fmt: skip
+
+
+def derived_views(grouping: Grouping | None, *, rollup: bool) -> dict[str, str]:
+    """Name -> select of the views over the base relations, each after those that it reads.
+
+    Args:
+        grouping: what `label` means.
+        rollup: whether the relations `document_rollup` and `label_rollup` are there.
+    """
+    selects: dict[str, str] = {} if grouping is None else {f"{grouping.of}_groups": grouping.sql}
+    for folder in _variants(grouping, rollup=rollup):
+        selects |= read_views(query_folder() / "views" / folder)
+    return in_order(selects)
+
+
+def read_views(folder: Path) -> dict[str, str]:
+    """Name -> select of the files of a folder."""
+    return {path.stem: path.read_text(encoding="utf-8").strip() for path in folder.glob("*.sql")}
+
+
+def in_order(selects: Mapping[str, str]) -> dict[str, str]:
+    """The views, each after those that it reads."""
+    reads = {name: reads_of(select) for name, select in sorted(selects.items())}
+    return {name: selects[name] for name in graphlib.TopologicalSorter(reads).static_order() if name in selects}
+
+
+def reads_of(select: str) -> tuple[str, ...]:
+    """The relations that a view reads, as its header says."""
+    return split_names(read_header(select)["reads"])
+
+
+def _variants(grouping: Grouping | None, *, rollup: bool) -> list[str]:
+    """Folders of views; those of a later one take the place of the earlier ones' of the same name."""
+    folders = [""] if grouping is None else ["", f"by_{grouping.of}"]
+    if rollup and (grouping is None or grouping.of == "document"):  # it counts documents as a whole
+        folders.append("rollup")
+    if rollup and grouping is None:
+        folders.append("label_rollup")
+    return folders
+
+
+def _folder() -> Path:
+    return query_folder() / "groupings"

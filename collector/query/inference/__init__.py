@@ -1,0 +1,17 @@
+"""Honest uncertainty: what the numbers of a run would be with other documents of the same kind.
+
+    intervals(run, "domain_specialization", layer=5)            the query's rows, each with an interval
+    specialization_test(document_counts(run))                    which experts specialize in which label
+    split_half(document_counts(run))                             do two halves of the documents agree
+    sample_size_curve(run, "effective_experts")                  would more documents change the answer
+
+Tokens of one document are correlated, so the document is the unit that is drawn, shuffled and split. All of it works
+on counts per document (`collector.query.document_counts`); nothing here reads tokens.
+"""
+
+from collector.query.inference.bootstrap import intervals
+from collector.query.inference.curves import sample_size_curve
+from collector.query.inference.permutation import remark, specialization_test
+from collector.query.inference.reliability import split_half
+
+__all__ = ["intervals", "remark", "sample_size_curve", "specialization_test", "split_half"]

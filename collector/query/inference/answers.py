@@ -1,0 +1,165 @@
+"""A query of `queries/`, asked about many samples of documents at once.
+
+There is one definition of each metric, its SQL file; the samples bring their own `assignments` and
+`label_statistics`. Each sample is a `stack` of its own there, because every query keeps stacks apart, so one statement
+answers for all of them.
+
+Stops at queries that read more than sums over documents: these cannot be had from weighted counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from collector.query import locked_duckdb
+from collector.query.catalog import find_query, list_queries
+from collector.query.document_counts import STATISTICS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from collector.query.catalog import Query, Value
+    from collector.query.document_counts import DocumentCounts
+    from collector.query.inference.resampling import Sums
+    from collector.query.warehouse import Run
+
+KEYS = ("metric", "layer", "label", "label_a", "label_b", "expert")
+"""Columns that tell the rows of a router's answer apart, where a query has them."""
+_SAMPLED, _GEOMETRY, _GIVEN = {"assignments", "label_statistics"}, {"layers", "experts"}, {"labels"}
+_EVERY_ROW: dict[str, dict[str, Value]] = {"top_experts": {"n": 2**31 - 1}}
+"""Parameters with which a sample leaves out no row that the run has: an expert may rank lower there."""
+
+
+def ask(run: Run, name: str, params: Mapping[str, object], column: str = "value") -> tuple[pa.Table, SampledQuery]:
+    """The answer of a run, and the same query ready to be asked about samples of its documents.
+
+    Args:
+        run: the run.
+        name: of the query.
+        params: as for `Run.query`.
+        column: of the query's rows, which value is wanted of the samples.
+
+    Raises:
+        ValueError: the query does not follow from sums over documents (says why, and which queries do) or has no such
+            column; and what `Run.query` raises.
+    """
+    query = find_query(name)
+    if not _is_label_level(query):
+        others = ", ".join(each.name for each in list_queries() if _is_label_level(each))
+        raise ValueError(
+            f"{name} reads {', '.join(query.reads)}: it looks at single tokens, and samples of documents are known by "
+            f"the sums in {' and '.join(sorted(_SAMPLED))}; queries that follow from these are {others}"
+        )
+    answer = run.query(name, **params).to_arrow_table()
+    numbers = [field.name for field in answer.schema if field.name not in KEYS and _is_number(field.type)]
+    if column not in numbers:
+        raise ValueError(f"{name} has no numbers {column!r}; it has {', '.join(numbers)}")
+    keys = answer.select(["stack", *_keys(answer)])
+    assert keys.group_by(keys.column_names).aggregate([]).num_rows == answer.num_rows, "KEYS lacks a key of this query"
+    given = {view: run.connection.cursor().sql(f"from {view}").to_arrow_table() for view in _GIVEN & {*query.reads}}
+    return answer, SampledQuery(query, params, column, given)
+
+
+def _keys(rows: pa.Table) -> list[str]:
+    return [key for key in KEYS if key in rows.column_names]
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
+def _is_label_level(query: Query) -> bool:
+    reads = set(query.reads)
+    return bool(reads & _SAMPLED) and reads <= _SAMPLED | _GEOMETRY | _GIVEN
+
+
+class SampledQuery:
+    """One query with its parameters, over the samples of one router after the other."""
+
+    def __init__(
+        self,
+        query: Query,
+        params: Mapping[str, object],
+        column: str = "value",
+        given: Mapping[str, pa.Table] | None = None,
+    ) -> None:
+        """Prepares a DuckDB of its own, where `given` are the views that are the same for all samples."""
+        self.query = query
+        self._column = column
+        self._params = query.bind(params) | _EVERY_ROW.get(query.name, {}) | {"stack": None}
+        self._connection = locked_duckdb.connect(())
+        self._register(given or {})
+
+    def values(self, rows: pa.Table, counts: DocumentCounts, sums: Sums) -> NDArray[np.float64]:
+        """[R, S] the wanted column of R rows in S samples; NaN where it is null.
+
+        Args:
+            rows: the answer for this router, of which only the keys are read.
+            counts: the router.
+            sums: of S samples of its documents.
+        """
+        keys = _keys(rows)
+        wanted = rows.select(keys).append_column("row", pa.array(np.arange(rows.num_rows)))
+        self._register({"wanted": wanted, **_tables(counts, sums)})
+        same = " and ".join(f"wanted.{key} is not distinct from answer.{key}" for key in keys)
+        found = self._connection.execute(
+            f'select wanted.row, answer.stack as sample, answer."{self._column}"::double as value '
+            f"from (\n{self.query.sql}\n) as answer inner join wanted on {same}",
+            self._params,
+        ).fetchnumpy()
+        # The one row that a sample can lack is that of an expert it never chooses, in `top_experts`: a share of 0.
+        values = np.zeros((rows.num_rows, len(sums.tokens_SL)))
+        values[found["row"], found["sample"]] = np.ma.filled(found["value"], np.nan)
+        return values
+
+    def answer(self, counts: DocumentCounts, sums: Sums) -> pa.Table:
+        """All rows of all samples, with the number of the sample for a stack."""
+        self._register(_tables(counts, sums))
+        return self._connection.sql(self.query.sql, params=self._params).to_arrow_table()
+
+    def _register(self, tables: Mapping[str, pa.Table]) -> None:
+        for name, table in tables.items():
+            self._connection.register(name, table)
+
+
+def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
+    """`_SAMPLED` and `_GEOMETRY` as the views have them, with the number of the sample for a stack."""
+    samples, labels, experts = sums.picks_SLE.shape
+    sample_S, expert_E = np.arange(samples, dtype=np.int32), np.arange(experts, dtype=np.int32)
+    assignments = _keys_of_labels(sums, experts) | {
+        "expert": np.tile(expert_E, samples * labels),
+        "tokens": np.repeat(sums.tokens_SL.astype(np.int64), experts),
+        "picks": sums.picks_SLE.astype(np.int64).ravel(),
+        "top1": sums.top1_SLE.astype(np.int64).ravel(),
+        "weight_sum": sums.weight_sum_SLE.ravel(),
+    }
+    statistics = dict(zip(STATISTICS, sums.statistics_SLM.reshape(-1, len(STATISTICS)).T, strict=True))
+    columns = {
+        "assignments": assignments,
+        "label_statistics": _keys_of_labels(sums, 1) | {"tokens": sums.tokens_SL.ravel()} | statistics,
+        "layers": {"stack": sample_S},
+        "experts": {"stack": np.repeat(sample_S, experts), "expert": np.tile(expert_E, samples)},
+    }
+    geometry = {"layer": counts.layer, "n_experts": counts.n_experts, "top_k": counts.top_k}
+    return {name: _with_constants(each, geometry) for name, each in columns.items()}
+
+
+def _keys_of_labels(sums: Sums, rows: int) -> dict[str, NDArray | pa.Array]:
+    """Sample, label and whether tokens are special, for so many rows of each sample and label."""
+    samples, labels = sums.tokens_SL.shape
+    label = np.tile(np.repeat(np.arange(labels, dtype=np.int32), rows), samples)
+    return {
+        "stack": np.repeat(np.arange(samples, dtype=np.int32), labels * rows),
+        "label": pa.DictionaryArray.from_arrays(pa.array(label), pa.array(sums.labels)),
+        "is_special": np.zeros(len(label), bool),
+    }
+
+
+def _with_constants(columns: dict[str, NDArray | pa.Array], constants: Mapping[str, int]) -> pa.Table:
+    rows = len(columns["stack"])
+    return pa.table(columns | {name: np.full(rows, value, np.int32) for name, value in constants.items()})

@@ -1,0 +1,205 @@
+"""Intervals for the answers of label-level queries: a bootstrap over documents.
+
+Documents are drawn with replacement within each label, and the query's own statement is asked about each sample
+(`answers`). The interval of a row runs between two quantiles of its values in the samples, with two corrections:
+
+- Few documents: the bootstrap takes the spread of N documents for that of the text, too narrow by sqrt((N - 1) / N),
+  and a normal tail for a t tail with N - 1 degrees of freedom. The quantiles lie further out accordingly (Hesterberg
+  2015, "What Teachers Should Know About the Bootstrap", arXiv 1411.5279: expanded percentile). Where documents differ
+  in length, the long ones decide: N is then (sum of n)^2 / (sum of n^2) over their tokens n (Kish 1965, Survey
+  Sampling: effective sample size).
+- Bias: divergences, similarities and numbers of experts depend on the size of the sample, and each sample has the
+  bias of the answer once more. Where it is more than chance leaves of it, the interval is moved back by twice the bias
+  (mean of the samples - value). Sets jump rather than drift, so `jaccard` and whole numbers stay where they are.
+
+Guarantees: the rows of the query, in its order and with all its columns; the same seed gives the same interval,
+whatever other labels or layers are asked for. Memory: 8 bytes x rows of a router's answer x resamples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy import stats
+
+from collector.query.document_counts import document_counts
+from collector.query.inference.answers import SampledQuery, ask
+from collector.query.inference.resampling import bootstrap, documents_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from collector.query.document_counts import DocumentCounts
+    from collector.query.warehouse import Run
+
+_CHANCE = 3.0
+"""Standard errors of the mean of the samples beyond which a bias is one."""
+_SETS = {"jaccard"}
+"""Metrics of sets, which jump."""
+_LABELS = ("label", "label_a", "label_b", "reference")
+"""Columns that name a label of the row."""
+
+
+def intervals(
+    run: Run,
+    name: str,
+    *,
+    level: float = 95.0,
+    resamples: int = 1000,
+    seed: int = 0,
+    column: str = "value",
+    **params: object,
+) -> pa.Table:
+    """The answer of a label-level query, with an interval for each row.
+
+    Args:
+        run: an opened run.
+        name: of the query.
+        level: nominal coverage in percent.
+        resamples: bootstrap samples.
+        seed: of the draws.
+        column: of the query's rows, what the interval is for.
+        **params: of the query, as for `Run.query`.
+
+    Returns:
+        The query's rows, and behind them `documents` (of the label of the row that has the fewest), `low`, `high`,
+        `standard_error` and `bootstrap_bias` (mean of the samples - value) of the column; null where a label has a
+        single document, or a sample no value. An interval may leave the range of its metric: a divergence whose low
+        end is below 0 may be none.
+
+    Raises:
+        ValueError: the query does not follow from sums over documents, has no such column, or level or resamples are
+            out of range; and what `Run.query` raises.
+    """
+    require_range(level, resamples)
+    answer, asked = ask(run, name, params, column)
+    added = {
+        name: np.full(answer.num_rows, np.nan)
+        for name in ("documents", "low", "high", "standard_error", "bootstrap_bias")
+    }
+    for here, rows, counts in routers(run, asked, answer, params):
+        documents_R = fewest_documents(rows, counts)
+        values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=seed)
+        found = interval(values_RS, effective_documents(rows, counts), level, estimates(rows, column))
+        for values, each in zip(added.values(), (documents_R, *dataclasses.astuple(found)), strict=True):
+            values[here] = each
+    for name, values in added.items():
+        numbers = pa.array(values, from_pandas=True)  # NaN becomes null
+        answer = answer.append_column(name, numbers.cast(pa.int64()) if name == "documents" else numbers)
+    return answer
+
+
+def sampled_values(
+    asked: SampledQuery, rows: pa.Table, counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None
+) -> NDArray[np.float64]:
+    """[R, S] values of a router's R rows in S bootstrap samples, each of `size` documents of a label (default: all)."""
+    samples = bootstrap(counts, resamples=resamples, seed=seed, size=size)
+    return np.concatenate([asked.values(rows, counts, sums) for sums in samples], axis=1)
+
+
+def require_range(level: float, resamples: int) -> None:
+    """Refuses a level that is no percentage, and too few resamples for a spread."""
+    if not 0 < level < 100:
+        raise ValueError(f"the level of an interval is a percentage between 0 and 100, as 95, got {level:g}")
+    if resamples < 2:
+        raise ValueError(f"resamples must be at least 2, got {resamples}")
+
+
+def routers(
+    run: Run, asked: SampledQuery, answer: pa.Table, params: Mapping[str, object]
+) -> Iterator[tuple[NDArray[np.intp], pa.Table, DocumentCounts]]:
+    """The answer router by router: the numbers of the router's rows, these rows, and the counts of its documents."""
+    values: dict[str, Any] = asked.query.bind(params)
+    # A query that reads `labels` may compare with one that its parameter `labels` does not name.
+    labels = None if "labels" in asked.query.reads else values["labels"]
+    where = {name: values[name] for name in ("stack", "layer", "include_special")}
+    for counts in document_counts(run, labels=labels, **where):
+        here = pc.and_(pc.equal(answer["stack"], counts.stack), pc.equal(answer["layer"], counts.layer))
+        place = np.flatnonzero(here.to_numpy())
+        yield place, answer.take(place), counts
+
+
+def fewest_documents(rows: pa.Table, counts: DocumentCounts) -> NDArray[np.int64]:
+    """[R] documents of the label of each row that has the fewest; of all labels where a row names none."""
+    return _least(rows, {label: len(documents) for label, documents in documents_of(counts).items()})
+
+
+def effective_documents(rows: pa.Table, counts: DocumentCounts) -> NDArray[np.float64]:
+    """[R] the same in documents of one length that would be worth as much: as many at most."""
+    members = documents_of(counts).items()
+    tokens = {label: counts.tokens_D[documents].astype(np.float64) for label, documents in members}
+    return _least(rows, {label: n.sum() ** 2 / (n**2).sum() for label, n in tokens.items()})
+
+
+def _least(rows: pa.Table, of_label: Mapping[str, float]) -> NDArray:
+    """[R] the least of the labels that each row names; of all labels where it names none."""
+    named = [rows[column].to_pylist() for column in _LABELS if column in rows.column_names]
+    if not named:
+        return np.full(rows.num_rows, min(of_label.values()))
+    return np.array([min(of_label[label] for label in labels) for labels in zip(*named, strict=True)])
+
+
+def estimates(rows: pa.Table, column: str) -> NDArray[np.float64]:
+    """[R] the values whose samples may be biased; NaN for sets and whole numbers."""
+    if pa.types.is_integer(rows.schema.field(column).type):
+        return np.full(rows.num_rows, np.nan)
+    jumps_R = np.array([metric in _SETS for metric in rows["metric"].to_pylist()])
+    return np.where(jumps_R, np.nan, rows[column].cast(pa.float64()).to_numpy())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Interval, standard error and bias of each of R rows; NaN where there is none."""
+
+    low_R: NDArray[np.float64]
+    high_R: NDArray[np.float64]
+    standard_error_R: NDArray[np.float64]
+    bias_R: NDArray[np.float64]
+
+
+def interval(
+    values_RS: NDArray[np.float64],
+    documents_R: NDArray[np.float64],
+    level: float,
+    estimate_R: NDArray[np.float64] | None = None,
+) -> Interval:
+    """The interval of each row.
+
+    Args:
+        values_RS: [R, S] the values of R rows in S samples; sorted in place.
+        documents_R: [R] the documents that were drawn from, see `effective_documents`.
+        level: nominal coverage in percent.
+        estimate_R: [R] the values in the run, of which the samples may be biased; NaN or nothing: do not ask.
+    """
+    values_RS.sort(axis=1)  # NaN goes last
+    known_R = (documents_R > 1) & ~np.isnan(values_RS[:, -1])
+    tail_R = _tail(np.maximum(documents_R, 2), level)
+    error_R = values_RS.std(axis=1, ddof=1)
+    bias_R = values_RS.mean(axis=1) - (np.nan if estimate_R is None else estimate_R)
+    chance_R = _CHANCE * error_R / np.sqrt(values_RS.shape[1])
+    shift_R = np.where(np.abs(bias_R) > chance_R, 2 * bias_R, 0)
+    low_R, high_R = (_quantile(values_RS, share_R) - shift_R for share_R in (tail_R, 1 - tail_R))
+    found = {"low_R": low_R, "high_R": high_R, "standard_error_R": error_R, "bias_R": bias_R}
+    return Interval(**{name: np.where(known_R, each, np.nan) for name, each in found.items()})
+
+
+def _tail(documents_R: NDArray[np.float64], level: float) -> NDArray[np.float64]:
+    """Share of samples beyond each end."""
+    quantile = stats.t.ppf(0.5 + level / 200, documents_R - 1)
+    return stats.norm.cdf(-np.sqrt(documents_R / (documents_R - 1)) * quantile)
+
+
+def _quantile(sorted_RS: NDArray[np.float64], share_R: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The linear quantile of numpy, with a share of its own for each row."""
+    place_R = share_R * (sorted_RS.shape[1] - 1)
+    below_R = np.floor(place_R).astype(np.int64)
+    above_R = np.minimum(below_R + 1, sorted_RS.shape[1] - 1)
+    rows = np.arange(len(sorted_RS))
+    low_R, high_R = sorted_RS[rows, below_R], sorted_RS[rows, above_R]
+    return low_R + (place_R - below_R) * (high_R - low_R)

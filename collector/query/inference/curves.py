@@ -1,0 +1,98 @@
+"""Would more documents change the answer? A query's values and intervals at growing numbers of documents.
+
+For every number of documents, samples of so many documents are drawn with replacement from each label, and the query
+is asked about them. Where the interval is still wide at the documents there are, the part of the curve beyond them
+tells how many more of the same kind it takes. Where the value itself moves with the number (a divergence, a count of
+experts), it is biased by the size of the sample, and labels compare only at equal numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from collector.query.inference.answers import KEYS, ask
+from collector.query.inference.bootstrap import (
+    effective_documents,
+    fewest_documents,
+    interval,
+    require_range,
+    routers,
+    sampled_values,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from collector.query.warehouse import Run
+
+SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+def sample_size_curve(
+    run: Run,
+    name: str = "domain_specialization",
+    *,
+    sizes: Sequence[int] | None = None,
+    level: float = 95.0,
+    resamples: int = 1000,
+    seed: int = 0,
+    column: str = "value",
+    **params: object,
+) -> pa.Table:
+    """Value and interval of each row of a label-level query, at several numbers of documents per label.
+
+    Args:
+        run: an opened run.
+        name: of the query.
+        sizes: numbers of documents (default: those of 10, 20, 50, 100 … up to four times what the smallest label has).
+        level: nominal coverage in percent.
+        resamples: bootstrap samples at each number.
+        seed: of the draws.
+        column: of the query's rows, which value.
+        **params: of the query, as for `Run.query`.
+
+    Returns:
+        The query's keys, `documents` drawn, `available` (of the label of the row that has the fewest), `value` the mean
+        over the samples, `low` and `high` what so many of them lie between, `width` (high - low) and `standard_error`;
+        ordered by key, then documents.
+
+    Raises:
+        ValueError: a size is below 2, and what `intervals` raises.
+    """
+    require_range(level, resamples)
+    if sizes is not None and min(sizes, default=0) < 2:
+        raise ValueError(f"sizes must be numbers of documents, 2 at least, got {list(sizes)}")
+    answer, asked = ask(run, name, params, column)
+    keys = answer.select([name for name in answer.column_names if name in ("stack", *KEYS)])
+    tables = []
+    for place, rows, counts in routers(run, asked, answer, params):
+        available_R = fewest_documents(rows, counts)
+        worth_R = effective_documents(rows, counts) / available_R
+        for size in sizes or _sizes(int(available_R.min())):
+            values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=seed, size=size)
+            mean_R, documents_R = values_RS.mean(axis=1), np.full(len(place), size)
+            found = interval(values_RS, size * worth_R, level)
+            columns = {
+                "row": place, "documents": documents_R, "available": available_R, "value": mean_R, "low": found.low_R,
+                "high": found.high_R, "width": found.high_R - found.low_R, "standard_error": found.standard_error_R,
+            }  # fmt: skip
+            tables.append(_append(keys.take(place), columns))
+    if not tables:
+        raise ValueError("there is no curve to draw: no router has a token to count")
+    table = pa.concat_tables(tables)
+    return table.sort_by([("row", "ascending"), ("documents", "ascending")]).drop_columns("row")
+
+
+def _sizes(available: int) -> list[int]:
+    return [size for size in SIZES if size <= 4 * available] or [SIZES[0]]
+
+
+def _append(table: pa.Table, columns: dict[str, NDArray]) -> pa.Table:
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, from_pandas=True))
+    return table

@@ -1,0 +1,221 @@
+"""Is an expert chosen more for one label than for the others? A permutation test of the documents' labels.
+
+Null hypothesis, for every (stack, layer, expert, label): the label's domain specialization N_eD / N_D is that of the
+other documents, and so that of all documents pooled. The labels of documents are shuffled, so that each label keeps its
+number of documents. The statistic is the difference of the two ratios in units of its standard error,
+
+    t = (DS_D - DS_O) / sqrt(V_D + V_O),    V = m / (m - 1) * sum of (picks - DS * tokens)^2 / N^2,
+
+over the m documents of the label (D) and those of all others (O): the linearised variance of a ratio of sums. Without
+the standard error the test is right only where documents of all labels are equally long and equally uniform; with it,
+it is so in large samples wherever the ratios agree (Chung and Romano 2013, "Exact and asymptotically robust permutation
+tests", arXiv 1304.5939). Where labels say nothing about documents at all it is exact.
+
+p = (1 + shuffles with t at least as large) / (shuffles + 1); q is Benjamini and Hochberg's over all rows.
+
+Guarantees: memory bounded to one router, in portions of shuffles; the same seed gives the same p.
+Shapes: S shuffles, D documents, L labels, E experts, C = 2 + 3 E columns of moments.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+from scipy import sparse, stats
+
+from collector.query.inference.resampling import documents_of, portions, require_document_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+
+    from collector.query.document_counts import DocumentCounts
+
+Alternative = Literal["greater", "less", "two-sided"]
+_SIGNED: dict[Alternative, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "greater": lambda t: t,
+    "less": np.negative,
+    "two-sided": np.abs,
+}
+"""What is large where the alternative holds."""
+_CACHED = 16
+"""Portions are so much smaller than memory would allow, so that their sums stay in the processor's cache."""
+_TIE = 1e-9
+"""Sums in another order differ by less than this, relatively."""
+_ROUNDING = 1e-12
+
+
+def specialization_test(
+    counts: Iterable[DocumentCounts],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.05,
+    alternative: Alternative = "greater",
+) -> pa.Table:
+    """Tests for every router, label and expert whether the label chooses the expert more than the others do.
+
+    Args:
+        counts: of the routers.
+        resamples: shuffles of the labels.
+        seed: of the shuffles.
+        level: false discovery rate to keep.
+        alternative: `greater`, `less` or `two-sided`.
+
+    Returns:
+        One row per (stack, layer, label, expert), the most certain first: `value` the domain specialization, `pooled`
+        that of all documents together, `difference` and `lift` (value - pooled and value / pooled), `t`, `p`, `q`,
+        `significant` (q <= level), `n` the label's tokens and `documents`.
+
+    Raises:
+        ValueError: resamples or level are out of range, there are no tokens, or a router has documents of one label
+            only, or documents with tokens of several.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    if not 0 < level < 1:
+        raise ValueError(f"level is a false discovery rate between 0 and 1, got {level}")
+    tables = [_test_router(one, resamples, seed, alternative) for one in counts]
+    if not tables:
+        raise ValueError("there is nothing to test: no router has a token to count")
+    table = pa.concat_tables(tables)
+    q = stats.false_discovery_control(table["p"].to_numpy(), method="bh")
+    place = table.column_names.index("p") + 1
+    table = table.add_column(place, "q", pa.array(q)).add_column(place + 1, "significant", pa.array(q <= level))
+    certainty = np.lexsort([-_SIGNED[alternative](table["t"].to_numpy()), q])
+    return table.take(certainty)
+
+
+def remark(table: pa.Table, resamples: int, level: float) -> str:
+    """What the test found, and whether there were shuffles enough for it to find anything."""
+    cells, found = table.num_rows, int(np.count_nonzero(table["significant"].to_numpy()))
+    text = f"{found:,} of {cells:,} cells are significant at a false discovery rate of {level:g}"
+    needed = int(np.ceil(cells / (level * (resamples + 1)) - _TIE))
+    if needed > cells:
+        fewest = int(np.ceil(1 / level - _TIE)) - 1
+        return f"{text}: {resamples:,} shuffles allow none, it takes --resamples {fewest:,} at least"
+    if needed > 1:
+        text += (
+            f"; with {resamples:,} shuffles p is {1 / (resamples + 1):.2g} at least, and {needed:,} cells must have "
+            f"that before one counts: --resamples {int(np.ceil(cells / level)):,} would let a single one"
+        )
+    return text
+
+
+def _test_router(counts: DocumentCounts, resamples: int, seed: int, alternative: Alternative) -> pa.Table:
+    require_document_labels(counts)
+    members = documents_of(counts)
+    if len(members) < 2:
+        names = ", ".join(members) or "none"
+        raise ValueError(f"a label is compared with the others, which takes two labels at least; there is {names}")
+    tokens_L = np.array([counts.tokens_D[documents].sum() for documents in members.values()])
+    picks_LE = np.array([counts.picks_DE[documents].sum(axis=0, dtype=np.int64) for documents in members.values()])
+    t_LE, p_LE = p_values(counts, resamples=resamples, seed=seed, alternative=alternative)
+    value_LE = picks_LE / tokens_L[:, None]
+    pooled_LE = np.broadcast_to(picks_LE.sum(axis=0) / tokens_L.sum(), value_LE.shape)
+    lift_LE = np.divide(value_LE, pooled_LE, out=np.full(value_LE.shape, np.nan), where=pooled_LE > 0)
+    labels, experts = value_LE.shape
+    columns = {
+        "metric": np.full(value_LE.size, "domain_specialization"),
+        "stack": np.full(value_LE.size, counts.stack),
+        "layer": np.full(value_LE.size, counts.layer),
+        "label": np.repeat(list(members), experts),
+        "expert": np.tile(np.arange(experts), labels),
+        "value": value_LE.ravel(),
+        "pooled": pooled_LE.ravel(),
+        "difference": (value_LE - pooled_LE).ravel(),
+        "lift": pa.array(lift_LE.ravel(), from_pandas=True),
+        "t": t_LE.ravel(),
+        "p": p_LE.ravel(),
+        "n": np.repeat(tokens_L, experts),
+        "documents": np.repeat([len(documents) for documents in members.values()], experts),
+    }
+    return pa.table(columns)
+
+
+def moments(counts: DocumentCounts) -> NDArray[np.float64]:
+    """[D, C] of each document: tokens, tokens^2, and by expert r, r^2 and r * tokens.
+
+    r are its picks beyond the pooled share of its tokens: they make the same differences as picks, and small sums.
+    """
+    tokens_D1 = counts.tokens_D[:, None].astype(np.float64)
+    pooled_E = counts.picks_DE.sum(axis=0, dtype=np.float64) / tokens_D1.sum()
+    r_DE = counts.picks_DE - tokens_D1 * pooled_E
+    return np.concatenate([tokens_D1, tokens_D1**2, r_DE, r_DE**2, r_DE * tokens_D1], axis=1)
+
+
+def studentized(sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]) -> NDArray[np.float64]:
+    """[S, L, E] t of each label and expert; 0 where nothing varies.
+
+    Args:
+        sums_SLC: the moments of each label's documents, summed up.
+        documents_L: how many they are.
+    """
+    others_SLC = sums_SLC.sum(axis=1, keepdims=True) - sums_SLC
+    excess_SLE, variance_SLE = _ratio(sums_SLC, documents_L)
+    others_excess_SLE, others_variance_SLE = _ratio(others_SLC, documents_L.sum() - documents_L)
+    error_SLE = np.sqrt(variance_SLE + others_variance_SLE)
+    return np.divide(excess_SLE - others_excess_SLE, error_SLE, out=np.zeros_like(error_SLE), where=error_SLE > 0)
+
+
+def _ratio(
+    sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """DS - pooled share, and its variance, of groups of documents."""
+    n_SL1, nn_SL1 = sums_SLC[:, :, :1], sums_SLC[:, :, 1:2]
+    r_SLE, rr_SLE, rn_SLE = np.split(sums_SLC[:, :, 2:], 3, axis=2)
+    excess_SLE = r_SLE / n_SL1
+    squares_SLE = rr_SLE - 2 * excess_SLE * rn_SLE + excess_SLE**2 * nn_SL1
+    squares_SLE = np.maximum(squares_SLE, _ROUNDING * rr_SLE)  # documents that all agree differ by rounding alone
+    correction_L1 = (documents_L / np.maximum(documents_L - 1, 1))[:, None]
+    return excess_SLE, correction_L1 * squares_SLE / n_SL1**2
+
+
+def p_values(
+    counts: DocumentCounts,
+    *,
+    resamples: int,
+    seed: int,
+    alternative: Alternative = "greater",
+    statistic: Callable[[NDArray[np.float64], NDArray[np.integer]], NDArray[np.float64]] = studentized,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A statistic and its p value, [L, E] each, of the labels that have documents in this router.
+
+    Args:
+        counts: of the router.
+        resamples: shuffles of the labels.
+        seed: of the shuffles.
+        alternative: which values of the statistic are extreme.
+        statistic: of what `studentized` takes.
+    """
+    documents_L = np.bincount(counts.label_D)
+    label_D = (np.cumsum(documents_L > 0) - 1)[counts.label_D].astype(np.int32)
+    documents_L = documents_L[documents_L > 0]
+    labels, values_DC = len(documents_L), moments(counts)
+    signed, rng = _SIGNED[alternative], np.random.default_rng(seed)
+    t_LE = statistic(group_sums(label_D[None], values_DC, labels), documents_L)[0]
+    threshold_LE = signed(t_LE) - _TIE * np.abs(t_LE)
+    reached_LE = np.zeros(t_LE.shape, np.int64)
+    for samples in portions(resamples, max(len(label_D), _CACHED * labels * values_DC.shape[1])):
+        shuffled_SD = rng.permuted(np.tile(label_D, (samples, 1)), axis=1)
+        t_SLE = statistic(group_sums(shuffled_SD, values_DC, labels), documents_L)
+        reached_LE += (signed(t_SLE) >= threshold_LE).sum(axis=0)
+    return t_LE, (1 + reached_LE) / (resamples + 1)
+
+
+def group_sums(label_SD: NDArray[np.integer], values_DC: NDArray[np.float64], labels: int) -> NDArray[np.float64]:
+    """[S, L, C] sums of the documents' values by label, for S labellings of them.
+
+    A product with an indicator matrix, held by columns: a document's values are read once and added to the sums of all
+    samples, which stay in the processor's cache.
+    """
+    samples, documents = label_SD.shape
+    cells_DS = (label_SD + labels * np.arange(samples, dtype=np.int32)[:, None]).T
+    starts = np.arange(documents + 1, dtype=np.int64) * samples
+    matrix = sparse.csc_array(
+        (np.ones(cells_DS.size), np.ascontiguousarray(cells_DS).ravel(), starts), shape=(samples * labels, documents)
+    )
+    return (matrix @ values_DC).reshape(samples, labels, -1)

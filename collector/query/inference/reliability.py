@@ -1,0 +1,124 @@
+"""How far do the numbers repeat? Split-half reliability of specialization.
+
+The documents of each label are halved at random, again and again, and what the one half says about the experts is
+correlated with what the other half says, over all cells (label, expert) of a router. `domain_specialization` correlates
+the values themselves, which agree between halves already because some experts are popular with every label;
+`difference` correlates value - pooled share of the same half, which agrees only if labels differ.
+
+A half has half of the documents: Spearman and Brown's 2 r / (1 + r) tells the correlation to expect between two sets of
+documents as large as the whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from scipy import stats
+
+from collector.query.inference.resampling import documents_of, label_generators, portions, require_document_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from collector.query.document_counts import DocumentCounts
+
+_SCHEMA = pa.schema(
+    {
+        "metric": pa.string(), "stack": pa.string(), "layer": pa.int64(), "label": pa.string(), "value": pa.float64(),
+        "low": pa.float64(), "high": pa.float64(), "spearman": pa.float64(), "spearman_brown": pa.float64(),
+        "documents": pa.int64(), "splits": pa.int64(),
+    }
+)  # fmt: skip
+
+
+def split_half(counts: Iterable[DocumentCounts], *, splits: int = 200, seed: int = 0) -> pa.Table:
+    """Correlations between random halves of each label's documents.
+
+    Args:
+        counts: of the routers.
+        splits: how often they are halved.
+        seed: of the splits.
+
+    Returns:
+        For each (stack, layer) and label, and for all labels together (`label` null), two rows: `metric` is
+        `domain_specialization` or `difference`; `value` Pearson's correlation over the cells, mean over the splits;
+        `low` and `high` what 95 % of the splits lie between; `spearman` the mean rank correlation; `spearman_brown`
+        the value stepped up to all documents; `documents` (of the label that has fewest), `splits`. Labels with a
+        single document are left out. Null where nothing varies.
+
+    Raises:
+        ValueError: splits is below 1.
+    """
+    if splits < 1:
+        raise ValueError(f"splits must be at least 1, got {splits}")
+    rows = [row for one in counts for row in _of_router(one, splits, seed)]
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def _of_router(counts: DocumentCounts, splits: int, seed: int) -> Iterator[dict[str, object]]:
+    require_document_labels(counts)
+    members = {label: documents for label, documents in documents_of(counts).items() if len(documents) > 1}
+    if not members:
+        return
+    halves = _halves(counts, members, splits, seed)
+    shares = [picks_SLE / tokens_SL1 for tokens_SL1, picks_SLE in halves]
+    differences = [
+        share_SLE - picks_SLE.sum(axis=1, keepdims=True) / tokens_SL1.sum(axis=1, keepdims=True)
+        for share_SLE, (tokens_SL1, picks_SLE) in zip(shares, halves, strict=True)
+    ]
+    fewest = min(map(len, members.values()))
+    for metric, (first_SLE, second_SLE) in (("domain_specialization", shares), ("difference", differences)):
+        where = {"metric": metric, "stack": counts.stack, "layer": counts.layer}
+        yield where | {"label": None, "documents": fewest} | _agreement(first_SLE, second_SLE)
+        for place, (label, documents) in enumerate(members.items()):
+            agreement = _agreement(first_SLE[:, place], second_SLE[:, place])
+            yield where | {"label": label, "documents": len(documents)} | agreement
+
+
+def _halves(
+    counts: DocumentCounts, members: Mapping[str, NDArray[np.intp]], splits: int, seed: int
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Tokens [S, L, 1] and picks [S, L, E] of the two halves, in S splits."""
+    values_DC = np.column_stack([counts.tokens_D, counts.picks_DE]).astype(np.float64)
+    first_SLC = np.empty((splits, len(members), values_DC.shape[1]))
+    total_LC = np.array([values_DC[documents].sum(axis=0) for documents in members.values()])
+    for place, (documents, rng) in enumerate(
+        zip(members.values(), label_generators(tuple(members), seed), strict=True)
+    ):
+        half_N = (np.arange(len(documents)) < len(documents) // 2).astype(np.float64)
+        done = 0
+        for samples in portions(splits, len(documents)):
+            drawn_SN = rng.permuted(np.tile(half_N, (samples, 1)), axis=1)
+            first_SLC[done : done + samples, place] = drawn_SN @ values_DC[documents]
+            done += samples
+    return [(half_SLC[:, :, :1], half_SLC[:, :, 1:]) for half_SLC in (first_SLC, total_LC - first_SLC)]
+
+
+def _agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> dict[str, object]:
+    """Correlations of two arrays [S, …] of cells, sample by sample, summed up."""
+    first_SC, second_SC = (each.reshape(len(each), -1) for each in (first, second))
+    pearson_S = _pearson(first_SC, second_SC)
+    spearman_S = _pearson(stats.rankdata(first_SC, axis=1), stats.rankdata(second_SC, axis=1))
+    low, high = np.quantile(pearson_S, [0.025, 0.975])
+    value = pearson_S.mean()
+    found: dict[str, float] = {
+        "value": value, "low": low, "high": high, "spearman": spearman_S.mean(),
+        "spearman_brown": 2 * value / (1 + value) if value > -1 else np.nan,
+    }  # fmt: skip
+    known = {name: None if np.isnan(each) else float(each) for name, each in found.items()}
+    return {**known, "splits": len(pearson_S)}
+
+
+def _pearson(first_SC: NDArray[np.float64], second_SC: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[S] correlations; NaN where one side does not vary, or has a single cell."""
+    if first_SC.shape[1] < 2:
+        return np.full(len(first_SC), np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        return stats.pearsonr(first_SC, second_SC, axis=1).statistic

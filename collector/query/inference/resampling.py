@@ -1,0 +1,149 @@
+"""Samples of documents, and what the documents of each sample sum to.
+
+Tokens of one document are correlated, so the document is the unit that is drawn, within its label. A sample is a
+vector of weights over documents (how often each was drawn, or whether it is in), and its sums are the product of that
+vector with the documents' counts: a matrix product for many samples at once.
+
+Guarantees: the draws of a label depend on the seed, the label's name and its number of documents alone, so they are
+the same in all routers and whatever other labels there are; memory is bounded by working in portions of samples.
+Nothing here reads a run.
+
+Shapes: S samples, D documents (N of one label), L labels, E experts, M statistics, C = 1 + M + 3 E columns of counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from collector.query.document_counts import STATISTICS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from collector.query.document_counts import DocumentCounts
+
+_PORTION = 4_000_000
+"""Numbers per array of a portion: weights [S, N], or rows [S, L, E] of sums."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What the views `assignments` and `label_statistics` tell of one router, for S samples of its documents."""
+
+    labels: tuple[str, ...]
+    """The L labels that have documents there."""
+    tokens_SL: NDArray[np.float64]
+    statistics_SLM: NDArray[np.float64]
+    """Sums over tokens, in the order of `STATISTICS`."""
+    picks_SLE: NDArray[np.float64]
+    top1_SLE: NDArray[np.float64]
+    weight_sum_SLE: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, labels: tuple[str, ...], sums_SLC: NDArray[np.float64]) -> Sums:
+        """Takes apart the sums of `columns`."""
+        statistics, of_experts = np.split(sums_SLC[:, :, 1:], [len(STATISTICS)], axis=2)
+        picks, top1, weight_sum = np.split(of_experts, 3, axis=2)
+        return cls(
+            labels=labels, tokens_SL=sums_SLC[:, :, 0], statistics_SLM=statistics, picks_SLE=picks, top1_SLE=top1,
+            weight_sum_SLE=weight_sum,
+        )  # fmt: skip
+
+
+def columns(counts: DocumentCounts) -> NDArray[np.float64]:
+    """[D, C] tokens, statistics, picks, first choices and weights of each document; float64 is exact up to 2^53."""
+    scalars: list[NDArray] = [counts.tokens_D[:, None], counts.statistics_DM]
+    blocks = [*scalars, counts.picks_DE, counts.top1_DE, counts.weight_sum_DE]
+    return np.concatenate(blocks, axis=1, dtype=np.float64)
+
+
+def documents_of(counts: DocumentCounts) -> dict[str, NDArray[np.intp]]:
+    """Label -> its documents in this router; labels without any are left out."""
+    members = {name: np.flatnonzero(counts.label_D == i) for i, name in enumerate(counts.labels)}
+    return {name: documents for name, documents in members.items() if len(documents)}
+
+
+def document_numbers(counts: DocumentCounts) -> NDArray[np.intp]:
+    """[D] which document a row is of, from 0."""
+    names_D2 = np.stack([counts.shard_D, counts.doc_D], axis=1)
+    return np.unique(names_D2, axis=0, return_inverse=True)[1].ravel()
+
+
+def has_token_labels(counts: DocumentCounts) -> bool:
+    """Whether labels are groups of tokens, so that a document has several."""
+    return len(counts.label_D) > len(np.unique(document_numbers(counts)))
+
+
+def require_document_labels(counts: DocumentCounts) -> None:
+    """What shuffles or halves the documents of labels needs documents with one label each.
+
+    Raises:
+        ValueError: a document has several.
+    """
+    if has_token_labels(counts):
+        raise ValueError(
+            "documents have tokens of several labels here, so their labels cannot be shuffled or halved: choose labels "
+            "of documents, or compare the intervals of `collector query`"
+        )
+
+
+def portions(samples: int, numbers: int) -> Iterator[int]:
+    """Sizes of portions of samples, each of which needs at most so many numbers a sample."""
+    step = max(1, _PORTION // max(1, numbers))
+    for first in range(0, samples, step):
+        yield min(step, samples - first)
+
+
+def label_generators(labels: tuple[str, ...], seed: int) -> list[np.random.Generator]:
+    """A random generator for each label, the same whatever other labels there are."""
+    return [np.random.default_rng([seed, zlib.crc32(label.encode())]) for label in labels]
+
+
+def draw(rng: np.random.Generator, documents: int, size: int, samples: int) -> NDArray[np.float64]:
+    """[S, N] how often each of N documents is among `size` drawn with replacement."""
+    drawn = rng.integers(documents, size=(samples, size)) + documents * np.arange(samples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=samples * documents).reshape(samples, documents).astype(np.float64)
+
+
+def whole(counts: DocumentCounts) -> Sums:
+    """Sums of all documents, as one sample."""
+    members, values_DC = documents_of(counts), columns(counts)
+    return Sums.of(tuple(members), np.array([[values_DC[documents].sum(axis=0) for documents in members.values()]]))
+
+
+def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None) -> Iterator[Sums]:
+    """Sums of bootstrap samples: each label's documents drawn with replacement.
+
+    Where labels are groups of tokens, a document has several: then all documents are drawn together, each with all
+    that it has.
+
+    Args:
+        counts: of one router.
+        resamples: how many samples.
+        seed: of the draws.
+        size: documents drawn of each label (default: as many as it has).
+
+    Yields:
+        The samples in portions.
+    """
+    members, values_DC = documents_of(counts), columns(counts)
+    labels, document_D = tuple(members), document_numbers(counts)
+    together = int(document_D.max()) + 1 if has_token_labels(counts) else 0
+    rngs = label_generators(("",) if together else labels, seed)
+    largest = max(together, size or 0, *map(len, members.values()))
+    for samples in portions(resamples, max(largest, len(labels) * counts.n_experts)):
+        sums_SLC = np.empty((samples, len(labels), values_DC.shape[1]))
+        drawn_SN = draw(rngs[0], together, size or together, samples) if together else None
+        for place, rows in enumerate(members.values()):
+            if drawn_SN is None:
+                weights_SN = draw(rngs[place], len(rows), size or len(rows), samples)
+            else:
+                weights_SN = drawn_SN[:, document_D[rows]]
+            np.matmul(weights_SN, values_DC[rows], out=sums_SLC[:, place])
+        yield Sums.of(labels, sums_SLC)

@@ -1,0 +1,213 @@
+"""The views `label_tokens` and `label_counts` of a run without a rollup, counted when a query first needs them.
+
+DuckDB reads the columns and numpy counts them, several times as fast as a `group by` over every pick (docs/queries.md).
+What is counted is defined by the SQL of the two views, which any other statement still reads.
+
+Guarantees: the numbers of that SQL, sums of weights up to the order of addition; a router is counted once, when a
+query first asks about it, its weights when a query first reads them. Memory: a batch of rows, and a few numbers per
+label, router and expert.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from collector.query.groupings import reads_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import duckdb
+    from numpy.typing import NDArray
+
+    from collector.query.catalog import Query, Value
+    from collector.store.tables import Layer
+
+_COUNTED = ("label_tokens", "label_counts")
+_OF_WEIGHTS = ("top1", "weight_sum")
+"""Columns that need the weights; a statement that names neither reads neither."""
+_CELL = """
+((layer::uinteger * (len($names) + 1) + coalesce(list_position($names, label), 0)) * 2 + is_special::uinteger)::uinteger
+"""
+"""One number for layer, label (0: none) and whether a token is special."""
+_NAMED = """
+cell // 2 // (len($names) + 1) as layer, $names[cell // 2 % (len($names) + 1)] as label, cell % 2 = 1 as is_special,
+columns(* exclude (cell))
+"""
+"""The way back from a cell."""
+_BATCH = 40_000
+"""Rows: the arrays of a batch fit the processor's cache."""
+
+
+class LabelCounts:
+    """Counts of an opened run by label, in a schema of their own beside that of its views."""
+
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, layers: Sequence[Layer], views: Mapping[str, str], schema: str
+    ) -> None:
+        """Makes empty tables, and over them the views that read them.
+
+        Args:
+            connection: the DuckDB that has the views of the run.
+            layers: the run's routers.
+            views: name -> select of its derived views, each after those that it reads.
+            schema: where they are.
+        """
+        self._connection, self._layers = connection, layers
+        self._schema, self._own = schema, f"{schema}_counted"
+        self._above = _readers(views)
+        self._done: dict[bool, set[Layer]] = {False: set(), True: set()}
+        """Whether with weights -> routers."""
+        self._lock = threading.Lock()
+        tables = [f"create table {self._own}.{name} as from {schema}.{name} limit 0" for name in _COUNTED]
+        above = [f"create view {self._own}.{name} as\n{views[name]}" for name in self._above]
+        connection.cursor().execute(";\n".join([f"create schema {self._own}", *tables, self._search(), *above]))
+
+    def _search(self) -> str:
+        return f"set search_path = '{self._own},{self._schema}'"
+
+    def provide(self, cursor: duckdb.DuckDBPyConnection, query: Query, values: Mapping[str, Value]) -> None:
+        """Counts the routers that a query asks about, if it reads counts, and lets the cursor see them.
+
+        Args:
+            cursor: where the query will run.
+            query: the query.
+            values: its parameters.
+        """
+        if not set(self._above) & set(query.reads):
+            return
+        stack, layer = values.get("stack"), values.get("layer")
+        asked = {one for one in self._layers if stack in (None, one.stack) and layer in (None, one.layer)}
+        weights = any(column in query.sql for column in _OF_WEIGHTS)
+        with self._lock:
+            self._count(asked - self._done[weights], weights=weights)
+        cursor.execute(self._search())
+
+    def _count(self, layers: set[Layer], *, weights: bool) -> None:
+        """Counts these routers, in place of what was counted of them without weights."""
+        cursor = self._connection.cursor()
+        cursor.execute(f"use {self._schema}")
+        names = [name for (name,) in cursor.execute("select label from labels order by label").fetchall()]
+        for stack in sorted({layer.stack for layer in layers}):
+            own = [layer for layer in layers if layer.stack == stack]
+            counts = _count_stack(cursor, own, names, weights=weights)
+            cursor.execute("begin")
+            for relation, columns in zip(_COUNTED, (counts.tokens(), counts.picks()), strict=True):
+                stale = f"delete from {self._own}.{relation} where stack = $stack and layer in ({_numbers(own)})"
+                cursor.execute(stale, {"stack": stack})
+                cursor.register("counted", columns)
+                named = f"insert into {self._own}.{relation} by name select $stack as stack, {_NAMED} from counted"
+                cursor.execute(named, {"stack": stack, "names": names})
+            cursor.execute("commit")
+        self._done[False] |= layers
+        self._done[weights] |= layers
+
+
+def counts_tokens(views: Mapping[str, str]) -> bool:
+    """Whether these views of a run count its tokens, rather than read counts of documents or labels."""
+    return reads_of(views["label_counts"]) == ("decisions",)
+
+
+def _readers(views: Mapping[str, str]) -> list[str]:
+    """The views that read counts, directly or through others, in their order."""
+    readers: list[str] = []
+    for name, select in views.items():
+        if not {*_COUNTED, *readers}.isdisjoint(reads_of(select)):
+            readers.append(name)
+    return readers
+
+
+def _count_stack(
+    cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], names: Sequence[str], *, weights: bool
+) -> _Counts:
+    """Counts routers of one stack, in one pass over the rows."""
+    counts = _Counts(experts=max(layer.n_experts for layer in layers))
+    top_k = max(layer.top_k for layer in layers)
+    # A layer with fewer picks than others has nulls beyond them, which arrays do not know.
+    least = min(layer.top_k for layer in layers)
+    experts = [f"e{i}" if i < least else f"coalesce(e{i}::usmallint, {counts.nobody})" for i in range(top_k)]
+    weighed = [f"w{i}" if i < least else f"coalesce(w{i}, '-infinity')" for i in range(top_k) if weights]
+    rows = cursor.sql(
+        f"select {_CELL}, {', '.join(experts + weighed)} from routing "
+        f"where stack = $stack and layer in ({_numbers(layers)})",
+        params={"stack": layers[0].stack, "names": names},
+    )
+    for batch in rows.to_arrow_reader(_BATCH):
+        cell_t, *picked = map(np.from_dlpack, batch.columns)  # to_numpy would import pandas
+        counts.add(cell_t, picked[:top_k], picked[top_k:])
+    return counts
+
+
+def _numbers(layers: Sequence[Layer]) -> str:
+    """A list of SQL, by whose constants DuckDB leaves out row groups."""
+    return ", ".join(str(layer.layer) for layer in layers)
+
+
+class _Counts:
+    """Counts by cell (see `_CELL`).
+
+    Axes: T rows of a batch, C cells of it, E experts and one more, who is nobody.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self.nobody = experts
+        """The expert of no pick."""
+        self._tokens: dict[int, int] = {}
+        self._sums: dict[int, NDArray[np.float64]] = {}
+        """Cell -> [3, E + 1] picks, top-1 and sums of weights; exact for counts."""
+
+    def add(self, cell_t: NDArray, experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> None:
+        """Counts rows.
+
+        Args:
+            cell_t: [T] cells.
+            experts_kt: k arrays, [T] experts.
+            weights_kt: k arrays, [T] weights, or none.
+        """
+        first = cell_t.min()
+        cell_t = cell_t - first  # rows come router by router, so the rest is small
+        tokens = np.bincount(cell_t)
+        cells = np.flatnonzero(tokens)
+        size = len(cells) * (self.nobody + 1)
+        starts = np.zeros(len(tokens), np.int64)
+        starts[cells] = np.arange(0, size, self.nobody + 1)
+        start_t = starts[cell_t]
+        sums = np.zeros((3, size))
+        for i, expert_t in enumerate(experts_kt):
+            place_t = start_t + expert_t
+            sums[0] += np.bincount(place_t, minlength=size)
+            if weights_kt:
+                sums[2] += np.bincount(place_t, weights_kt[i], minlength=size)
+        if weights_kt:
+            sums[1] = np.bincount(start_t + _highest(experts_kt, weights_kt), minlength=size)
+        sums_c = sums.reshape(3, len(cells), -1).swapaxes(0, 1)
+        for cell, count, sums_3e in zip((cells + first).tolist(), tokens[cells].tolist(), sums_c, strict=True):
+            self._tokens[cell] = self._tokens.get(cell, 0) + count
+            self._sums[cell] = self._sums.get(cell, 0) + sums_3e
+
+    def tokens(self) -> dict[str, NDArray]:
+        """Columns of `label_tokens`, a cell for the first of them."""
+        return {"cell": np.array([*self._tokens], np.int64), "tokens": np.array([*self._tokens.values()], np.int64)}
+
+    def picks(self) -> dict[str, NDArray]:
+        """Columns of `label_counts`, a cell for the first of them."""
+        cells = np.array([*self._sums], np.int64)
+        sums = np.array([*self._sums.values()]).reshape(-1, 3, self.nobody + 1)[:, :, : self.nobody]
+        place, expert = np.nonzero(sums[:, 0])
+        picks, top1, weight_sum = sums[place, :, expert].T
+        return {
+            "cell": cells[place], "expert": expert, "picks": picks.astype(np.int64), "top1": top1.astype(np.int64),
+            "weight_sum": weight_sum.copy(),
+        }  # fmt: skip
+
+
+def _highest(experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> NDArray:
+    """[T] the expert with the highest weight of each token, the first among equals."""
+    top_t, highest_t = experts_kt[0], weights_kt[0]
+    for expert_t, weight_t in zip(experts_kt[1:], weights_kt[1:], strict=True):
+        higher_t = weight_t > highest_t
+        top_t, highest_t = np.where(higher_t, expert_t, top_t), np.where(higher_t, weight_t, highest_t)
+    return top_t

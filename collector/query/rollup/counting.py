@@ -1,0 +1,126 @@
+"""Counts what one router did in one shard, document by document.
+
+Axes: T tokens, k picks of each, E experts; G groups, which are the ordinary or the special tokens of one document;
+N cells, which are the experts that a group chose at all. In numpy, from the columns of the committed files: the
+SQL of the views, which the result is verified against, has no part in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from collector.query.rollup.files import DOCUMENTS, SCHEMAS
+from collector.store import tables
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from collector.store.tables import Layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardCounts:
+    """What one router did in one shard."""
+
+    shard: int
+    layer: Layer
+    doc_g: NDArray[np.int64]
+    is_special_g: NDArray[np.bool_]
+    sums_g: dict[str, NDArray[Any]]
+    """Scalar column of the rollup -> sum over the group's tokens."""
+    group_n: NDArray[np.int64]
+    """In ascending order."""
+    expert_n: NDArray[np.int64]
+    """In ascending order within a group."""
+    picks_n: NDArray[np.int64]
+    top1_n: NDArray[np.int64]
+    weight_sum_n: NDArray[Any]
+    """In float64."""
+
+    def table(self) -> pa.Table:
+        """The router's rows of the rollup, by document."""
+        schema, groups = SCHEMAS[DOCUMENTS], len(self.doc_g)
+        offsets = pa.array(np.searchsorted(self.group_n, np.arange(groups + 1)).astype(np.int32))
+        columns = {
+            "stack": tables.constant(self.layer.stack, groups), "layer": np.full(groups, self.layer.layer),
+            "shard": np.full(groups, self.shard), "doc": self.doc_g, "is_special": self.is_special_g, **self.sums_g,
+        }  # fmt: skip
+        lists = {
+            "experts": self.expert_n, "picks": self.picks_n, "top1": self.top1_n, "weight_sums": self.weight_sum_n
+        }  # fmt: skip
+        arrays = []
+        for field in schema:
+            if field.name in lists:
+                values = pa.array(lists[field.name]).cast(field.type.value_type, safe=False)
+                arrays.append(pa.ListArray.from_arrays(offsets, values, type=field.type))
+            else:
+                arrays.append(pa.array(columns[field.name]).cast(field.type, safe=False))
+        return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def count(shard: int, layer: Layer, routing: Path, doc_t: NDArray[np.int64]) -> ShardCounts:
+    """Counts the rows of one router; all of them are in memory at once.
+
+    Args:
+        shard: number of the shard.
+        layer: the router.
+        routing: the shard's routing file.
+        doc_t: [T] each token's document.
+    """
+    own = [("stack", "=", layer.stack), ("layer", "=", layer.layer)]
+    rows = pq.read_table(routing, columns=_columns(layer), filters=own)
+    key_t = 2 * doc_t[rows["tok"].to_numpy()] + rows["is_special"].to_numpy()
+    key_g, group_t = np.unique(key_t, return_inverse=True)
+    experts_tk, weights_tk = _picks(rows, "e", layer), _picks(rows, "w", layer)
+    cells_tk = group_t[:, None] * layer.n_experts + experts_tk
+    top_t = np.take_along_axis(cells_tk, weights_tk.argmax(axis=1)[:, None], axis=1).ravel()  # the first among equals
+    size = len(key_g) * layer.n_experts
+    picks = np.bincount(cells_tk.ravel(), minlength=size)
+    chosen_n = np.flatnonzero(picks)
+    return ShardCounts(
+        shard=shard, layer=layer, doc_g=key_g // 2, is_special_g=key_g % 2 == 1,
+        sums_g={
+            name: np.bincount(group_t, values, minlength=len(key_g))
+            for name, values in _of_tokens(rows, layer, weights_tk).items()
+        },
+        group_n=chosen_n // layer.n_experts, expert_n=chosen_n % layer.n_experts, picks_n=picks[chosen_n],
+        top1_n=np.bincount(top_t, minlength=size)[chosen_n],
+        weight_sum_n=np.bincount(cells_tk.ravel(), weights_tk.ravel(), minlength=size)[chosen_n],
+    )  # fmt: skip
+
+
+def _columns(layer: Layer) -> list[str]:
+    picks = [f"{letter}{i}" for letter in ("ewd" if layer.has_capacity else "ew") for i in range(layer.top_k)]
+    return ["tok", "is_special", *picks, *tables.STATISTICS]
+
+
+def _picks(rows: pa.Table, letter: str, layer: Layer) -> NDArray:
+    """[T, k] of the router's own k."""
+    columns = [rows[f"{letter}{i}"].to_numpy() for i in range(layer.top_k)]
+    return np.stack(columns, axis=1)
+
+
+def _of_tokens(rows: pa.Table, layer: Layer, weights_tk: NDArray[np.float32]) -> dict[str, NDArray]:
+    """Scalar column of the rollup -> [T] what each token adds to it."""
+    positive_tk = np.where(weights_tk > 0, weights_tk, 0).astype(np.float64)
+    share_tk = np.divide(
+        positive_tk, weights_tk.sum(axis=1, dtype=np.float64)[:, None], out=np.ones_like(positive_tk),
+        where=positive_tk > 0,
+    )  # fmt: skip
+    dropped_t = _picks(rows, "d", layer).sum(axis=1) if layer.has_capacity else np.zeros(len(rows), np.int64)
+    return {
+        "tokens": np.ones(len(rows)),
+        "router_entropy": rows["entropy"].to_numpy(),
+        "weight_entropy": -(share_tk * np.log(share_tk)).sum(axis=1),
+        "topk_mass": rows["topk_mass"].to_numpy(),
+        "margin": rows["margin"].to_numpy(),
+        "dropped_picks": dropped_t,
+        "dropped_tokens": dropped_t > 0,
+    }

@@ -1,0 +1,250 @@
+"""Finds the committed files of a run, and writes the script that makes them views in a DuckDB.
+
+The base relations `routing`, `tokens`, `documents`, `rejects` and `vocab` read exactly the files that commit records
+name when the script is written, never a glob; `layers` comes from run.json. A run without a commit has the same
+columns and no rows. The views of `queries/views/` build on them; what `label` means there, and whether counts come from
+a rollup, is decided here.
+
+Guarantees: nothing is opened but commit records, run.json and the names of files. What runs the script is the
+business of `warehouse`, or of any other DuckDB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from collector.query.groupings import LABEL, derived_views, find_grouping
+from collector.query.rollup import files as rollups
+from collector.store import tables
+from collector.store.remote_files import RunFiles
+from collector.store.run_directory import REJECTS, RUN, SUCCESS, TABLES, VOCAB, ObjectStore, RunDirectory
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import pyarrow as pa
+
+    from collector.query.groupings import Grouping
+
+_SQL_TYPES = {
+    "uint8": "utinyint", "uint16": "usmallint", "uint32": "uinteger", "uint64": "ubigint", "bool": "boolean",
+    "string": "varchar", "float": "float", "list<item: float>": "float[]", "list<element: float>": "float[]",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Located:
+    """What it takes to open a run in a DuckDB."""
+
+    info: dict[str, Any]
+    """What run.json says."""
+    complete: bool
+    """Whether every shard is committed."""
+    paths: frozenset[str]
+    """The files that the script opens, as it spells them."""
+    mounts: tuple[RunFiles, ...]
+    """The file system that has them, if it is not the local one."""
+    views: dict[str, str]
+    """Name -> select of the derived views."""
+    by: str
+    """What `label` means."""
+    schema: str
+    """Where the views go."""
+    script: str
+    """Creates the views."""
+
+
+def locate(
+    root: str | os.PathLike[str],
+    *,
+    by: str = LABEL,
+    rollup: bool = True,
+    schema: str = "main",
+    files_of: type[RunFiles] = RunFiles,
+) -> Located:
+    """Finds the committed files of a run.
+
+    Args:
+        root: the run directory.
+        by: what `label` means, see `open_run`.
+        rollup: whether to read counts from the run's rollup, see `open_run`.
+        schema: where the views go; there they read one another.
+        files_of: the file system of a remote run.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        StoreError: the object store refuses or does not answer.
+        ValueError: what `open_run` refuses.
+    """
+    grouping, run = find_grouping(by), RunDirectory(root)
+    info, files = _read_info(run), _committed_files(run, rollup=rollup)
+    _check_grouping(grouping, info, files)
+    views = derived_views(grouping, rollup=rollups.DOCUMENTS in files)
+    sizes = {path: size for paths in files.values() for path, size in paths.items()}
+    mounts: tuple[RunFiles, ...] = ()
+    if isinstance(run.store, ObjectStore):
+        mounts = (files_of(run.store, sizes),)
+        prefix = f"{files_of.protocol}://"
+        paths = {prefix + path for path in sizes}
+    else:
+        prefix = run.store.location("").rstrip("/") + "/"
+        paths = {prefix + path for path in sizes}
+        paths |= {_escape_glob(path) for path in paths}
+    return Located(
+        info=info, complete=run.read_or_none(SUCCESS) is not None, paths=frozenset(paths), mounts=mounts,
+        views=views, by=by, schema=schema,
+        script=_script(files, info, views, prefix=_escape_glob(prefix), schema=schema),
+    )  # fmt: skip
+
+
+def _check_grouping(grouping: Grouping | None, info: dict[str, Any], files: Mapping[str, Mapping[str, int]]) -> None:
+    if grouping is not None and not all(files[relation] for relation in grouping.needs):
+        raise ValueError(
+            f"--by {grouping.name} needs {' and '.join(grouping.needs)}, which this run does not have, because it was "
+            f"collected with --token-ids {info['config'].get('token_ids')}; a run with --token-ids keep has it"
+        )
+
+
+def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
+    """The files of one shard, as if they were all of the run.
+
+    Args:
+        paths: table -> local file.
+        info: what run.json says.
+    """
+    files: dict[str, dict[str, int]] = {table: {} for table in (*TABLES, REJECTS, "vocab")}
+    files |= {table: {_escape_glob(str(path)): 0} for table, path in paths.items()}
+    views = derived_views(None, rollup=False)
+    spelled = {str(path) for path in paths.values()} | {name for one in files.values() for name in one}
+    return Located(
+        info=info, complete=False, paths=frozenset(spelled), mounts=(), views=views, by=LABEL, schema="main",
+        script=_script(files, info, views, prefix=""),
+    )  # fmt: skip
+
+
+def committed_files(root: str | os.PathLike[str], table: str) -> list[str]:
+    """Where other programs find a table of a run: paths, or URLs on an object store.
+
+    Args:
+        root: the run directory.
+        table: `routing`, `tokens`, `documents`, `rejects` or `vocab`.
+
+    Returns:
+        The files that commit records name, by shard. A glob could find more: what replicas left that died.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: there is no such table.
+    """
+    run = RunDirectory(root)
+    _read_info(run)
+    files = _committed_files(run)
+    if table not in files:
+        raise ValueError(f"a run has no table {table!r}; it has {', '.join(files)}")
+    return [run.store.location(path) for path in files[table]]
+
+
+def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
+    """Script that creates the views of a run in any DuckDB.
+
+    Args:
+        run_directory: the run.
+        in_place: whether files have their full path or URL, so that DuckDB may start anywhere (its extension httpfs
+            reads s3:// and gs://, azure reads az://); else it is for a DuckDB that is started inside the run's folder.
+    """
+    prefix = _escape_glob(run_directory.store.location("").rstrip("/") + "/") if in_place else ""
+    start = "" if in_place else " Inside its folder: duckdb -init views.sql"
+    head = f"-- The views of this run, over its committed files.{start}\n\n"
+    views = derived_views(None, rollup=False)
+    return head + _script(_committed_files(run_directory), _read_info(run_directory), views, prefix=prefix)
+
+
+def _read_info(run: RunDirectory) -> dict[str, Any]:
+    try:
+        info = run.read_json(RUN)
+    except FileNotFoundError as error:
+        message = f"no run at {run.root}: there is no {RUN}; name the folder that `collector collect` wrote"
+        raise FileNotFoundError(message) from error
+    if any("stack" not in router for router in info["layers"]):
+        raise ValueError(f"{run.root} was written by an earlier version, without a stack per router: collect it again")
+    return info
+
+
+def _committed_files(run: RunDirectory, *, rollup: bool = False) -> dict[str, dict[str, int]]:
+    """Relation -> path relative to the run directory -> bytes; with the current rollup, if it is wanted and there."""
+    files: dict[str, dict[str, int]] = {table: {} for table in (*TABLES, REJECTS, "vocab")}
+    covered = rollups.Covered()
+    for commit in run.commits():
+        covered.add(commit)
+        for table in files.keys() & commit.files.keys():
+            files[table][commit.files[table].path] = commit.files[table].bytes
+    vocabulary = run.read_or_none(VOCAB)
+    if vocabulary is not None:
+        files["vocab"][VOCAB] = len(vocabulary)
+    return files | (rollups.find(run, covered) if rollup else {})
+
+
+def _script(
+    files: Mapping[str, Mapping[str, int]],
+    info: dict[str, Any],
+    views: Mapping[str, str],
+    *,
+    prefix: str,
+    schema: str = "main",
+) -> str:
+    """Statements for all views of a schema; `prefix` goes before the paths that commit records name."""
+    statements = {"layers": _layers_select(info["layers"])}
+    for name, paths in files.items():
+        select = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
+        statements[f"recorded_{name}" if name in views else name] = select
+    statements |= views
+    within = "" if schema == "main" else f"{schema}."
+    return "\n".join(f"create or replace view {within}{name} as\n{select};\n" for name, select in statements.items())
+
+
+def literal(text: str) -> str:
+    """The text as a string of SQL."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _escape_glob(path: str) -> str:
+    """The path as DuckDB must read it to mean only itself."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in path)
+
+
+def _files_select(paths: list[str]) -> str:
+    # A folder called `layer=3` on the way would otherwise become a column.
+    names = ",\n    ".join(map(literal, paths))
+    return f"select * from read_parquet([\n    {names}\n], hive_partitioning = false)"
+
+
+def _layers_select(layers: list[dict[str, Any]]) -> str:
+    rows = ",\n    ".join(
+        f"({literal(one['stack'])}, {one['layer']}::utinyint, {one['n_experts']}::integer, {one['top_k']}::integer, "
+        f"{str(one['has_capacity']).lower()}, {literal(one['router'])})"
+        for one in layers
+    )
+    return f"select * from (values\n    {rows}\n) as layers (stack, layer, n_experts, top_k, has_capacity, router)"
+
+
+def _empty_select(name: str, info: dict[str, Any]) -> str:
+    """A relation with the columns of `name` and no rows."""
+    columns = (f"null::{_SQL_TYPES[_arrow_type(field)]} as {field.name}" for field in _schema(name, info))
+    return f"select {', '.join(columns)} where false"
+
+
+def _arrow_type(field: pa.Field) -> str:
+    return str(getattr(field.type, "value_type", field.type) if str(field.type).startswith("dict") else field.type)
+
+
+def _schema(name: str, info: dict[str, Any]) -> pa.Schema:
+    stored = info["config"].get("store") or ()
+    if name == "routing":
+        return tables.routing_schema(tables.recorded_layers(info), probabilities="probabilities" in stored)
+    if name == "documents":
+        return tables.documents_schema(text="text" in stored, target=bool(info["config"].get("target_column")))
+    schemas = {"tokens": tables.TOKENS_SCHEMA, REJECTS: tables.REJECTS_SCHEMA, "vocab": tables.VOCAB_SCHEMA}
+    return schemas[name]

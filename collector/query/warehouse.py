@@ -1,0 +1,197 @@
+"""Opens a run in DuckDB: its tables as views, and the questions of `queries/` over them.
+
+Which files they read, and what `label` means in them, is written by `views`. Counts by label are made when a query
+first needs them (`label_counts`), unless the run has a rollup. A run on an object store is read by ranges, in place.
+
+Guarantees: a query runs with all its parameters bound; a label or router that the run does not have
+is an error, never an empty table; `Run.sql` runs reading statements only, in a DuckDB that is locked (see `locked`).
+Nothing here writes: results are DuckDB relations, and what becomes of them is the caller's business.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from collector.query import locked_duckdb
+from collector.query.catalog import Query, Value, find_query, list_queries
+from collector.query.groupings import LABEL
+from collector.query.label_counts import LabelCounts, counts_tokens
+from collector.query.locked_duckdb import one_line_errors
+from collector.query.views import committed_files, literal, locate, locate_shard, views_sql
+from collector.store import tables
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from collector.query.views import Located
+
+__all__ = ["Query", "Run", "committed_files", "list_queries", "one_line_errors", "open_run", "views_sql"]
+
+_READS_ONLY = "only a single statement that reads (SELECT …) can run here"
+
+
+class Run:
+    """An opened run: views over its committed files, in a DuckDB of its own."""
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        info: dict[str, Any],
+        *,
+        complete: bool,
+        by: str = LABEL,
+        schema: str = "main",
+        label_counts: LabelCounts | None = None,
+    ) -> None:
+        self.connection = connection
+        """In-memory DuckDB that holds the views."""
+        self.info = info
+        """What run.json says."""
+        self.complete = complete
+        """Whether every shard was committed when the run was opened."""
+        self.by = by
+        """What `label` means: the recorded label, or the name of a grouping."""
+        self.schema = schema
+        """Where in the connection the views are."""
+        self._label_counts = label_counts
+        """Counts on demand; None: as the views say."""
+
+    def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
+        """Asks a question of `queries/`.
+
+        Args:
+            name: of the query, see `list_queries`.
+            **params: values, or their text as a command line gives it.
+
+        Returns:
+            The rows, ordered; computed when they are fetched (`.df()`, `.fetchall()`,
+            `.to_arrow_table()`).
+
+        Raises:
+            ValueError: unknown query or parameter, a bad value, a stack, layer or label that the
+                run does not have, or a query that compares two runs.
+        """
+        query = find_query(name)
+        if query.of_two_runs:
+            raise ValueError(f"{name} compares two runs: name the other one with --beside, in Python with open_runs")
+        cursor, values = self.cursor(), self.bind(query, params)
+        if self._label_counts is not None:
+            self._label_counts.provide(cursor, query, values)
+        return cursor.sql(query.sql, params=values)
+
+    def bind(self, query: Query, params: Mapping[str, object]) -> dict[str, Value]:
+        """Values for all parameters of a query, which make sense for this run.
+
+        Raises:
+            ValueError: unknown parameter, a bad value, or a stack, layer or label that the run does not have.
+        """
+        values = query.bind(params)
+        self.check(stack=values.get("stack"), layer=values.get("layer"), labels=values.get("labels"))
+        return values
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """A connection to the same DuckDB, in which the bare names are the views of this run."""
+        cursor = self.connection.cursor()
+        if self.schema != "main":
+            cursor.execute(f"use {self.schema}")
+        return cursor
+
+    def sql(self, statement: str) -> duckdb.DuckDBPyRelation:
+        """Runs one reading statement over the views.
+
+        Raises:
+            ValueError: it is not one SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE …), it
+                writes, or it has a mistake.
+        """
+        cursor = self.cursor()
+        try:
+            kinds = [parsed.type.name for parsed in duckdb.extract_statements(statement)]
+            if kinds != ["SELECT"]:
+                raise ValueError(f"{_READS_ONLY}; got {', '.join(kinds) or 'nothing'}")
+            # A SELECT may still write through a CTE, but only at the top level; query() is below it.
+            cursor.execute(f"explain select * from query({literal(statement)})").fetchall()
+        except duckdb.Error as error:
+            reason = str(error).split("\n\nLINE ")[0]
+            hint = f"{_READS_ONLY}, without a CTE that writes: " if "must be at the top level" in reason else ""
+            raise ValueError(hint + reason) from error
+        return cursor.sql(statement)
+
+    def check(self, *, stack: Value = None, layer: Value = None, labels: Value = None) -> None:
+        """Refuses what would select nothing.
+
+        Raises:
+            ValueError: a stack, layer or label that the run does not have; names those that it has.
+        """
+        self._check_router(stack, layer)
+        self._check_labels(labels)
+
+    def _check_router(self, stack: Value, layer: Value) -> None:
+        stacks = list(dict.fromkeys(router["stack"] for router in self.info["layers"]))
+        if stack is not None and stack not in stacks:
+            raise ValueError(f"stack {stack!r} is not recorded in this run; it has {', '.join(stacks)}")
+        layers = [router["layer"] for router in self.info["layers"] if stack in (None, router["stack"])]
+        if layer is not None and layer not in layers:
+            where = "in this run" if stack is None else f"for the {stack} in this run"
+            known = ", ".join(map(str, sorted(set(layers))))
+            raise ValueError(f"layer {layer} is not recorded {where}; it has {known}")
+
+    def _check_labels(self, labels: Value) -> None:
+        if not isinstance(labels, list):
+            return
+        known = [row[0] for row in self.cursor().sql("select label from labels order by label").fetchall()]
+        if unknown := [label for label in labels if label not in known]:
+            raise ValueError(
+                f"no document of this run has the {self.by} {unknown[0]!r}; it has {', '.join(known) or 'none'}"
+            )
+
+
+def open_run(
+    root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True, memory_limit: str | None = None
+) -> Run:
+    """Opens a run, complete or not; local or on an object store.
+
+    Args:
+        root: the run directory: a path, or the URL that it was collected to.
+        by: what `label` means in all views and queries: the recorded label, or a grouping of
+            `queries/groupings/`: source, script, length, position or token_class.
+        rollup: whether to read counts from the run's rollup where there is a current one.
+        memory_limit: what DuckDB may take, for example 4GB (default: 80 % of the machine's memory); what does not fit
+            goes to the folder for temporary files.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        StoreError: the object store refuses or does not answer.
+        ValueError: a commit record is damaged, the run is in the layout of an earlier version, or there is no such
+            grouping, or not of this run.
+    """
+    located = locate(root, by=by, rollup=rollup)
+    connection = locked_duckdb.connect(located.paths, located.mounts, memory_limit)
+    connection.execute(located.script)
+    return opened(located, connection)
+
+
+def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
+    """The run that was found, in a DuckDB in which its script has run."""
+    counts = None
+    if counts_tokens(located.views):
+        counts = LabelCounts(connection, tables.recorded_layers(located.info), located.views, located.schema)
+    return Run(
+        connection, located.info, complete=located.complete, by=located.by, schema=located.schema, label_counts=counts
+    )
+
+
+def open_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Run:
+    """Opens the files of one shard, as if they were all of the run.
+
+    Args:
+        paths: table -> local file.
+        info: what run.json says.
+    """
+    located = locate_shard(paths, info)
+    connection = locked_duckdb.connect(located.paths)
+    connection.execute(located.script)
+    return Run(connection, info, complete=False)

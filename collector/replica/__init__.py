@@ -1,0 +1,1 @@
+"""One copy of the model: runs the documents of a shard through it and writes the shard's tables."""

@@ -1,0 +1,313 @@
+"""One model replica: loads once, then turns shards into committed parts.
+
+A plain class without Ray, so that tests, benchmarks and notebooks run the very same code. A shard
+is read and tokenized, run batch by batch, and written, published and committed; until the commit record
+exists nothing of it counts, so a replica may die anywhere. Each of these three stages has a thread of its
+own, so that the device computes one shard while the next is read and the one before is written. What a
+shard's parts hold is a function of the shard alone, whatever else is in work.
+
+All that torch computes, loading included, it computes in the device's thread: OpenMP keeps a team of threads
+for each thread that calls it, and a second team makes both wait for each other asleep, which on a CPU costs a
+small model half its speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import socket
+import time
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from collector import token_ids
+from collector.capture import batches
+from collector.capture.hooks import RouterCapture
+from collector.capture.passes import ForwardPasses
+from collector.data import plan
+from collector.data.sources import BadRow, Document
+from collector.models import footprint, loading
+from collector.models.routers import find_routers
+from collector.pipeline import IN_WORK, DeviceLost, Pipeline, Stage, Stopwatch
+from collector.replica.part_writer import PartWriter, ShardText
+from collector.store import tables
+from collector.store.run_directory import VOCAB, Commit, RunDirectory
+from collector.store.tables import Layer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from collector.capture.passes import Passes
+    from collector.config import RunConfig, Spread
+    from collector.store.tables import LayerRouting
+
+__all__ = ["IN_WORK", "Replica"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Read:
+    """A shard as the device stage gets it."""
+
+    shard: int
+    text: ShardText
+    watch: Stopwatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Routed:
+    """A shard as the last stage gets it."""
+
+    read: _Read
+    routing: list[LayerRouting]
+    passes: Passes
+
+
+class Replica:
+    """Owns one model on one device, and three threads; `close` ends them and takes the hooks off."""
+
+    def __init__(
+        self, root: str, config: RunConfig, plan_hash: str, *, threads: int | None = None,
+        loaded: loading.LoadedModel | None = None, spread: Spread | None = None,
+    ) -> None:  # fmt: skip
+        """Loads tokenizer and model and hooks the routers.
+
+        Args:
+            root: the run directory.
+            config: what to record.
+            plan_hash: of the plan that the shards come from; every commit record names it.
+            threads: CPU threads for the model (None: torch's default).
+            loaded: what `models.load` gave for this config, if it is there already.
+            spread: over which devices the weights go, if not on one.
+
+        Raises:
+            ValueError: the model cannot be loaded, has no such routers, or no room for `max_length`.
+        """
+        self._threads = threads
+        self.run = RunDirectory(root)
+        self.config = config
+        self.plan_hash = plan_hash
+        self._device_busy_until: float | None = None
+        self._pipeline = Pipeline(
+            Stage(name="read", step=self._read),
+            Stage(name="device", step=self._forward, prepare=self._use_threads),
+            Stage(name="write", step=self._write),
+        )
+        try:
+            self._pipeline.call("device", self._load, loaded, spread)
+        except BaseException:
+            self._pipeline.close()
+            raise
+
+    def _load(self, loaded: loading.LoadedModel | None, spread: Spread | None) -> None:
+        config = self.config
+        self.loaded = loaded or loading.load(config.model, config.device, spread)
+        self._check_length()
+        two_stacks = bool(getattr(self.loaded.model.config, "is_encoder_decoder", False))
+        stacks = config.capture.stacks or (("encoder",) if two_stacks else None)
+        self.routers = find_routers(self.loaded.model, config.capture.layers, stacks)
+        self.capture = RouterCapture(
+            self.loaded.model, self.routers, probabilities=self._stores("probabilities"), device=self.loaded.device
+        )
+        self._check_target()
+        self.capture.__enter__()
+        self.layers = [
+            Layer(stack=router.stack, layer=router.layer, **geometry._asdict())
+            for router, geometry in zip(self.routers, self.capture.geometry, strict=True)
+        ]
+        self._passes = ForwardPasses(
+            capture=self.capture, layers=self.layers, pad_id=self.loaded.pad_id, config=config.capture
+        )
+        self._writer = PartWriter(
+            self.run,
+            routing=tables.routing_schema(self.layers, probabilities=self._stores("probabilities")),
+            documents=tables.documents_schema(text=self._stores("text"), target=config.data.target_column is not None),
+            token_ids=config.capture.token_ids,
+            hashed_ids=self._hashed_ids(),
+        )
+
+    def close(self) -> None:
+        """Ends the threads once the stages that they are at are done, and takes the hooks off.
+
+        Shards that are still in work then are not committed. What is closed may be closed again.
+        """
+        self._pipeline.close()
+        self.capture.__exit__(None, None, None)
+
+    def _use_threads(self) -> None:
+        """OpenMP counts its threads for each thread that calls it."""
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+
+    def _stores(self, what: str) -> bool:
+        return what in self.config.capture.store
+
+    def _hashed_ids(self) -> NDArray[np.uint32] | None:
+        """[vocabulary] what is recorded for each id; None if it is the id, or nothing."""
+        if self.config.capture.token_ids != "hash":
+            return None
+        embedding: Any = self.loaded.model.get_input_embeddings()
+        return token_ids.permutation(embedding.weight.shape[0], token_ids.require_key(self.config.token_key))
+
+    def _check_length(self) -> None:
+        room = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if room is not None and self.config.capture.max_length > room:
+            raise ValueError(
+                f"--max-length {self.config.capture.max_length} exceeds the model's {room} positions; "
+                f"use --max-length {room} or less"
+            )
+
+    def _check_target(self) -> None:
+        column = self.config.data.target_column
+        if column is not None and not self.capture.decodes:
+            raise ValueError(
+                f"--target-column {column}: nothing reads it; it is the text of the decoder of an encoder–decoder "
+                "model, recorded with --stacks decoder"
+            )
+        if self.capture.decodes and self.loaded.model.config.decoder_start_token_id is None:
+            raise ValueError(
+                "--stacks decoder: the model's config has no decoder_start_token_id, which every text of the decoder "
+                "begins with; set it in the checkpoint's config.json"
+            )
+
+    # -- what the run says of its model ------------------------------------------------------------
+
+    def card(self) -> dict[str, Any]:
+        """What run.json says of model, routers and versions; equal for all replicas of a run."""
+        return cast("dict[str, Any]", self._pipeline.call("device", self._card))
+
+    def _card(self) -> dict[str, Any]:
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        memory = footprint.describe(model, self.loaded.compute_dtype)
+        return {
+            "model": {
+                "id": self.config.model.model,
+                "revision": getattr(model.config, "_commit_hash", None) or self.config.model.revision,
+                "class": type(model).__name__,
+                "model_type": model.config.model_type,
+                "weights": self.config.model.weights,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "parameters": sum(part["parameters"] for part in memory["treatments"].values()),
+                "fingerprint": loading.fingerprint(model),
+            },
+            "memory": memory,
+            "stacks": list(dict.fromkeys(layer.token_stack for layer in self.layers)),
+            "layers": [
+                dataclasses.asdict(layer) | {"router": router.name, "router_class": type(router.module).__name__}
+                for layer, router in zip(self.layers, self.routers, strict=True)
+            ],
+            "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer)},
+            "versions": _versions(),
+        }
+
+    def write_vocabulary(self) -> None:
+        """Writes vocab.parquet, unless it is there or would undo what `--token-ids` hides."""
+        if self.config.capture.token_ids != "keep":
+            return
+        columns = zip(*loading.readable_vocabulary(self.loaded.tokenizer), strict=True)
+        table = pa.table([pa.array(c) for c in columns], names=tables.VOCAB_SCHEMA.names).cast(tables.VOCAB_SCHEMA)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression=tables.COMPRESSION)
+        self.run.store.put_new(VOCAB, sink.getvalue().to_pybytes())
+
+    # -- shards ------------------------------------------------------------------------------------
+
+    def collect(self, shard: plan.Shard) -> Commit:
+        """Collects one shard and commits it; several threads may do so at once, and their shards overlap.
+
+        Returns:
+            The commit record that counts: this attempt's, or that of another attempt that was first.
+
+        Raises:
+            ValueError: the source changed, or a router returned what none may return.
+            RuntimeError: a router did not fire exactly once, or the replica was closed.
+            DeviceLost: the device failed; so will every other shard.
+        """
+        return cast("Commit", self._pipeline.submit(shard).result())
+
+    def collect_all(self, shards: Iterable[plan.Shard]) -> Iterator[Commit]:
+        """Collects shards, up to `IN_WORK` at once, and gives their commit records in order.
+
+        Raises:
+            Exception: what `collect` would raise, where the record of that shard would come.
+        """
+        return self._pipeline.map(shards)
+
+    def _read(self, shard: plan.Shard) -> _Read:
+        """First stage: rows, documents, tokens."""
+        watch = Stopwatch()
+        with watch("read"):
+            rows = list(plan.read_shard(shard, self.config.data))
+        documents = [row for row in rows if isinstance(row, Document)]
+        with watch("tokenize"):
+            tokens = self._tokenize(documents)
+        bad = [row for row in rows if isinstance(row, BadRow)]
+        return _Read(shard=shard.shard, text=ShardText(documents=documents, tokens=tokens, bad=bad), watch=watch)
+
+    def _tokenize(self, documents: list[Document]) -> dict[str, batches.TokenTable]:
+        """What each stack that runs is given."""
+        tokenizer, longest = self.loaded.tokenizer, self.config.capture.max_length
+        text = batches.tokenize(tokenizer, [document.text for document in documents], longest)
+        if not self.capture.two_stacks:
+            return {"decoder": text}
+        tokens = {"encoder": text}
+        if self.capture.decodes:
+            targets = [document.text if document.target is None else document.target for document in documents]
+            target = batches.tokenize(tokenizer, targets, longest, as_target=True)
+            tokens["decoder"] = batches.shift_right(target, int(self.loaded.model.config.decoder_start_token_id))
+        return tokens
+
+    def _forward(self, read: _Read) -> _Routed:
+        """Second stage, the only one that uses the device; `idle` is how long it had nothing to do before."""
+        watch = read.watch
+        watch.seconds["idle"] = time.perf_counter() - (self._device_busy_until or watch.started)
+        try:
+            with watch("forward"):
+                routing, passes = self._passes.run(read.text.tokens)
+        except torch.AcceleratorError as error:
+            raise DeviceLost(
+                f"{self.loaded.device} failed, and computes nothing more in this process: {error}"
+            ) from error
+        finally:
+            self._device_busy_until = time.perf_counter()
+        return _Routed(read=read, routing=routing, passes=passes)
+
+    def _write(self, routed: _Routed) -> Commit:
+        """Last stage: checked, encoded, published, committed."""
+        read, attempt = routed.read, uuid.uuid4().hex[:12]
+        text, watch = read.text, read.watch
+        files = self._writer.write(read.shard, attempt, text, routed.routing, watch)
+        record = Commit(
+            shard=read.shard,
+            attempt=attempt,
+            plan_hash=self.plan_hash,
+            files=files,
+            documents=len(text.documents),
+            tokens=text.count,
+            rows=files["routing"].rows,
+            characters=sum(len(document.text) for document in text.documents),
+            truncated=int(text.truncated.sum()),
+            skipped=text.skipped,
+            **dataclasses.asdict(routed.passes),
+            seconds={stage: round(seconds, 4) for stage, seconds in watch.seconds.items()},
+            node=socket.gethostname(),
+        )
+        return self.run.commit(record)
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides the numbers; None of these is told where it is not installed."""
+    found = {"python": platform.python_version()}
+    for name in ("moe-routing-collector", "torch", "transformers", "tokenizers", "bitsandbytes", "pyarrow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # bitsandbytes, where it has no build
+            continue
+    return found

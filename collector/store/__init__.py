@@ -1,0 +1,1 @@
+"""The run directory: its tables, the atomic commit of a shard, local folders and object storage."""

@@ -1,0 +1,129 @@
+"""How tables are read to be checked: row group by row group, with counts of what is wrong.
+
+One row group is in memory at a time, and of a shard as a whole some 30 bytes per token and one byte per token and
+router.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from collector.store import tables
+from collector.store.run_directory import REJECTS
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Generator, Iterator, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from collector.store.run_directory import Commit
+    from collector.store.tables import Layer
+
+    Problems = Generator[str, None, None]
+    """One line each."""
+
+STACKS = ("encoder", "decoder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """What run.json says that the tables have to agree with."""
+
+    layers: tuple[Layer, ...]
+    """The recorded routers."""
+    schemas: Mapping[str, pa.Schema]
+    """Table -> columns."""
+    drops_token_ids: bool
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Card:
+        """Reads it from run.json's content.
+
+        Raises:
+            KeyError, TypeError: run.json is not what a replica writes.
+        """
+        layers = tables.recorded_layers(info)
+        config = info["config"]
+        stored = config.get("store") or ()
+        schemas = {
+            "routing": tables.routing_schema(layers, probabilities="probabilities" in stored),
+            "tokens": tables.TOKENS_SCHEMA,
+            "documents": tables.documents_schema(text="text" in stored, target=bool(config.get("target_column"))),
+            REJECTS: tables.REJECTS_SCHEMA,
+        }
+        return cls(layers=layers, schemas=schemas, drops_token_ids=config.get("token_ids") == "drop")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents:
+    """[D] by `doc`."""
+
+    tokens: NDArray[np.int64]
+    target_tokens: NDArray[np.int64] | None
+    """None where no decoder ran beside an encoder."""
+    label: NDArray[np.int64]
+    """Index into `labels`."""
+    labels: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """[T] by `tok`."""
+
+    stack: NDArray[np.uint8]
+    """Index into `STACKS`."""
+    doc: NDArray[np.int64]
+    is_special: NDArray[np.bool_]
+
+
+def columns(schema: pa.Schema) -> list[tuple[str, str]]:
+    """Names and types, in order."""
+    return [(field.name, str(field.type).replace("element:", "item:")) for field in schema]
+
+
+def groups(path: Path, table: str, commit: Commit, schema: pa.Schema, wrong: Counter[str]) -> Iterator[pa.Table]:
+    """The row groups of a file, up to one with nulls where none may be; counts these, and rows of other shards."""
+    required = [field.name for field in schema if not field.nullable]
+    with pq.ParquetFile(path) as file:
+        for index in range(file.num_row_groups):
+            group = file.read_row_group(index, use_threads=False)
+            for name in required:
+                wrong[f"{table}.{name} is null"] += group[name].null_count
+            wrong[f"{table}.shard is another shard's"] += int((numbers(group["shard"]) != commit.shard).sum())
+            if any(group[name].null_count for name in required):
+                return
+            yield group
+
+
+def numbers(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A column without its nulls, as an array."""
+    return column.drop_null().to_numpy()
+
+
+def codes(column: pa.ChunkedArray, known: Mapping[str, int]) -> NDArray[np.int64]:
+    """[N] the number that stands for each name; -1 for a name that is not known, and for a null."""
+    codes = []
+    for chunk in column.chunks:
+        names = np.array([known.get(name, -1) for name in chunk.dictionary.to_pylist()] + [-1], np.int64)
+        codes.append(names[chunk.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)])
+    return np.concatenate(codes) if codes else np.zeros(0, np.int64)
+
+
+def told(wrong: Counter[str]) -> Problems:
+    """One line per kind of mistake."""
+    yield from (f"{what} in {count:,} rows" for what, count in wrong.items() if count)
+
+
+def each_once(counts: NDArray[Any], what: str) -> Problems:
+    """A line if a number was never met, and one if some were more than once."""
+    if (missing := np.flatnonzero(counts == 0)).size:
+        yield f"{what} {missing[0]} is missing, with {missing.size - 1:,} others"
+    if (repeated := np.flatnonzero(counts > 1)).size:
+        yield f"{what} {repeated[0]} is there more than once, with {repeated.size - 1:,} others"

@@ -1,0 +1,109 @@
+"""What the routing table of one shard must hold: by each recorded router one decision about each token of its stack.
+
+A decision is k experts of the router, each chosen once, with finite weights and statistics, beside the label and the
+mark of its token. Which experts they should have been is not known here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from collector.store import tables
+from collector.upkeep.verify.reading import STACKS, Card, Documents, Tokens, codes, each_once, groups, numbers, told
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from collector.store.run_directory import Commit
+    from collector.store.tables import Layer
+    from collector.upkeep.verify.reading import Problems
+
+
+def check_routing(path: Path, commit: Commit, card: Card, documents: Documents, tokens: Tokens) -> Problems:
+    """What is wrong with a routing table, one line each, given sound documents and tokens."""
+    wrong: Counter[str] = Counter()
+    routers = {(one.stack, one.layer): one for one in card.layers}
+    seen = {router: np.zeros(len(tokens.doc), np.uint8) for router in routers}
+    read = 0
+    for group in groups(path, "routing", commit, card.schemas["routing"], wrong):
+        read += len(group)
+        for router, rows in _by_router(group):
+            if router not in routers:
+                wrong[f"routing of {router[0]} layer {router[1]}, which the run does not record,"] += len(rows)
+                continue
+            _check_rows(rows, routers[router], documents, tokens, seen[router], wrong)
+    yield from told(wrong)
+    if read < commit.rows:
+        return
+    for router, counts in seen.items():
+        mine = tokens.stack == STACKS.index(routers[router].token_stack)
+        yield from each_once(counts[mine], f"{routers[router].name}: of the tokens of its stack number")
+
+
+def _by_router(group: pa.Table) -> Iterator[tuple[tuple[str, int], pa.Table]]:
+    """The rows of each router; as a rule a row group holds one."""
+    found = group.select(["stack", "layer"]).group_by(["stack", "layer"]).aggregate([]).to_pylist()
+    for router in found:
+        name = router["stack"], router["layer"]
+        mask = pc.and_(pc.equal(group["stack"].cast(pa.string()), name[0]), pc.equal(group["layer"], name[1]))
+        yield name, group if len(found) == 1 else group.filter(mask)
+
+
+def _check_rows(
+    rows: pa.Table, layer: Layer, documents: Documents, tokens: Tokens, seen: NDArray[np.uint8],
+    wrong: Counter[str],
+) -> None:  # fmt: skip
+    """Counts in `wrong` what no row of a router may hold, and in `seen` the tokens that it has routed."""
+    tok = numbers(rows["tok"])
+    inside = tok < len(tokens.doc)
+    wrong[f"{layer.name}: tok is no token"] += int((~inside).sum())
+    if not inside.all():
+        return
+    other = tokens.stack[tok] != STACKS.index(layer.token_stack)
+    wrong[f"{layer.name}: tok is not of its stack"] += int(other.sum())
+    seen += np.minimum(np.bincount(tok, minlength=len(seen)), 2).astype(np.uint8)
+    np.minimum(seen, 2, out=seen)
+    label = codes(rows["label"], documents.labels) != documents.label[tokens.doc[tok]]
+    wrong[f"{layer.name}: label is not its document's"] += int(label.sum())
+    special = numbers(rows["is_special"]) != tokens.is_special[tok]
+    wrong[f"{layer.name}: is_special is not its token's"] += int(special.sum())
+    _check_picks(rows, layer, wrong)
+    for name in tables.STATISTICS:
+        wrong[f"{layer.name}: {name} is not finite"] += int((~np.isfinite(numbers(rows[name]))).sum())
+    if "probabilities" in rows.column_names:
+        lengths = pc.list_value_length(rows["probabilities"]).to_numpy()
+        wrong[f"{layer.name}: probabilities are not of {layer.n_experts} experts"] += int(
+            (lengths != layer.n_experts).sum()
+        )
+        values = pc.list_flatten(rows["probabilities"]).to_numpy()
+        wrong[f"{layer.name}: probabilities are not finite"] += int((~np.isfinite(values)).sum())
+
+
+def _check_picks(rows: pa.Table, layer: Layer, wrong: Counter[str]) -> None:
+    """Of each token k experts of the router, each once, with finite weights; nothing beyond the k."""
+    mine = [f"{letter}{i}" for letter in "ew" for i in range(layer.top_k)]
+    mine += [f"d{i}" for i in range(layer.top_k) if layer.has_capacity]
+    nulls = {name: rows[name].null_count for name in rows.column_names if name[0] in "ewd" and name[1:].isdigit()}
+    wrong[f"{layer.name}: an expert, weight or drop is null"] += max(nulls[name] for name in mine)
+    others = [len(rows) - count for name, count in nulls.items() if name not in mine]
+    wrong[f"{layer.name}: more picks than its k of {layer.top_k}"] += max(others, default=0)
+    if any(nulls[name] for name in mine):
+        return
+    experts_tk = np.stack([numbers(rows[f"e{i}"]) for i in range(layer.top_k)], axis=1)
+    wrong[f"{layer.name}: an expert id is not below {layer.n_experts}"] += _rows_with(experts_tk >= layer.n_experts)
+    ordered = np.sort(experts_tk, axis=1)
+    wrong[f"{layer.name}: an expert is chosen twice"] += _rows_with(ordered[:, 1:] == ordered[:, :-1])
+    weights_tk = np.stack([numbers(rows[f"w{i}"]) for i in range(layer.top_k)], axis=1)
+    wrong[f"{layer.name}: a weight is not finite"] += _rows_with(~np.isfinite(weights_tk))
+
+
+def _rows_with(marked_tk: NDArray[np.bool_]) -> int:
+    return int(marked_tk.any(axis=1).sum())
