@@ -16,9 +16,8 @@ with app.setup:
     from transformers import AutoTokenizer, SwitchTransformersConfig, SwitchTransformersModel
     from transformers.utils import logging
 
-    from collector import open_run
+    from collector import collect_in_process, open_run
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-    from collector.fleet.driver import collect_in_process
     from collector.models.loading import DEMO_MODEL
 
 

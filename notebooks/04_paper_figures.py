@@ -14,9 +14,8 @@ with app.setup:
     import pandas as pd
     import torch
 
-    from collector import open_run, open_runs
+    from collector import collect_in_process, open_run, open_runs
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-    from collector.fleet.driver import collect_in_process
 
     _ = alt.data_transformers.disable_max_rows()
 
