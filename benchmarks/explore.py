@@ -22,7 +22,7 @@ from benchmarks.generated import generated
 from collector.look.explore import serving
 from collector.query.rollup import files, making
 from collector.store.run_directory import RunDirectory
-from tests.browser import launched, window
+from tests.helpers.browser import launched, window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from collector.look.explore import serving
 from collector.look.report import write
-from tests.browser import launched, window
+from tests.helpers.browser import launched, window
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.helpers.browser import Browser
 
 RUN, UNTRAINED = "runs/demo", "runs/demo-random"
 LABELS = ("eng_Latn", "deu_Latn", "rus_Cyrl", "heb_Hebr", "kor_Hang", "jpn_Jpan")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import browser as browser
-from browser import chromium as chromium
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeModel
 
 from collector.config import DataConfig, ModelConfig
 from collector.data.corpus import read_sentences
 from collector.models import loading
 from collector.models.loading import DEMO_MODEL
-from tests.runs import collect_here, run_config
+from tests.helpers.browser import browser as browser
+from tests.helpers.browser import chromium as chromium
+from tests.helpers.runs import collect_here, run_config
 
 # Two threads of OpenMP wait for each other, awake, longer than tiny models compute: for these processes and their own.
 torch.set_num_threads(1)

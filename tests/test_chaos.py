@@ -20,7 +20,7 @@ from tests.chaos import toy
 from tests.chaos.campaign import KILLING, SCENARIOS, cast, play
 from tests.chaos.faults import PROTOCOL, Board, Fault, draw
 from tests.chaos.oracle import Oracle
-from tests.runs import collect_here, run_config
+from tests.helpers.runs import collect_here, run_config
 
 DOCUMENTS, PER_SHARD = 36, 3
 

@@ -12,7 +12,7 @@ from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfi
 from collector.fleet import driver
 from collector.models import loading
 from collector.models.routers import find_routers
-from tests.runs import collect_here, content, run_config
+from tests.helpers.runs import collect_here, content, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -120,7 +120,7 @@ def demo_model(stage: Stage, kills: int) -> None:
     """The trained demo model over real sentences, killed like the toy; compared with a quiet run in this process."""
     from collector.config import DataConfig, ModelConfig
     from tests.chaos.faults import PROTOCOL, draw
-    from tests.runs import collect_here, run_config
+    from tests.helpers.runs import collect_here, run_config
 
     documents = stage.shards * stage.oracle.per_shard
     data = DataConfig(limit=documents, docs_per_shard=stage.oracle.per_shard)

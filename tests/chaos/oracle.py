@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from collector.store.run_directory import RunDirectory
 from tests.chaos import toy
 from tests.chaos.verdict import Verdict, compare
-from tests.runs import content
+from tests.helpers.runs import content
 
 EPSILON = 1e-5
 """Of Olmoe's RMSNorm; read from the config where there is one."""

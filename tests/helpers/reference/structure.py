@@ -1,0 +1,96 @@
+"""Which experts, layers and neighbouring tokens go together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.helpers.reference.base import Decision, by_router, grouped
+
+
+def coactivation(found: Sequence[Decision], mode: str) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        single = Counter(expert for d in decided for expert in d.experts)
+        pairs: Counter[tuple[int, int]] = Counter()
+        for d in decided:
+            pairs.update(itertools.permutations(d.experts, 2) if mode == "paper" else _neighbours(d))
+        for (i, j), together in pairs.items():
+            # of the k (k - 1) ordered pairs of picks, released counts 2 (k - 1)
+            share = 1 if mode == "paper" else 2 / one.top_k
+            baseline = (one.top_k - 1) / (one.n_experts - 1) * share
+            metric = "coactivation" if mode == "paper" else "adjacent_coactivation"
+            rows[metric, one.stack, one.layer, i, j] = (together / single[i], baseline, single[i], together)
+    return rows
+
+
+def _neighbours(decision: Decision) -> list[tuple[int, int]]:
+    order = np.argsort(-np.array(decision.weights), kind="stable")
+    ranked = [decision.experts[place] for place in order]
+    pairs = list(itertools.pairwise(ranked))
+    return pairs + [(b, a) for a, b in pairs]
+
+
+def expert_token_overlap(found: Sequence[Decision], min_count: int) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        counts = Counter((expert, d.token_id) for d in decided for expert in d.experts)
+        often = [pair for pair, count in counts.items() if count >= min_count]
+        received = [{x for e, x in often if e == expert} for expert in range(one.n_experts)]
+        ids = len(set().union(*received))
+        for i, j in itertools.combinations(range(one.n_experts), 2):
+            a, b = len(received[i]), len(received[j])
+            if a and b:
+                either = len(received[i] | received[j])
+                value = len(received[i] & received[j]) / either
+                baseline = a * b / ids / (a + b - a * b / ids)
+                rows["expert_token_overlap", one.stack, one.layer, i, j] = (value, baseline, either, a, b)
+    return rows
+
+
+def layer_transition(found: Sequence[Decision]) -> dict:
+    rows = {}
+    for stack, decided in grouped(found, lambda d: d.geometry.stack).items():
+        layers = sorted({d.geometry.layer for d in decided})
+        top1 = {(d.geometry.layer, d.shard, d.tok): d.top1 for d in decided}
+        for layer, following in itertools.pairwise(layers):
+            steps = [(expert, top1[following, *token]) for (at, *token), expert in top1.items() if at == layer]
+            leaving, arriving = Counter(a for a, _ in steps), Counter(b for _, b in steps)
+            for (a, b), together in Counter(steps).items():
+                key = ("layer_transition", stack, layer, a, following, b)
+                rows[key] = (together / leaving[a], arriving[b] / len(steps), leaving[a], together)
+    return rows
+
+
+def repetition(found: Sequence[Decision]) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        e, k = one.n_experts, one.top_k
+        place = {(d.shard, d.doc, d.position): d for d in decided}
+        pairs = [(d, place[s, doc, at + 1]) for (s, doc, at), d in place.items() if (s, doc, at + 1) in place]
+        for label, same in grouped(pairs, lambda pair: pair[0].label).items():
+            shared = np.array([len(set(a.experts) & set(b.experts)) for a, b in same])
+            metrics = {
+                "top1_same": (np.mean([a.top1 == b.top1 for a, b in same]), 1 / e),
+                "any_shared": (np.mean(shared > 0), 1 - math.comb(e - k, k) / math.comb(e, k)),
+                "mean_shared": (shared.mean(), k * k / e),
+            }
+            for metric, (value, baseline) in metrics.items():
+                rows[metric, one.stack, one.layer, label] = (value, baseline, len(same))
+    return rows
+
+
+def position_profile(found: Sequence[Decision]) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        for label, own in grouped(decided, lambda d: d.label).items():
+            for first, bucket in grouped(own, lambda d: 1 << d.position.bit_length() >> 1).items():
+                for expert in range(one.n_experts):
+                    value, baseline = (np.mean([expert in d.experts for d in each]) for each in (bucket, own))
+                    key = ("position_profile", one.stack, one.layer, label, first, expert)
+                    rows[key] = (value, baseline, len(bucket), max(2 * first - 1, 0))
+    return rows
