@@ -14,30 +14,28 @@ small model half its speed.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import socket
 import time
 import uuid
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from collector import token_ids
 from collector.capture import batches
-from collector.capture.hooks import RouterCapture
+from collector.capture.hooks import Capture
 from collector.capture.passes import ForwardPasses
+from collector.capture.recorders import recorders_for
+from collector.capture.shard_text import ShardText
 from collector.data import plan
 from collector.data.sources import BadRow, Document
-from collector.models import footprint, loading
+from collector.models import loading
 from collector.models.routers import find_routers
 from collector.pipeline import IN_WORK, DeviceLost, Pipeline, Stage, Stopwatch
-from collector.replica.part_writer import PartWriter, ShardText
+from collector.replica.card import describe, vocabulary
+from collector.replica.part_writer import PartWriter
 from collector.store import tables
-from collector.store.run_directory import VOCAB, Commit, RunDirectory
-from collector.store.tables import Layer
+from collector.store.run_directory import REJECTS, TABLES, VOCAB, Commit, RunDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -46,8 +44,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from collector.capture.passes import Passes
+    from collector.capture.recorder import Recording
     from collector.config import RunConfig, Spread
-    from collector.store.tables import LayerRouting
 
 __all__ = ["IN_WORK", "Replica"]
 
@@ -62,11 +60,11 @@ class _Read:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Routed:
+class _Recorded:
     """A shard as the last stage gets it."""
 
     read: _Read
-    routing: list[LayerRouting]
+    recordings: list[Recording]
     passes: Passes
 
 
@@ -113,22 +111,16 @@ class Replica:
         two_stacks = bool(getattr(self.loaded.model.config, "is_encoder_decoder", False))
         stacks = config.capture.stacks or (("encoder",) if two_stacks else None)
         self.routers = find_routers(self.loaded.model, config.capture.layers, stacks)
-        self.capture = RouterCapture(
-            self.loaded.model, self.routers, probabilities=self._stores("probabilities"), device=self.loaded.device
-        )
+        recorders = recorders_for(self.loaded.model, self.routers, config.capture)
+        self.capture = Capture(self.loaded.model, recorders, device=self.loaded.device)
         self._check_target()
         self.capture.__enter__()
-        self.layers = [
-            Layer(stack=router.stack, layer=router.layer, **geometry._asdict())
-            for router, geometry in zip(self.routers, self.capture.geometry, strict=True)
-        ]
-        self._passes = ForwardPasses(
-            capture=self.capture, layers=self.layers, pad_id=self.loaded.pad_id, config=config.capture
-        )
+        self._passes = ForwardPasses(capture=self.capture, pad_id=self.loaded.pad_id, config=config.capture)
         self._writer = PartWriter(
             self.run,
-            routing=tables.routing_schema(self.layers, probabilities=self._stores("probabilities")),
-            documents=tables.documents_schema(text=self._stores("text"), target=config.data.target_column is not None),
+            documents=tables.documents_schema(
+                text="text" in config.capture.store, target=config.data.target_column is not None
+            ),
             token_ids=config.capture.token_ids,
             hashed_ids=self._hashed_ids(),
         )
@@ -145,9 +137,6 @@ class Replica:
         """OpenMP counts its threads for each thread that calls it."""
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-
-    def _stores(self, what: str) -> bool:
-        return what in self.config.capture.store
 
     def _hashed_ids(self) -> NDArray[np.uint32] | None:
         """[vocabulary] what is recorded for each id; None if it is the id, or nothing."""
@@ -180,42 +169,16 @@ class Replica:
     # -- what the run says of its model ------------------------------------------------------------
 
     def card(self) -> dict[str, Any]:
-        """What run.json says of model, routers and versions; equal for all replicas of a run."""
-        return cast("dict[str, Any]", self._pipeline.call("device", self._card))
-
-    def _card(self) -> dict[str, Any]:
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        memory = footprint.describe(model, self.loaded.compute_dtype)
-        return {
-            "model": {
-                "id": self.config.model.model,
-                "revision": getattr(model.config, "_commit_hash", None) or self.config.model.revision,
-                "class": type(model).__name__,
-                "model_type": model.config.model_type,
-                "weights": self.config.model.weights,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "parameters": sum(part["parameters"] for part in memory["treatments"].values()),
-                "fingerprint": loading.fingerprint(model),
-            },
-            "memory": memory,
-            "stacks": list(dict.fromkeys(layer.token_stack for layer in self.layers)),
-            "layers": [
-                dataclasses.asdict(layer) | {"router": router.name, "router_class": type(router.module).__name__}
-                for layer, router in zip(self.layers, self.routers, strict=True)
-            ],
-            "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer)},
-            "versions": _versions(),
-        }
+        """What run.json says of model, recorders and versions; equal for all replicas of a run."""
+        return cast(
+            "dict[str, Any]",
+            self._pipeline.call("device", describe, self.loaded, self.config.model, self.capture.recorders),
+        )
 
     def write_vocabulary(self) -> None:
         """Writes vocab.parquet, unless it is there or would undo what `--token-ids` hides."""
-        if self.config.capture.token_ids != "keep":
-            return
-        columns = zip(*loading.readable_vocabulary(self.loaded.tokenizer), strict=True)
-        table = pa.table([pa.array(c) for c in columns], names=tables.VOCAB_SCHEMA.names).cast(tables.VOCAB_SCHEMA)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression=tables.COMPRESSION)
-        self.run.store.put_new(VOCAB, sink.getvalue().to_pybytes())
+        if self.config.capture.token_ids == "keep":
+            self.run.store.put_new(VOCAB, vocabulary(self.loaded.tokenizer))
 
     # -- shards ------------------------------------------------------------------------------------
 
@@ -264,26 +227,26 @@ class Replica:
             tokens["decoder"] = batches.shift_right(target, int(self.loaded.model.config.decoder_start_token_id))
         return tokens
 
-    def _forward(self, read: _Read) -> _Routed:
+    def _forward(self, read: _Read) -> _Recorded:
         """Second stage, the only one that uses the device; `idle` is how long it had nothing to do before."""
         watch = read.watch
         watch.seconds["idle"] = time.perf_counter() - (self._device_busy_until or watch.started)
         try:
             with watch("forward"):
-                routing, passes = self._passes.run(read.text.tokens)
+                recordings, passes = self._passes.run(read.text.tokens)
         except torch.AcceleratorError as error:
             raise DeviceLost(
                 f"{self.loaded.device} failed, and computes nothing more in this process: {error}"
             ) from error
         finally:
             self._device_busy_until = time.perf_counter()
-        return _Routed(read=read, routing=routing, passes=passes)
+        return _Recorded(read=read, recordings=recordings, passes=passes)
 
-    def _write(self, routed: _Routed) -> Commit:
+    def _write(self, recorded: _Recorded) -> Commit:
         """Last stage: checked, encoded, published, committed."""
-        read, attempt = routed.read, uuid.uuid4().hex[:12]
+        read, attempt = recorded.read, uuid.uuid4().hex[:12]
         text, watch = read.text, read.watch
-        files = self._writer.write(read.shard, attempt, text, routed.routing, watch)
+        files = self._writer.write(read.shard, attempt, text, recorded.recordings, watch)
         record = Commit(
             shard=read.shard,
             attempt=attempt,
@@ -291,23 +254,12 @@ class Replica:
             files=files,
             documents=len(text.documents),
             tokens=text.count,
-            rows=files["routing"].rows,
+            rows=sum(part.rows for table, part in files.items() if table not in (*TABLES, REJECTS)),
             characters=sum(len(document.text) for document in text.documents),
             truncated=int(text.truncated.sum()),
             skipped=text.skipped,
-            **dataclasses.asdict(routed.passes),
+            **dataclasses.asdict(recorded.passes),
             seconds={stage: round(seconds, 4) for stage, seconds in watch.seconds.items()},
             node=socket.gethostname(),
         )
         return self.run.commit(record)
-
-
-def _versions() -> dict[str, str]:
-    """Of what decides the numbers; None of these is told where it is not installed."""
-    found = {"python": platform.python_version()}
-    for name in ("moe-routing-collector", "torch", "transformers", "tokenizers", "bitsandbytes", "pyarrow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # bitsandbytes, where it has no build
-            continue
-    return found

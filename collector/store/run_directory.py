@@ -46,7 +46,8 @@ __all__ = [
 ]  # fmt: skip
 
 PLAN, RUN, VOCAB, VIEWS, SUCCESS = "plan.parquet", "run.json", "vocab.parquet", "views.sql", "_SUCCESS"
-TABLES = ("routing", "tokens", "documents")
+TABLES = ("tokens", "documents")
+"""The tables of every run; the recorders add theirs."""
 REJECTS = "rejects"
 """The table of rows that became no document; a shard without such rows has no part of it."""
 PART_FOLDERS = ("data", REJECTS)
