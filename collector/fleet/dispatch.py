@@ -20,17 +20,20 @@ own shards goes on in an order of its own, and looks before each.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from collector.fleet.events import Collected, Died, Failed, Loaded, Notice, NotLoaded
+from collector.fleet.failures import Failures
 from collector.fleet.worklist import Worklist
 from collector.pipeline import IN_WORK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from collector.config import LaunchConfig
     from collector.data.plan import Plan
     from collector.fleet.events import Event, Fleet
     from collector.fleet.progress import ProgressView
@@ -42,44 +45,46 @@ LISTING_SHARE = 20
 """A listing of the commits comes at most after this many times the time that the last one took."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that is being collected."""
+
+    run: RunDirectory
+    plan: Plan
+    launch: LaunchConfig
+    """Attempts per shard, and which shards this driver begins with."""
+
+
 class Dispatcher:
     """Hands shards to replicas until none is left to hand out."""
 
     def __init__(
-        self, *, run: RunDirectory, plan: Plan, fleet: Fleet, view: ProgressView, max_attempts: int,
-        share: tuple[int, int] = (0, 1), retry_failed: bool = False,
+        self, job: Job, fleet: Fleet, view: ProgressView, *,
         accept_card: Callable[[dict[str, Any]], None] = lambda _: None,
         observe: Callable[[Dispatcher], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """Reads what is committed and what failed, and counts what is committed.
 
         Args:
-            run: the run directory.
-            plan: its shards.
-            fleet: who does the work.
+            job: the run.
+            fleet: the replicas.
             view: where messages and progress go.
-            max_attempts: attempts per shard, over all launches.
-            share: this driver's own shards, as remainder and divisor of their numbers.
-            retry_failed: whether shards that were left out are tried again.
             accept_card: takes each new replica's card; a ValueError of it ends the run.
             observe: called after every round.
         """
-        self.run = run
-        self.plan = plan
+        self.run = job.run
+        self.plan = job.plan
         self.fleet = fleet
         self.view = view
-        self.max_attempts = max_attempts
+        self.max_attempts = job.launch.max_attempts
         self.accept_card = accept_card
         self.observe = observe
         committed = self._count_committed()
-        failures = self._read_failures(committed)
-        self.attempts = {shard: int(failure["attempts"]) for shard, failure in failures.items()}
-        left_out = {shard: failure for shard, failure in failures.items() if failure.get("left_out")}
-        self.forgiven = {shard: self.attempts[shard] for shard in left_out} if retry_failed else {}
-        if retry_failed:
-            left_out = {}
-        self._tell_left_out(left_out)
-        self.work = Worklist(len(plan.shards), committed=committed, failed=left_out, share=share)
+        self.failures = Failures(job.run, self.max_attempts, committed=committed, retry_failed=job.launch.retry_failed)
+        self._tell_left_out()
+        self.work = Worklist(
+            len(job.plan.shards), committed=committed, failed=self.failures.left_out, share=job.launch.share()
+        )
         self.in_work: dict[int, set[int]] = {}
         self.alone: set[int] = set()
         self.loaded_one = False
@@ -88,7 +93,7 @@ class Dispatcher:
         self.ready_seconds = 0.0
         self.busy_seconds = 0.0
         self.has_company = False
-        self._listing = _Listing(run)
+        self._listing = _Listing(job.run)
 
     def dispatch(self) -> None:
         """Returns when every shard is committed or has failed its last attempt.
@@ -171,14 +176,10 @@ class Dispatcher:
     def _done(self, shard: int, commit: Commit, *, by_another: bool = False) -> None:
         """Counts a committed shard; one of another driver has no part in this launch's rate."""
         self.work.commit(shard)
-        self._forget_failure(shard)
+        self.failures.forget(shard)
         self.view.tally.add(commit, before=by_another)
         if not by_another:
             self.busy_seconds += commit.seconds.get("forward", 0.0)
-
-    def _forget_failure(self, shard: int) -> None:
-        if self.attempts.pop(shard, None) is not None:
-            self.run.clear_failure(shard)
 
     def _died(self, event: Died) -> None:
         shards = self.in_work.pop(event.replica, set())
@@ -204,34 +205,19 @@ class Dispatcher:
         )  # fmt: skip
 
     def _failed(self, number: int, event: Failed | Died, *, suspect: bool) -> None:
-        """Counts an attempt at a shard against it, records why it failed and says so."""
-        attempt = self.attempts[number] = self.attempts.get(number, 0) + 1
-        limit = self.forgiven.get(number, 0) + self.max_attempts
-        final = attempt >= limit
-        reason = f"{type(event.error).__name__}: {event.error}"
-        shard, node = self.plan.shards[number], self.fleet.node(event.replica)
-        failure = {
-            "shard": number,
-            "source": shard.source,
-            "first_row": shard.first_row,
-            "rows": shard.rows,
-            "attempts": attempt,
-            "left_out": final,
-            "error": reason,
-            "traceback": event.trace,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "node": node,
-        }
-        self.run.record_failure(number, failure)
-        if final:
+        """Counts an attempt at a shard against it and says so."""
+        node = self.fleet.node(event.replica)
+        attempt = self.failures.record(self.plan.shards[number], event, node)
+        if attempt.is_last:
             self.work.leave_out(number)
             self.view.tally.shards_failed += 1
         else:
             self.work.put_back(number, suspect=suspect)
         self.view.say(
-            f"shard {number} failed on {node} (attempt {attempt} of {limit}), "
-            f"{'left out' if final else 'to be tried again'}: {_first_line(reason)}",
-            event="shard_failed", shard=number, attempt=attempt, left_out=final, node=node, error=reason,
+            f"shard {number} failed on {node} (attempt {attempt.number} of {attempt.limit}), "
+            f"{'left out' if attempt.is_last else 'to be tried again'}: {_first_line(attempt.reason)}",
+            event="shard_failed", shard=number, attempt=attempt.number, left_out=attempt.is_last, node=node,
+            error=attempt.reason,
         )  # fmt: skip
 
     # -- who gets what -----------------------------------------------------------------------------
@@ -293,16 +279,9 @@ class Dispatcher:
             self.view.tally.add(commit, before=True)
         return committed
 
-    def _read_failures(self, committed: set[int]) -> dict[int, dict[str, Any]]:
-        """Failures of shards that are still to do; a driver may have ended between a commit and forgetting one."""
-        failures = self.run.failures()
-        for shard in failures.keys() & committed:
-            self.run.clear_failure(shard)
-        return {shard: failure for shard, failure in sorted(failures.items()) if shard not in committed}
-
-    def _tell_left_out(self, failures: dict[int, dict[str, Any]]) -> None:
-        self.view.tally.shards_failed = len(failures)
-        for shard, failure in failures.items():
+    def _tell_left_out(self) -> None:
+        self.view.tally.shards_failed = len(self.failures.left_out)
+        for shard, failure in self.failures.left_out.items():
             self.view.say(
                 f"shard {shard} failed {failure['attempts']} times before and stays out (--retry-failed tries it "
                 f"again): {_first_line(failure['error'])}",
@@ -312,7 +291,7 @@ class Dispatcher:
     def _take_out_what_others_did(self) -> None:
         news = self.work.found(self._listing.look())
         for number in news:
-            self._forget_failure(number)
+            self.failures.forget(number)
             self.view.tally.add_unread(self.plan.shards[number].planned)
         if not self.has_company and any(map(self.work.is_own, news)):
             self.has_company = True

@@ -22,54 +22,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from collector.fleet.events import Collected, Died, Failed, Loaded, Notice, NotLoaded
 from collector.fleet.ray_cluster import alive_nodes
-from collector.pipeline import IN_WORK, DeviceLost
+from collector.pipeline import DeviceLost
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
-    from collector.config import RunConfig, Spread
     from collector.data.plan import Shard
     from collector.fleet.events import Event
     from collector.fleet.placement import Need, Node
-    from collector.store.run_directory import Commit
+    from collector.fleet.ray_actor import ReplicaSpec
 
 NODES_EVERY = 3.0
 """Seconds between two looks at the cluster's nodes."""
 PATIENCE = 30.0
 """Seconds that replicas may wait for a place before it is said."""
 REMIND_EVERY = 600.0
-
-
-class Actor:
-    """What every kind of replica answers in its actor."""
-
-    def where(self) -> tuple[str, str]:
-        """Node id and name of the machine; answered as soon as the actor has a place."""
-        import platform
-
-        return ray.get_runtime_context().get_node_id(), platform.node()
-
-
-class ReplicaActor(Actor):
-    """What runs in an actor. Loading is a call of its own, so that its errors arrive as they are."""
-
-    def load(
-        self, root: str, config: RunConfig, plan_hash: str, threads: int | None, spread: Spread | None
-    ) -> dict[str, Any]:
-        """Loads the replica; returns its card for run.json."""
-        from collector.replica.replica import Replica
-
-        self.replica = Replica(root, config, plan_hash, threads=threads, spread=spread)
-        self.replica.write_vocabulary()
-        return self.replica.card()
-
-    def collect(self, shard: Shard) -> Commit:
-        """Collects one shard; several may be in work at once."""
-        return self.replica.collect(shard)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -97,37 +67,28 @@ class RayFleet:
     """Replicas on the nodes of the Ray that is connected; see `events.Fleet`."""
 
     def __init__(
-        self, *, root: str, config: RunConfig, plan_hash: str, need: Need, most: int | None = None, grows: bool = False,
-        load_attempts: int = 3, actor_class: type[Actor] = ReplicaActor,
-    ) -> None:  # fmt: skip
+        self, replica: ReplicaSpec, *, most: int | None = None, grows: bool = False, load_attempts: int = 3
+    ) -> None:
         """Starts nothing yet.
 
         Args:
-            root: the run directory.
-            config: what to record.
-            plan_hash: of the plan that the shards come from.
-            need: what a replica reserves.
+            replica: what is started.
             most: how many replicas there may be (None: as many as the nodes hold).
             grows: whether nodes may come when more is asked for than they hold.
             load_attempts: a node on which so many replicas could not load gets no other.
-            actor_class: what runs in the actors.
         """
-        self.root = root
-        self.config = config
-        self.plan_hash = plan_hash
-        self.need = need
+        self.spec = replica
+        self.need = replica.need
         self.most = most
         self.grows = grows
         self.load_attempts = load_attempts
-        self.actor_class: Any = ray.remote(actor_class)
         self._numbers = itertools.count()
         self._members: dict[int, _Member] = {}
         self._names: dict[int, str] = {}
         self._calls: dict[Any, _Call] = {}
         self._refusals: Counter[str | None] = Counter()
         self._next_look = 0.0
-        self._next_notice = 0.0
-        self._members_since = time.monotonic()
+        self._reminder = _Reminder(self.need)
 
     # -- size --------------------------------------------------------------------------------------
 
@@ -170,22 +131,12 @@ class RayFleet:
         return [node for _, _, node in sorted(places, key=lambda place: place[:2])]
 
     def _start(self, name: str, node: str | None, cpus: int) -> None:
-        options: dict[str, Any] = {
-            "num_cpus": cpus, "num_gpus": self.need.gpus, "max_concurrency": IN_WORK, "max_restarts": 0,
-            "max_task_retries": 0,
-        }  # fmt: skip
-        if node is not None:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        else:
-            options |= {"accelerator_type": self.need.accelerator, "label_selector": dict(self.need.labels) or None}
-        actor = self.actor_class.options(**{key: value for key, value in options.items() if value is not None}).remote()
+        actor = self.spec.start(node, cpus)
         replica = next(self._numbers)
         self._members[replica] = _Member(actor=actor, node=node, name=name, since=time.monotonic())
         self._names[replica] = name
         self._calls[actor.where.remote()] = _Call(replica=replica, method="where")
-        threads = cpus if self.config.device == "cpu" else None
-        loading = actor.load.remote(self.root, self.config, self.plan_hash, threads, self.need.spread)
-        self._calls[loading] = _Call(replica=replica, method="load")
+        self._calls[self.spec.load(actor, cpus)] = _Call(replica=replica, method="load")
 
     def _give_up(self, surplus: int) -> None:
         """Ends replicas that are not ready and would find no work, those first that have no place yet."""
@@ -222,7 +173,7 @@ class RayFleet:
 
     def wait(self, timeout: float) -> Iterator[Event]:
         """See `Fleet.wait`."""
-        yield from self._notices()
+        yield from self._reminder.due(self._members.values())
         if not self._calls:
             time.sleep(timeout)
             return
@@ -289,23 +240,30 @@ class RayFleet:
         self.release(replica)
         self._next_look = 0.0
 
-    # -- waiting for machines ----------------------------------------------------------------------
 
-    def _notices(self) -> Iterator[Event]:
-        """Says it, now and then, when replicas wait for a place or none can even be asked for."""
+class _Reminder:
+    """Says it, now and then, when replicas wait for a place or none can even be asked for."""
+
+    def __init__(self, need: Need) -> None:
+        self._need = need
+        self._next = 0.0
+        self._members_since = time.monotonic()
+
+    def due(self, members: Collection[_Member]) -> Iterator[Notice]:
+        """At most one notice, if it is time for one."""
         now = time.monotonic()
-        waiting = [member for member in self._members.values() if member.state == "requested"]
-        if self._members:
+        waiting = [member for member in members if member.state == "requested"]
+        if members:
             self._members_since = now
-        since = min((member.since for member in waiting), default=now) if self._members else self._members_since
-        if now - since < PATIENCE or now < self._next_notice:
+        since = min((member.since for member in waiting), default=now) if members else self._members_since
+        if now - since < PATIENCE or now < self._next:
             return
-        self._next_notice = now + REMIND_EVERY
-        if not self._members:
-            yield Notice(event="no_place", message=f"no node has room for a replica with {self.need}; waiting for one")
+        self._next = now + REMIND_EVERY
+        if not members:
+            yield Notice(event="no_place", message=f"no node has room for a replica with {self._need}; waiting for one")
             return
-        to_come = self._unplaced()
+        to_come = sum(member.node is None for member in members)
         reasons = [f"{len(waiting) - to_come} for what others use on their nodes"] if len(waiting) > to_come else []
         reasons += [f"{to_come} for nodes to come"] if to_come else []
-        message = f"{len(waiting)} replicas wait for {self.need} each, {' and '.join(reasons)}"
+        message = f"{len(waiting)} replicas wait for {self._need} each, {' and '.join(reasons)}"
         yield Notice(event="replicas_wait", message=message)
