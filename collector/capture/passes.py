@@ -1,11 +1,11 @@
-"""The forward passes of a shard: batches in, recordings of every token out.
+"""Runs the forward passes of a shard, and puts the results of every token in place.
 
-While the device computes a batch, the host puts the batch before it in place. Every array starts as
-"never written", so that a lost token is found when the arrays are checked. A batch that does not fit into
-the GPU's memory is halved until it does; padding is always on the right.
+While the device computes a batch, the host stores the results of the batch before. Every array starts as
+"never written", so that checking the arrays finds a lost token. A batch that does not fit into
+the GPU's memory is halved until it does. Padding is always on the right.
 
-All passes of a replica belong into one thread: inference mode and torch's number of threads are a thread's
-own. `hooks` runs a single pass.
+All passes of a replica belong in one thread, because inference mode and torch's number of threads are set per
+thread. `hooks` runs a single pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(kw_only=True)
 class Passes:
-    """What the forward passes of a shard took."""
+    """Counts of a shard's forward passes."""
 
     batches: int = 0
     padded_tokens: int = 0
@@ -44,7 +44,7 @@ class ForwardPasses:
     """With `tokens_per_batch` resolved."""
 
     def run(self, tokens: dict[str, batches.TokenTable]) -> tuple[list[Recording], Passes]:
-        """What each recorder has of the shard, not checked yet, and what it took.
+        """Runs all documents, and returns each recorder's recording, not checked yet, with the counts.
 
         Args:
             tokens: stack -> the tokens that it is given; the same documents in each.
@@ -76,13 +76,13 @@ class ForwardPasses:
         return recordings, passes
 
     def _packed(self, tokens: dict[str, batches.TokenTable]) -> list[np.ndarray]:
-        """Documents by batch."""
+        """The documents of each batch."""
         assert self.config.tokens_per_batch is not None, "resolved before a replica exists"
         lengths = np.stack([table.lengths for table in tokens.values()], axis=1)
         return batches.pack(lengths, self.config.tokens_per_batch) if lengths.any() else []
 
     def _pass(self, batch: dict[str, batches.Batch]) -> Captured | None:
-        """One forward pass; None if it does not fit into the GPU's memory, but a part of it may.
+        """One forward pass; None if the batch does not fit into the GPU's memory, but a part of it may.
 
         Raises:
             torch.OutOfMemoryError: it is a single document that does not fit.
@@ -98,7 +98,7 @@ class ForwardPasses:
                     f"a lower --max-length (now {self.config.max_length}); a lower --tokens-per-batch makes "
                     f"batches smaller, but none is smaller than a document. {error}"
                 ) from error
-        # Only here is the failed pass gone, with the tensors that its traceback held.
+        # Here, after the handler, the traceback no longer holds the tensors of the failed pass.
         torch.cuda.empty_cache()
         return None
 

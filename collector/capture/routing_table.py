@@ -1,4 +1,4 @@
-"""The routing table: its columns, a shard's arrays of one router, and their encoding.
+"""The routing table: its columns, the arrays of a shard, and their encoding in Parquet.
 
 One row per (router, token), router-major, tokens in document order inside a router. A row of an encoder's router refers
 to a token of the encoder, any other to one of the decoder.
@@ -38,12 +38,12 @@ STATISTICS = ("entropy", "topk_mass", "margin")
 
 
 def expert_dtype(layers: Sequence[Layer]) -> np.dtype:
-    """The narrowest unsigned type that holds every expert id and, as its maximum, 'never written'."""
+    """The narrowest unsigned type for expert ids; its maximum means 'never written'."""
     return np.dtype(np.uint8 if max(layer.n_experts for layer in layers) <= 255 else np.uint16)
 
 
 def schema(layers: Sequence[Layer], *, probabilities: bool) -> pa.Schema:
-    """Schema of the routing table for routers of this geometry."""
+    """Schema of the routing table for these routers."""
     k_max = max(layer.top_k for layer in layers)
     k_min = min(layer.top_k for layer in layers)
     expert = pa.from_numpy_dtype(expert_dtype(layers))
@@ -67,7 +67,7 @@ def schema(layers: Sequence[Layer], *, probabilities: bool) -> pa.Schema:
 
 
 def round_statistic(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rounds to 12 significant bits, to nearest; zero, infinities and NaN stay what they are."""
+    """Rounds to 12 significant bits, to nearest; zero, infinities and NaN do not change."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(1 << 11)) & np.uint32(0xFFFFF000)).view(np.float32)
     return np.where(np.isfinite(values), rounded, values)
@@ -91,20 +91,20 @@ class LayerRouting:
 
     @classmethod
     def unwritten(cls, geometry: Layer, tokens: int, dtype: np.dtype, *, probabilities: bool) -> LayerRouting:
-        """Room for `tokens` rows, filled with values that no router returns (never zero)."""
+        """Makes room for `tokens` rows, filled with values that no router returns (never zero)."""
         unwritten = np.iinfo(dtype).max
         return cls(
             geometry=geometry,
             experts_tk=np.full((tokens, geometry.top_k), unwritten, dtype),
             weights_tk=np.full((tokens, geometry.top_k), np.nan, np.float32),
             statistics={name: np.full(tokens, np.nan, np.float32) for name in STATISTICS},
-            # No third value can mark what was not written, but drops are written where experts are.
+            # A boolean has no value for 'never written', but drops are written together with experts.
             dropped_tk=np.zeros((tokens, geometry.top_k), bool) if geometry.has_capacity else None,
             probabilities_te=np.full((tokens, geometry.n_experts), np.nan, np.float32) if probabilities else None,
         )
 
     def check(self) -> None:
-        """Every slot was written, with a value that a router can return.
+        """Makes sure that every slot was written, with a value that a router can return.
 
         Raises:
             ValueError: a slot was left out, an id is not an expert, or a value is not finite.
@@ -133,7 +133,7 @@ def rows(
     is_special: NDArray[np.bool_],
     first_tok: int = 0,
 ) -> pa.Table:
-    """The routing rows of one router: the next row group of the shard's file.
+    """Builds the rows of one router: the next row group of the shard's file.
 
     Args:
         shard: number of the shard.

@@ -21,7 +21,7 @@ _EXAMPLES = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardText:
-    """The documents of a shard, tokenized, and the rows that became none."""
+    """The documents of a shard, tokenized, and the rows that became no document."""
 
     documents: list[Document]
     tokens: dict[str, TokenTable]
@@ -30,22 +30,22 @@ class ShardText:
 
     @property
     def count(self) -> int:
-        """Tokens in all."""
+        """Number of tokens, those of encoder and decoder together."""
         return sum(len(table.ids) for table in self.tokens.values())
 
     def first_tok(self, stack: str) -> int:
-        """Where a stack's tokens begin in the tokens table."""
+        """The index of a stack's first token in the tokens table."""
         before = list(self.tokens)[: list(self.tokens).index(stack)]
         return sum(len(self.tokens[each].ids) for each in before)
 
     @property
     def truncated(self) -> NDArray[np.bool_]:
-        """[D] whether a text of the document was cut."""
+        """[D] whether the document's text or target was cut."""
         return np.logical_or.reduce([table.truncated for table in self.tokens.values()])
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Reason -> how many rows became no document, and where the first few of them are."""
+        """Reason -> the number of rows that became no document, with the places of the first few."""
         where: dict[str, list[str]] = defaultdict(list)
         for row in self.bad:
             where[row.reason].append(row.where)

@@ -1,20 +1,19 @@
-"""Which replica gets which shard, and what becomes of a shard that fails.
+"""Hands shards to replicas, and decides what happens to a shard that fails.
 
-Pure logic over a `Fleet`: no Ray here, so that every course of events can be played through in a
-test. Guarantees:
+Pure logic over a `Fleet`, without Ray, so that a test can play through any course of events. Guarantees:
 
 - A free replica gets a shard before another gets its second one; a replica has up to `IN_WORK` in
   work, so that reading, computing and writing of different shards overlap.
 - An error that a shard raises counts as an attempt. When a replica dies with several shards in work,
-  nobody knows which of them did it: none is blamed, each is tried again alone, and only a death
+  nobody knows which one killed it. None is blamed; each is tried again alone, and only a death
   alone counts.
 - Attempts are counted over all launches. After `max_attempts` a shard is left out and stays out,
   until a launch with `retry_failed` gives it as many again.
 
-The dispatcher holds no state that matters: what counts is in the run directory. Killing it at any
-moment leaves a run that can be resumed, and two drivers on one run only waste work. What others
-commit is seen by listing the commit records from time to time; a driver that finds another one at its
-own shards goes on in an order of its own, and looks before each.
+All state that matters is in the run directory. So the dispatcher may be killed at any moment and the run resumed, and
+two drivers on one run only waste work. It lists the commit records from time to time to see shards that others
+committed. A driver that finds another one working on its own share shuffles what is left, and looks for a commit before
+it hands out a shard.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 0.5
 LISTING_SECONDS = 10.0
 LISTING_SHARE = 20
-"""A listing of the commits comes at most after this many times the time that the last one took."""
+"""Between two listings passes at least this many times the duration of the last one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,11 +117,11 @@ class Dispatcher:
 
     @property
     def idle_share(self) -> float:
-        """Share of the ready replicas' time in which their model computed nothing."""
+        """Share of the ready replicas' time in which the model did not run."""
         return max(0.0, 1 - self.busy_seconds / self.ready_seconds) if self.ready_seconds else 0.0
 
     def _scale(self) -> None:
-        """Asks for replicas, unless no replica is left and those before could not load."""
+        """Asks for replicas, unless none is left and the last ones could not load."""
         if self.in_work or self.load_failures < self.max_attempts:
             self.fleet.scale(self.work.waiting)
         elif not self.fleet.count("loading"):
@@ -158,7 +157,7 @@ class Dispatcher:
             self.view.tally.started = time.monotonic()
 
     def _not_loaded(self, event: NotLoaded) -> None:
-        """Tries again, as long as there is hope: one bad node must not end the run of the others."""
+        """Counts a replica that could not load; one bad node must not end the run of the others."""
         if event.refused and not self.loaded_one:
             raise ValueError(str(event.error)) from event.error
         self.load_failures += 1
@@ -174,7 +173,7 @@ class Dispatcher:
         self.alone.discard(replica)
 
     def _done(self, shard: int, commit: Commit, *, by_another: bool = False) -> None:
-        """Counts a committed shard; one of another driver has no part in this launch's rate."""
+        """Counts a committed shard; another driver's shards do not count in this launch's rate."""
         self.work.commit(shard)
         self.failures.forget(shard)
         self.view.tally.add(commit, before=by_another)
@@ -223,7 +222,7 @@ class Dispatcher:
     # -- who gets what -----------------------------------------------------------------------------
 
     def _assign(self) -> None:
-        """Gives out shards, round by round, so that no replica gets its second before all have their first."""
+        """Hands out shards in rounds, so that no replica gets its second one before all have their first."""
         reserved = self._assign_suspects()
         for depth in range(IN_WORK):
             for replica, shards in self.in_work.items():
@@ -237,7 +236,7 @@ class Dispatcher:
                 self._give(replica, number)
 
     def _assign_suspects(self) -> set[int]:
-        """Gives a replica of its own to each shard that has to run alone; returns who gets nothing else."""
+        """Gives each shard that has to run alone its own replica; returns the replicas that get nothing else."""
         free = sorted(self.in_work.keys() - self.alone, key=lambda replica: (len(self.in_work[replica]), replica))
         emptying = free[: self.work.suspects]
         for replica in emptying:
@@ -251,9 +250,9 @@ class Dispatcher:
         self.fleet.assign(replica, self.plan.shards[number])
 
     def _next(self) -> int | None:
-        """The next shard that nobody committed meanwhile.
+        """The next shard that nobody has committed meanwhile.
 
-        Asking costs a round trip, so of the own shards it is asked only once somebody else was seen at them.
+        Looking costs a round trip, so for shards of its own share it looks only once another driver was seen there.
         """
         while (number := self.work.take()) is not None:
             alone = self.work.is_own(number) and not self.has_company
@@ -299,7 +298,7 @@ class Dispatcher:
 
 
 class _Listing:
-    """Lists the commit records now and then, in a thread: a large run's listing must not hold up the dispatcher."""
+    """Lists the commit records from time to time, in a thread, so that a long listing does not block the dispatcher."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
@@ -307,7 +306,7 @@ class _Listing:
         self.next = time.monotonic() + LISTING_SECONDS
 
     def look(self) -> set[int]:
-        """What a listing found, once; begins another one where it is time."""
+        """Returns the result of a finished listing, once, and starts another one when it is due."""
         if time.monotonic() >= self.next:
             self.next = float("inf")
             threading.Thread(target=self._list, daemon=True).start()
@@ -316,7 +315,7 @@ class _Listing:
 
     def _list(self) -> None:
         started = time.monotonic()
-        with contextlib.suppress(Exception):  # of any kind of store; the next listing may work again
+        with contextlib.suppress(Exception):  # any error of a store; the next listing may work again
             self.found = self.run.committed_shards()
         took = time.monotonic() - started
         self.next = time.monotonic() + max(LISTING_SECONDS, LISTING_SHARE * took)

@@ -1,8 +1,7 @@
-"""The course of a run: the frozen plan, the card, the fleet at work, the mark of completeness.
+"""Drives a run from start to end: freezes the plan, starts the fleet, has it collect, marks the run complete.
 
-The driver holds no state that matters: what counts is in the run directory, so killing it at any
-moment leaves a run that the same command resumes, and two drivers on one run only waste work. Which
-shard goes to whom is the business of `dispatch`, Ray that of `fleet` and `cluster`.
+All state that matters is in the run directory. So a driver may be killed at any moment and the same command resumes
+the run, and two drivers on one run only waste work.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ FORMAT = 1
 
 
 def freeze_plan(run: RunDirectory, config: RunConfig) -> Plan:
-    """Writes the plan of a new run, or reads that of a run to resume.
+    """Writes the plan of a new run, or reads the plan of a run to resume.
 
     Raises:
         ValueError: the run was planned with other settings or other sources; names what differs.
@@ -65,8 +64,8 @@ def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware
     Args:
         run: the run directory.
         plan: of the run.
-        card: what a replica says of its model.
-        hardware: what the first launch reserves for a replica.
+        card: the replica's description of its model.
+        hardware: the resources that the first launch reserves for a replica.
 
     Raises:
         ValueError: a replica holds another model than the run was begun with; names what differs.
@@ -90,7 +89,7 @@ def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware
 
 @contextlib.contextmanager
 def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: replicas stopped, run resumable."""
+    """Makes SIGTERM end the run like Ctrl-C: replicas stop, and the run can be resumed."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -109,10 +108,10 @@ def collect(
 
     Args:
         root: the run directory.
-        data: which documents.
-        model: which model.
+        data: the documents.
+        model: the model.
         capture: what to record.
-        launch: where.
+        launch: where the replicas run.
 
     Returns:
         The run; `_SUCCESS` is there if every shard is committed.
@@ -139,14 +138,14 @@ def work_off(
     job: Job, config: RunConfig, view: ProgressView, *, need: Need, grows: bool = False,
     actor_class: type[Actor] = ReplicaActor,
 ) -> None:  # fmt: skip
-    """Has replicas on the connected Ray collect whatever shards of a plan are still to do.
+    """Collects the shards of a plan that are still to do, with replicas on the connected Ray.
 
     Args:
         job: the run, whose directory holds the plan.
         config: of the plan.
         view: where messages and progress go.
-        need: what a replica reserves.
-        grows: whether nodes may come.
+        need: the resources that a replica reserves.
+        grows: whether the cluster may get more nodes.
         actor_class: the class of the actors.
     """
     run, plan, launch = job.run, job.plan, job.launch
@@ -174,12 +173,12 @@ def finish(run: RunDirectory, plan: Plan) -> None:
 def collect_in_process(
     root: str, config: RunConfig, *, loaded: LoadedModel | None = None, threads: int | None = None
 ) -> RunDirectory:
-    """A whole run without Ray, in this process; an error ends it.
+    """Collects a whole run in this process, without Ray; an error ends it.
 
     Args:
         root: the run directory, of a new run.
         config: what to record.
-        loaded: what `models.load` gave for this config, if it is there already.
+        loaded: the result of `loading.load` for this config, if there is one already.
         threads: CPU threads for the model (None: torch's default).
     """
     from collector.replica.replica import Replica

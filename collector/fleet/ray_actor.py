@@ -47,21 +47,21 @@ class ReplicaActor(Actor):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplicaSpec:
-    """Everything that it takes to start a replica of a run."""
+    """The settings with which every replica of a run is started."""
 
     root: str
     """The run directory."""
     config: RunConfig
     plan_hash: str
     need: Need
-    """What a replica reserves."""
+    """The resources that a replica reserves."""
     actor_class: type[Actor] = ReplicaActor
 
     def start(self, node: str | None, cpus: int) -> Any:
-        """An actor that waits for its place.
+        """Starts an actor, which waits for its place.
 
         Args:
-            node: id of its node; None: on any node that comes, which is what an autoscaler goes by.
+            node: id of its node. None lets Ray choose, and an autoscaler add a node for it.
             cpus: cores that it reserves.
         """
         options: dict[str, Any] = {

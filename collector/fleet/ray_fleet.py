@@ -1,14 +1,12 @@
-"""The replicas of a run on a Ray cluster: one actor each, where there is room, while there is work.
+"""The replicas of a run on a Ray cluster: one actor each, as many as have room and work.
 
-Ray retries and restarts nothing here (`max_restarts=0`): the fleet reports every death and the
-dispatcher decides. Only commit records cross Ray's object store; parts go from the replica to the
-run directory.
+Ray retries and restarts nothing (`max_restarts=0`): the fleet reports every death, and the dispatcher decides. Only
+commit records cross Ray's object store; parts go from the replica to the run directory.
 
-On a node that is there a replica is pinned, with what fits that node; so nodes may differ. What
-`--replicas N` or `MIN:MAX` asks for beyond that waits unpinned, which is what an autoscaler goes by.
-Nodes are looked at every few seconds: new ones get replicas, and those of lost ones are replaced.
-Loading has no time limit; what waits for a place is told from what loads by a first call that every
-actor answers at once.
+A replica is pinned to a node and takes the resources that fit this node, so nodes may differ. Replicas beyond the
+present nodes, which `--replicas N` or `MIN:MAX` asks for, wait unpinned; an autoscaler adds nodes for them. Every few
+seconds the fleet looks at the nodes: new ones get replicas, and replicas of lost nodes are replaced. Loading has no
+time limit. Every actor answers a first call at once, which tells an actor that loads from one that waits for a place.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 NODES_EVERY = 3.0
 """Seconds between two looks at the cluster's nodes."""
 PATIENCE = 30.0
-"""Seconds that replicas may wait for a place before it is said."""
+"""Seconds that replicas wait for a place before a message says so."""
 REMIND_EVERY = 600.0
 
 
@@ -49,14 +47,14 @@ class _Member:
     actor: Any
     state: Literal["requested", "loading", "ready"] = "requested"
     node: str | None
-    """Id of its node; None while it may go anywhere."""
+    """Id of its node; None while it has none."""
     name: str
     since: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """A question that an actor has not answered yet."""
+    """A call that an actor has not answered yet."""
 
     replica: int
     method: Literal["where", "load", "collect"]
@@ -64,7 +62,7 @@ class _Call:
 
 
 class RayFleet:
-    """Replicas on the nodes of the Ray that is connected; see `events.Fleet`."""
+    """Replicas on the nodes of the connected Ray; see `events.Fleet`."""
 
     def __init__(
         self, replica: ReplicaSpec, *, most: int | None = None, grows: bool = False, load_attempts: int = 3
@@ -72,10 +70,10 @@ class RayFleet:
         """Starts nothing yet.
 
         Args:
-            replica: what is started.
+            replica: the settings of each replica.
             most: how many replicas there may be (None: as many as the nodes hold).
-            grows: whether nodes may come when more is asked for than they hold.
-            load_attempts: a node on which so many replicas could not load gets no other.
+            grows: whether the cluster may get more nodes.
+            load_attempts: a node on which this many replicas could not load gets no other.
         """
         self.spec = replica
         self.need = replica.need
@@ -125,7 +123,7 @@ class RayFleet:
         return sum(member.node is None for member in self._members.values())
 
     def _free_places(self, nodes: list[Node]) -> list[Node]:
-        """A node for each replica that there is room for, the emptiest nodes first."""
+        """One entry per free place, the emptiest nodes first."""
         taken = Counter(member.node for member in self._members.values())
         places = [(number, node.id, node) for node in nodes for number in range(taken[node.id], self.need.slots(node))]
         return [node for _, _, node in sorted(places, key=lambda place: place[:2])]
@@ -139,14 +137,14 @@ class RayFleet:
         self._calls[self.spec.load(actor, cpus)] = _Call(replica=replica, method="load")
 
     def _give_up(self, surplus: int) -> None:
-        """Ends replicas that are not ready and would find no work, those first that have no place yet."""
+        """Ends surplus replicas that are not ready, first those that still wait for a place."""
         unready = [replica for replica, member in self._members.items() if member.state != "ready"]
         unready.sort(key=lambda replica: (self._members[replica].state != "requested", -replica))
         for replica in unready[: max(0, surplus)]:
             self.release(replica)
 
     def _give_up_without_node(self, alive: set[str]) -> None:
-        """Ends what waits for a place on a node that is gone."""
+        """Ends replicas that wait for a place on a node that is gone."""
         for replica, member in list(self._members.items()):
             if member.state == "requested" and member.node is not None and member.node not in alive:
                 self.release(replica)
@@ -205,7 +203,7 @@ class RayFleet:
                 yield Collected(replica=call.replica, shard=call.shard, commit=answer)
 
     def _raised(self, call: _Call, error: RayTaskError) -> Iterator[Event]:
-        """An error in the actor's own code."""
+        """The actor's own code raised an error."""
         if call.method != "collect":
             self._refuse(call.replica)
             yield NotLoaded(replica=call.replica, error=error.cause, refused=True)
@@ -216,7 +214,7 @@ class RayFleet:
             yield Failed(replica=call.replica, shard=call.shard, error=error.cause, trace=str(error))
 
     def _lost(self, call: _Call, error: RayError) -> Iterator[Event]:
-        """The actor is gone, or its answer is, which is the same to us."""
+        """The actor or its answer is lost; both are treated alike."""
         member = self._members[call.replica]
         if member.state == "ready":
             self._remove(call.replica)
@@ -236,13 +234,13 @@ class RayFleet:
         self._remove(replica)
 
     def _remove(self, replica: int) -> None:
-        """Forgets a replica that is of no use any more; another one may take its place at once."""
+        """Removes a lost replica; another one may take its place at once."""
         self.release(replica)
         self._next_look = 0.0
 
 
 class _Reminder:
-    """Says it, now and then, when replicas wait for a place or none can even be asked for."""
+    """Reports from time to time that replicas wait for a place, or that none has room."""
 
     def __init__(self, need: Need) -> None:
         self._need = need
@@ -250,7 +248,7 @@ class _Reminder:
         self._members_since = time.monotonic()
 
     def due(self, members: Collection[_Member]) -> Iterator[Notice]:
-        """At most one notice, if it is time for one."""
+        """Yields a notice if it is time for one."""
         now = time.monotonic()
         waiting = [member for member in members if member.state == "requested"]
         if members:

@@ -1,4 +1,4 @@
-"""What a run says of the model that it records: its card in run.json, and the vocabulary."""
+"""Describes the model of a run: its card in run.json, and the vocabulary."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def describe(loaded: LoadedModel, config: ModelConfig, recorders: Sequence[Recor
 
     Args:
         loaded: the model.
-        config: how it was asked for.
-        recorders: what is recorded of it; each adds its own part.
+        config: the settings that loaded it.
+        recorders: each adds its own part.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     memory = footprint.describe(model, loaded.compute_dtype)
@@ -61,7 +61,7 @@ def vocabulary(tokenizer: Any) -> bytes:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers, but for those that are not installed."""
+    """Versions of the installed packages that decide the numbers."""
     found = {"python": platform.python_version()}
     for name in ("moe-routing-collector", "torch", "transformers", "tokenizers", "bitsandbytes", "pyarrow"):
         try:

@@ -1,11 +1,11 @@
-"""A shard's results -> its published parts: tables, scratch files, checked footers, files of an attempt.
+"""Writes the tables of a shard to scratch files, checks them, and publishes them as the parts of an attempt.
 
-Guarantees: what is published holds exactly the rows that the shard has, for a Parquet writer that an exception
-closes leaves a valid file that lacks rows. Every router's arrays are checked before they are encoded, so a
-token without a recorded expert stops the shard. Text goes to the documents table when it was asked for, and
-nowhere else; of token ids what the run's settings say.
+Guarantees: a published file has exactly the rows of its shard. This is checked in its footer, because a Parquet writer
+that an exception closes leaves a valid file that lacks rows. Recordings are checked before they are encoded, so a
+token without a result stops the shard. Text goes to the documents table if it was asked for, and nowhere else; token
+ids are kept, hashed or dropped as the settings say.
 
-A part counts once a commit record names it: that is the replica's business.
+A part counts only once a commit record names it; the replica commits.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class PartWriter:
         self, run: RunDirectory, *, documents: pa.Schema, token_ids: TokenIds,
         hashed_ids: NDArray[np.uint32] | None = None,
     ) -> None:  # fmt: skip
-        """Prepares nothing on the store.
+        """Touches nothing on the store yet.
 
         Args:
             run: where the parts go.
             documents: schema of the documents table.
             token_ids: what is recorded of token ids.
-            hashed_ids: [vocabulary] what stands for each id, for `hash`.
+            hashed_ids: [vocabulary] the number that replaces each id, for `hash`.
         """
         self.run = run
         self.documents_schema = documents
@@ -56,7 +56,7 @@ class PartWriter:
     def write(
         self, shard: int, attempt: str, text: ShardText, recordings: Sequence[Recording], watch: Stopwatch
     ) -> dict[str, Part]:
-        """Writes the tables to scratch, re-reads their footers, publishes them.
+        """Writes the tables to scratch, reads their footers again, and publishes them.
 
         Raises:
             ValueError: a recording lacks a token, or holds a value that no model returns.
@@ -110,7 +110,7 @@ class PartWriter:
         return pa.concat_tables(parts)
 
     def _recorded(self, ids: NDArray[np.int64]) -> Any:
-        """[T] what stands in the run for each token's id."""
+        """[T] the recorded token ids: as they are, hashed, or null."""
         if self.token_ids == "drop":
             return pa.nulls(len(ids))
         return ids if self.hashed_ids is None else self.hashed_ids[ids]

@@ -1,14 +1,13 @@
-"""One model replica: loads once, then turns shards into committed parts.
+"""A replica loads the model once, then collects shards one after the other.
 
-A plain class without Ray, so that tests, benchmarks and notebooks run the very same code. A shard
-is read and tokenized, run batch by batch, and written, published and committed; until the commit record
-exists nothing of it counts, so a replica may die anywhere. Each of these three stages has a thread of its
-own, so that the device computes one shard while the next is read and the one before is written. What a
-shard's parts hold is a function of the shard alone, whatever else is in work.
+It is a plain class without Ray, so that tests, benchmarks and notebooks run the very same code. A shard goes through
+three stages: read and tokenize, run batch by batch, write and commit. Each stage has its own thread, so that the
+device computes one shard while the next is read and the one before is written. Nothing of a shard counts until its
+commit record exists, so a replica may die anywhere. The content of a shard's parts depends on the shard alone,
+whatever else is in work.
 
-All that torch computes, loading included, it computes in the device's thread: OpenMP keeps a team of threads
-for each thread that calls it, and a second team makes both wait for each other asleep, which on a CPU costs a
-small model half its speed.
+torch computes in the device's thread only, loading included. OpenMP keeps a team of threads for each thread that calls
+it, and two teams put each other to sleep, which on a CPU costs a small model half its speed.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ __all__ = ["IN_WORK", "Replica"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Read:
-    """A shard as the device stage gets it."""
+    """A shard after the first stage."""
 
     shard: int
     text: ShardText
@@ -61,7 +60,7 @@ class _Read:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Recorded:
-    """A shard as the last stage gets it."""
+    """A shard after its forward passes."""
 
     read: _Read
     recordings: list[Recording]
@@ -69,21 +68,21 @@ class _Recorded:
 
 
 class Replica:
-    """Owns one model on one device, and three threads; `close` ends them and takes the hooks off."""
+    """Owns one model on one device, and three threads; `close` ends the threads and removes the hooks."""
 
     def __init__(
         self, root: str, config: RunConfig, plan_hash: str, *, threads: int | None = None,
         loaded: loading.LoadedModel | None = None, spread: Spread | None = None,
     ) -> None:  # fmt: skip
-        """Loads tokenizer and model and hooks the routers.
+        """Loads tokenizer and model, and hooks the routers.
 
         Args:
             root: the run directory.
             config: what to record.
-            plan_hash: of the plan that the shards come from; every commit record names it.
+            plan_hash: hash of the shards' plan; every commit record holds it.
             threads: CPU threads for the model (None: torch's default).
-            loaded: what `models.load` gave for this config, if it is there already.
-            spread: over which devices the weights go, if not on one.
+            loaded: the result of `loading.load` for this config, if there is one already.
+            spread: how the weights are spread, if one device does not hold them all.
 
         Raises:
             ValueError: the model cannot be loaded, has no such routers, or no room for `max_length`.
@@ -126,20 +125,20 @@ class Replica:
         )
 
     def close(self) -> None:
-        """Ends the threads once the stages that they are at are done, and takes the hooks off.
+        """Ends the threads once their current stages are done, and removes the hooks.
 
-        Shards that are still in work then are not committed. What is closed may be closed again.
+        Shards that are still in work are not committed. Closing twice does no harm.
         """
         self._pipeline.close()
         self.capture.__exit__(None, None, None)
 
     def _use_threads(self) -> None:
-        """OpenMP counts its threads for each thread that calls it."""
+        """Sets the number of threads in the calling thread, because OpenMP counts per thread."""
         if self._threads is not None:
             torch.set_num_threads(self._threads)
 
     def _hashed_ids(self) -> NDArray[np.uint32] | None:
-        """[vocabulary] what is recorded for each id; None if it is the id, or nothing."""
+        """[vocabulary] the number that is recorded for each id; None unless ids are hashed."""
         if self.config.capture.token_ids != "hash":
             return None
         embedding: Any = self.loaded.model.get_input_embeddings()
@@ -169,14 +168,14 @@ class Replica:
     # -- what the run says of its model ------------------------------------------------------------
 
     def card(self) -> dict[str, Any]:
-        """What run.json says of model, recorders and versions; equal for all replicas of a run."""
+        """Model, recorders and versions for run.json; equal for all replicas of a run."""
         return cast(
             "dict[str, Any]",
             self._pipeline.call("device", describe, self.loaded, self.config.model, self.capture.recorders),
         )
 
     def write_vocabulary(self) -> None:
-        """Writes vocab.parquet, unless it is there or would undo what `--token-ids` hides."""
+        """Writes vocab.parquet, unless it is there or would reveal the ids that `--token-ids` hides."""
         if self.config.capture.token_ids == "keep":
             self.run.store.put_new(VOCAB, vocabulary(self.loaded.tokenizer))
 
@@ -186,25 +185,25 @@ class Replica:
         """Collects one shard and commits it; several threads may do so at once, and their shards overlap.
 
         Returns:
-            The commit record that counts: this attempt's, or that of another attempt that was first.
+            The shard's commit record: this attempt's, or that of another attempt that was first.
 
         Raises:
-            ValueError: the source changed, or a router returned what none may return.
+            ValueError: the source changed, or a router returned impossible values.
             RuntimeError: a router did not fire exactly once, or the replica was closed.
-            DeviceLost: the device failed; so will every other shard.
+            DeviceLost: the device failed, and every other shard will fail on it.
         """
         return cast("Commit", self._pipeline.submit(shard).result())
 
     def collect_all(self, shards: Iterable[plan.Shard]) -> Iterator[Commit]:
-        """Collects shards, up to `IN_WORK` at once, and gives their commit records in order.
+        """Collects shards, up to `IN_WORK` at once, and yields their commit records in order.
 
         Raises:
-            Exception: what `collect` would raise, where the record of that shard would come.
+            Exception: an error of `collect`, in the place of that shard's record.
         """
         return self._pipeline.map(shards)
 
     def _read(self, shard: plan.Shard) -> _Read:
-        """First stage: rows, documents, tokens."""
+        """First stage: reads rows, makes documents, tokenizes them."""
         watch = Stopwatch()
         with watch("read"):
             rows = list(plan.read_shard(shard, self.config.data))
@@ -215,7 +214,7 @@ class Replica:
         return _Read(shard=shard.shard, text=ShardText(documents=documents, tokens=tokens, bad=bad), watch=watch)
 
     def _tokenize(self, documents: list[Document]) -> dict[str, batches.TokenTable]:
-        """What each stack that runs is given."""
+        """The tokens of each stack that runs."""
         tokenizer, longest = self.loaded.tokenizer, self.config.capture.max_length
         text = batches.tokenize(tokenizer, [document.text for document in documents], longest)
         if not self.capture.two_stacks:
@@ -228,7 +227,7 @@ class Replica:
         return tokens
 
     def _forward(self, read: _Read) -> _Recorded:
-        """Second stage, the only one that uses the device; `idle` is how long it had nothing to do before."""
+        """Second stage: runs the model. `idle` is the time that the device waited for this shard."""
         watch = read.watch
         watch.seconds["idle"] = time.perf_counter() - (self._device_busy_until or watch.started)
         try:
@@ -243,7 +242,7 @@ class Replica:
         return _Recorded(read=read, recordings=recordings, passes=passes)
 
     def _write(self, recorded: _Recorded) -> Commit:
-        """Last stage: checked, encoded, published, committed."""
+        """Last stage: checks, encodes, publishes and commits."""
         read, attempt = recorded.read, uuid.uuid4().hex[:12]
         text, watch = read.text, read.watch
         files = self._writer.write(read.shard, attempt, text, recorded.recordings, watch)

@@ -41,7 +41,7 @@ TOKENS_SCHEMA = pa.schema(
         pa.field("is_special", pa.bool_(), nullable=False),
     ]
 )
-"""`token_id` is null throughout a run that drops it."""
+"""`token_id` is null in a run with `--token-ids drop`."""
 
 REJECTS_SCHEMA = pa.schema(
     [
@@ -86,16 +86,16 @@ def documents_schema(*, text: bool, target: bool = False) -> pa.Schema:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Geometry of one router, which `stack` and `layer` name."""
+    """One router, named by `stack` and `layer`, with its number of experts."""
 
     stack: str = "decoder"
     """`encoder` or `decoder`; behind a dot, what tells routers of the same layer apart."""
     layer: int
     """The model's own number of the layer."""
     n_experts: int
-    """E, experts to choose from."""
+    """E, the experts it chooses from."""
     top_k: int
-    """k, experts chosen per token."""
+    """k, the experts it chooses per token."""
     has_capacity: bool = False
     """Whether a limit can keep a pick from its expert."""
 
@@ -106,12 +106,12 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"{self.stack} layer {self.layer}"
 
 
 def recorded_layers(info: Mapping[str, Any]) -> tuple[Layer, ...]:
-    """The routers that run.json names, in its order.
+    """The routers that run.json names, in that order.
 
     Raises:
         KeyError, TypeError: it is not what a replica writes.
@@ -121,10 +121,10 @@ def recorded_layers(info: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 
 def constant(name: str, rows: int) -> pa.DictionaryArray:
-    """A dictionary-encoded column that says the same in every row."""
+    """A dictionary-encoded column with the same value in every row."""
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), [name])
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a small table (tokens, documents, rejects) with dictionaries where they help."""
+    """Writes a table with pyarrow's default encodings: tokens, documents or rejects."""
     pq.write_table(table, path, compression=COMPRESSION, compression_level=COMPRESSION_LEVEL)
