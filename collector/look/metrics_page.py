@@ -6,10 +6,12 @@ Writes nothing.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from typing import TYPE_CHECKING
 
 from collector.look.terminal import cell, markdown_table
+from collector.query.catalog import GROUPS
 from collector.query.comparison import list_comparisons, list_queries, open_runs
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ _INTRODUCTION = """\
 # Metrics
 
 What `collector query` can ask: of each query its formula, with denominators and baseline, where it comes from, what a
-row is, and the first rows of an example. This page is written from the headers of `queries/*.sql` by
+row is, and the first rows of an example. This page is written from the headers of `queries/*/*.sql` by
 
 ```sh
 collector collect --per-label 12 --store text --out runs/small
@@ -66,13 +68,21 @@ def page(runs: tuple[str, str] | None) -> str:
     pair = None if runs is None else open_runs(*runs)
     single, double = list_queries(), list_comparisons()
     shared = _shared_params(single)
-    contents = "".join(f"- [`{query.name}`](#{query.name}): {query.question}\n" for query in (*single, *double))
     return "\n".join([
-        _INTRODUCTION, contents, _COMMON, _params_table(shared),
+        _INTRODUCTION, _contents((*single, *double)), _COMMON, _params_table(shared),
         *(_section(query, shared, pair) for query in single),
         _COMPARISONS,
         *(_section(query, shared, pair) for query in double),
     ]).rstrip() + "\n"  # fmt: skip
+
+
+def _contents(queries: Sequence[Query]) -> str:
+    """Links to all queries, by group."""
+    parts = []
+    for group, members in itertools.groupby(queries, key=lambda query: query.group):
+        parts.append(f"**{group.capitalize()}**: {GROUPS[group]}\n")
+        parts.append("".join(f"- [`{query.name}`](#{query.name}): {query.question}\n" for query in members))
+    return "\n".join(parts)
 
 
 def _shared_params(queries: Sequence[Query]) -> list[Param]:

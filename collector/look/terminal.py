@@ -17,6 +17,7 @@ from rich.table import Table
 
 from collector.data.plan import Plan
 from collector.fleet.progress import shares
+from collector.query.catalog import GROUPS
 from collector.store.run_directory import PLAN, RUN, SUCCESS
 from collector.store.totals import Totals
 
@@ -190,9 +191,13 @@ def _cell(top: tuple[int, float] | None) -> str:
 
 
 def queries(available: Sequence[Query]) -> None:
-    """Prints question, parameters and grain of every query."""
+    """Prints question, parameters and grain of every query, by group."""
     out = console()
+    group = None
     for query in available:
+        if query.group != group:
+            group = query.group
+            out.print(f"[bold underline]{group}[/]  {GROUPS[group]}", soft_wrap=True)
         out.print(f"[bold]{query.name}[/]  {query.question}", soft_wrap=True)
         if query.of_two_runs:
             out.print(f"  of two runs: collector query RUN {query.name} --beside OTHER", soft_wrap=True)

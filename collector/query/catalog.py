@@ -1,7 +1,8 @@
-"""The queries of `queries/`: what their headers say, and values for their parameters.
+"""Reads the queries of `queries/`: their headers, and values for their parameters.
 
-A query is one SQL file with one select; those that compare two runs are in `queries/compare/`, and the views of the
-second run are in a schema of their own there, `other`. Its header, the leading comments, tells the question, the
+A query is one SQL file with one select, in the folder of the question that it belongs to (`GROUPS`). Those in
+`queries/comparison/` compare two runs; the views of the second run are in the schema `other`. Steps that many queries
+begin with are the table macros of `queries/macros/`. A query's header, the leading comments, tells the question, the
 formula with its denominators, the source, what a row is, the views it reads, parameters for an example, and its
 parameters:
 
@@ -23,9 +24,20 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 Value = int | float | bool | str | list[str] | None
+GROUPS = {
+    "specialization": "Which experts does a language choose?",
+    "overlap": "Do languages share experts?",
+    "decisiveness": "How sure are the routers?",
+    "load": "How evenly are the experts used?",
+    "structure": "Which decisions belong together: experts, layers, positions, tokens?",
+    "tokens": "What do experts read, token by token?",
+    "comparison": "How do two runs of the same text differ?",
+}
+"""Folder of `queries/` -> what its queries ask, in the order of every list."""
+COMPARISON = "comparison"
 OTHER = "other"
 """The schema that has the views of the second run, in queries of two."""
 
@@ -72,6 +84,8 @@ class Query:
     """One file of `queries/`: what its header says, and its statement."""
 
     name: str
+    group: str
+    """Its folder, one of `GROUPS`."""
     question: str
     formula: str
     source: str
@@ -83,8 +97,11 @@ class Query:
     """Parameters, as a command line gives them, of a question to the demo run."""
     params: tuple[Param, ...]
     sql: str
-    of_two_runs: bool
-    """Whether it compares two runs."""
+
+    @property
+    def of_two_runs(self) -> bool:
+        """Whether it compares two runs."""
+        return self.group == COMPARISON
 
     def keys(self, columns: Sequence[str]) -> list[str]:
         """The columns that tell its rows apart, out of all columns: those that the grain begins with."""
@@ -104,13 +121,13 @@ class Query:
 
 
 def list_queries() -> list[Query]:
-    """All queries of one run, by name."""
-    return [_read_query(path) for path in sorted(query_folder().glob("*.sql"))]
+    """All queries of one run, in the order of `GROUPS`, then by name."""
+    return [_read_query(path) for path in _paths() if path.parent.name != COMPARISON]
 
 
 def list_comparisons() -> list[Query]:
     """All queries of two runs, by name."""
-    return [_read_query(path) for path in sorted(comparison_folder().glob("*.sql"))]
+    return [_read_query(path) for path in _paths() if path.parent.name == COMPARISON]
 
 
 def find_query(name: str) -> Query:
@@ -119,7 +136,7 @@ def find_query(name: str) -> Query:
     Raises:
         ValueError: there is none; names what comes closest, or all.
     """
-    paths = {path.stem: path for folder in (query_folder(), comparison_folder()) for path in folder.glob("*.sql")}
+    paths = {path.stem: path for path in _paths()}
     if name in paths:
         return _read_query(paths[name])
     close = difflib.get_close_matches(name, sorted(paths), n=1)
@@ -133,9 +150,22 @@ def query_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "queries"
 
 
-def comparison_folder() -> Path:
-    """Where the queries of two runs are."""
-    return query_folder() / "compare"
+def macros(relations: Collection[str] | None = None) -> str:
+    """Statements that create the macros of `queries/macros/`, which read the relations of the schema in use.
+
+    Args:
+        relations: only the macros that read no others (default: all macros).
+    """
+    sources = [path.read_text(encoding="utf-8").strip() for path in sorted((query_folder() / "macros").glob("*.sql"))]
+    return "\n".join(
+        f"{sql};\n" for sql in sources
+        if relations is None or set(split_names(read_header(sql)["reads"])) <= set(relations)
+    )  # fmt: skip
+
+
+def _paths() -> list[Path]:
+    """The files of all queries, in the order of `GROUPS`, then by name."""
+    return [path for group in GROUPS for path in sorted((query_folder() / group).glob("*.sql"))]
 
 
 def read_header(sql: str) -> dict[str, str]:
@@ -159,7 +189,7 @@ def _read_query(path: Path) -> Query:
     params = tuple(_read_params(header.pop("params", "")))
     query = Query(
         name=path.stem, sql=sql, params=params, reads=split_names(header.pop("reads")),
-        of_two_runs=path.parent == comparison_folder(),
+        group=path.parent.name,
         **{key: header[key] for key in ("question", "formula", "source", "grain", "example")},
     )  # fmt: skip
     used = duckdb.extract_statements(sql)[0].named_parameters

@@ -5,8 +5,8 @@
     pair.query("domain_specialization", layer=4).df()  # of each run, with the difference
 
 The views of the first run have their bare names, those of the second are in the schema `other`, and the views of
-`queries/compare/views/` find each document and token of the one in the other, whatever the shards. Queries of
-`queries/compare/` read both; any other query runs over each, and rows with the same keys become one.
+`queries/comparison/views/` find each document and token of the one in the other, whatever the shards. Queries of
+`queries/comparison/` read both; any other query runs over each, and rows with the same keys become one.
 
 Guarantees: what does not agree is not compared. Before a query runs, `agreement` has compared vocabulary, documents,
 labels, tokens and routers of what the query reads, and a difference is an error that names it. The DuckDB is locked
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from collector.query import locked_duckdb
 from collector.query.agreement import compare_routers, compare_texts, uncomparable
-from collector.query.catalog import OTHER, Query, comparison_folder, find_query, list_comparisons, list_queries
+from collector.query.catalog import COMPARISON, OTHER, Query, find_query, list_comparisons, list_queries, query_folder
 from collector.query.groupings import LABEL, find_grouping, in_order, read_views
 from collector.query.views import locate
 from collector.query.warehouse import opened
@@ -140,5 +140,5 @@ def open_runs(
 
 
 def _aligning_views() -> str:
-    views = in_order(read_views(comparison_folder() / "views"))
+    views = in_order(read_views(query_folder() / COMPARISON / "views"))
     return "\n".join(f"create view {name} as\n{select};" for name, select in views.items())

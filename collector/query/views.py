@@ -15,6 +15,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from collector.capture.recorders import recorded_schemas, table_names
+from collector.query.catalog import macros
 from collector.query.groupings import LABEL, derived_views, find_grouping
 from collector.query.rollup import files as rollups
 from collector.store import tables
@@ -197,14 +198,16 @@ def _script(
     prefix: str,
     schema: str = "main",
 ) -> str:
-    """Statements for all views of a schema; `prefix` goes before the paths that commit records name."""
+    """Statements that create the views of a schema, and the macros; `prefix` goes before the files' paths."""
     statements = {"layers": _layers_select(info["layers"])}
     for name, paths in files.items():
         select = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
         statements[f"recorded_{name}" if name in views else name] = select
     statements |= views
     within = "" if schema == "main" else f"{schema}."
-    return "\n".join(f"create or replace view {within}{name} as\n{select};\n" for name, select in statements.items())
+    created = [f"create or replace view {within}{name} as\n{select};\n" for name, select in statements.items()]
+    # Those of the main schema are found in the others, too, and read the views of the schema in use.
+    return "\n".join([*created, macros()] if schema == "main" else created)
 
 
 def literal(text: str) -> str:

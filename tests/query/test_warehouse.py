@@ -31,7 +31,8 @@ TWO_STACKS = [
 BASE = {"routing", "tokens", "documents", "rejects", "vocab", "layers"}
 QUERY_FOLDER = ROOT / "queries"
 VIEWS = {path.stem: path.read_text() for path in QUERY_FOLDER.glob("views/*.sql")}
-ALIGNING = {path.stem: path.read_text() for path in QUERY_FOLDER.glob("compare/views/*.sql")}
+MACROS = {path.stem: path.read_text() for path in QUERY_FOLDER.glob("macros/*.sql")}
+ALIGNING = {path.stem: path.read_text() for path in QUERY_FOLDER.glob("comparison/views/*.sql")}
 
 
 def shards(count: int = 2, layers: list[Layer] = LAYERS) -> list[Shard]:
@@ -321,7 +322,8 @@ def test_a_minimum_and_a_help_of_two_lines_are_read() -> None:
 def tables_of(sql: str) -> set[str]:
     """Relations after FROM and JOIN that no CTE of the statement defines."""
     code = "\n".join(line for line in sql.splitlines() if not line.strip().startswith("--"))
-    return set(re.findall(r"\b(?:from|join) ((?:other\.)?\w+)", code)) - set(re.findall(r"(\w+) as \(\n", code))
+    found = set(re.findall(r"\b(?:from|join) ((?:other\.)?\w+)", code)) - set(re.findall(r"(\w+) as \(\n", code))
+    return (found - MACROS.keys()).union(*(tables_of(MACROS[name]) for name in found & MACROS.keys()))
 
 
 def test_queries_read_only_views_and_say_which() -> None:
@@ -334,7 +336,9 @@ def test_queries_read_only_views_and_say_which() -> None:
 
 
 def test_views_say_what_they_read() -> None:
-    variants = [*QUERY_FOLDER.glob("views/*/*.sql"), *QUERY_FOLDER.glob("groupings/*.sql")]
+    variants = [
+        *(path for folder in ("views/*", "groupings", "macros") for path in QUERY_FOLDER.glob(f"{folder}/*.sql"))
+    ]
     assert variants
     for name, sql in [*(VIEWS | ALIGNING).items(), *((str(path), path.read_text()) for path in variants)]:
         reads = {each.strip() for each in read_header(sql)["reads"].split(",")}
@@ -360,7 +364,8 @@ def test_a_session_variable_never_stands_in_for_a_parameter(run: Run) -> None:
 
 def test_an_undeclared_parameter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = "".join(f"-- {key}: x\n" for key in ("Question", "Formula", "Source", "Grain", "Reads", "Example"))
-    (tmp_path / "sly.sql").write_text(f"{header}select $layer\n")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "sly.sql").write_text(f"{header}select $layer\n")
     monkeypatch.setattr("collector.query.catalog.query_folder", lambda: tmp_path)
     with pytest.raises(ValueError, match="other parameters than the statement uses: layer"):
         list_queries()

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from collector.query import locked_duckdb
-from collector.query.catalog import find_query, list_queries
+from collector.query.catalog import find_query, list_queries, macros
 from collector.query.document_counts import STATISTICS
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class SampledQuery:
         """
         keys = _keys(rows)
         wanted = rows.select(keys).append_column("row", pa.array(np.arange(rows.num_rows)))
-        self._register({"wanted": wanted, **_tables(counts, sums)})
+        self._register({"wanted": wanted})
+        self._register_samples(counts, sums)
         same = " and ".join(f"wanted.{key} is not distinct from answer.{key}" for key in keys)
         found = self._connection.execute(
             f'select wanted.row, answer.stack as sample, answer."{self._column}"::double as value '
@@ -119,8 +120,13 @@ class SampledQuery:
 
     def answer(self, counts: DocumentCounts, sums: Sums) -> pa.Table:
         """All rows of all samples, with the number of the sample for a stack."""
-        self._register(_tables(counts, sums))
+        self._register_samples(counts, sums)
         return self._connection.sql(self.query.sql, params=self._params).to_arrow_table()
+
+    def _register_samples(self, counts: DocumentCounts, sums: Sums) -> None:
+        tables = _tables(counts, sums)
+        self._register(tables)
+        self._connection.execute(macros(tables))
 
     def _register(self, tables: Mapping[str, pa.Table]) -> None:
         for name, table in tables.items():

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from collector.store.tables import STATISTICS, Layer, round_statistic
+from collector.capture.routing_table import STATISTICS, round_statistic
+from collector.store.tables import Layer
 from tests.helpers.synthetic import Shard, key, token_stacks
 
 T = TypeVar("T")

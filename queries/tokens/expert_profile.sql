@@ -41,13 +41,9 @@ decided as (
         experts,
         list_contains(experts, $expert) as is_own,
         weights[list_position(experts, $expert)] as weight
-    from decisions
+    from chosen_decisions($stack, $layer, $labels, $include_special)
     where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-        and shard in (select sampled.shard from sampled)
+        shard in (select sampled.shard from sampled)
 ),
 
 -- asked for again: through a join it would not reach the files of the tokens

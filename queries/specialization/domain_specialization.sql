@@ -15,37 +15,12 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
-with chosen as (
-    select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-load as (
-    select
-        stack,
-        layer,
-        label,
-        expert,
-        n_experts,
-        top_k,
-        sum(tokens)::bigint as tokens,
-        sum(picks)::bigint as picks,
-        sum(picks) / sum(tokens) as frequency
-    from chosen
-    group by stack, layer, label, expert, n_experts, top_k
-),
-
-compared as (
+with compared as (
     select
         *,
         sum(frequency) over (partition by stack, layer, expert) as frequency_total,
         count(*) over (partition by stack, layer, expert) as label_count
-    from load
+    from label_load($stack, $layer, $labels, $include_special)
 )
 
 -- k is the same for all labels of a layer, so a ratio of frequencies is one of shares

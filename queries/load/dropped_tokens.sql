@@ -13,34 +13,9 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
-with chosen as (
+with located as (
     select *
-    from label_statistics
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-summed as (
-    select
-        stack,
-        layer,
-        label,
-        sum(tokens)::bigint as n,
-        sum(dropped_tokens)::bigint as dropped_tokens,
-        sum(dropped_picks)::bigint as dropped_picks
-    from chosen
-    group by stack, layer, label
-),
-
-located as (
-    select
-        summed.*,
-        layers.top_k
-    from summed
-    inner join layers using (stack, layer)
+    from label_sums($stack, $layer, $labels, $include_special)
 ),
 
 metrics as (

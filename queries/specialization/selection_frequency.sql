@@ -16,31 +16,11 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
-with chosen as (
-    select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-load as (
+with load as (
     select
-        stack,
-        layer,
-        label,
-        expert,
-        n_experts,
-        top_k,
-        sum(tokens)::bigint as tokens,
-        sum(picks)::bigint as picks,
-        sum(top1)::bigint as top1,
-        sum(weight_sum) as weight_sum,
-        sum(sum(weight_sum)) over (partition by stack, layer, label) as weight_total
-    from chosen
-    group by stack, layer, label, expert, n_experts, top_k
+        *,
+        sum(weight_sum) over (partition by stack, layer, label) as weight_total
+    from label_load($stack, $layer, $labels, $include_special)
 ),
 
 metrics as (

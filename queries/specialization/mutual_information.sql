@@ -18,29 +18,11 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
-with chosen as (
-    select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-load as (
+with load as (
     select
-        stack,
-        layer,
-        label,
-        expert,
-        n_experts,
-        top_k,
-        sum(tokens)::bigint as tokens,
-        sum(picks)::bigint as picks,
-        sum(picks) / (top_k * sum(tokens)) as share
-    from chosen
-    group by stack, layer, label, expert, n_experts, top_k
+        *,
+        picks / (top_k * tokens) as share
+    from label_load($stack, $layer, $labels, $include_special)
 ),
 
 mixed as (

@@ -19,12 +19,7 @@ with chosen as (
         *,
         -- the last of its 12
         if(weight_entropy = 0, 1, pow(2, floor(log2(abs(weight_entropy))) - 11)) as bit
-    from decisions
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
+    from chosen_decisions($stack, $layer, $labels, $include_special)
 ),
 
 measured as (

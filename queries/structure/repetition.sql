@@ -25,12 +25,7 @@ with chosen as (
         position,
         expert,
         experts
-    from token_decisions
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
+    from chosen_token_decisions($stack, $layer, $labels, $include_special)
 ),
 
 followed as (

@@ -19,28 +19,11 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   strength double = 1: of the prior, in picks per expert on average; more pulls rare experts to 0
-with chosen as (
-    select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-load as (
+with load as (
     select
-        stack,
-        layer,
-        label,
-        expert,
-        n_experts,
-        sum(tokens)::bigint as tokens,
-        sum(picks)::bigint as picks,
-        top_k * sum(tokens)::bigint as total
-    from chosen
-    group by stack, layer, label, expert, n_experts, top_k
+        *,
+        top_k * tokens as total
+    from label_load($stack, $layer, $labels, $include_special)
 ),
 
 pooled as (

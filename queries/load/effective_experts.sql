@@ -15,31 +15,7 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
-with chosen as (
-    select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-load as (
-    select
-        stack,
-        layer,
-        label,
-        expert,
-        n_experts,
-        top_k,
-        sum(tokens)::bigint as tokens,
-        sum(picks)::bigint as picks
-    from chosen
-    group by stack, layer, label, expert, n_experts, top_k
-),
-
-shares as (
+with shares as (
     select
         *,
         picks / (top_k * tokens) as share,
@@ -48,7 +24,7 @@ shares as (
             order by picks desc, expert asc
             rows between unbounded preceding and 1 preceding
         ) as picks_before
-    from load
+    from label_load($stack, $layer, $labels, $include_special)
 ),
 
 summed as (

@@ -23,7 +23,7 @@ with ordered as (
         list_grade_up(
             list_zip(list_transform(weights, lambda w: coalesce(-w, 'infinity'::float)), range(len(weights)))
         ) as weight_order
-    from decisions
+    from chosen_decisions($stack, $layer, $labels, $include_special)
 ),
 
 chosen as (
@@ -33,11 +33,7 @@ chosen as (
         if($mode = 'released', list_select(experts, weight_order), experts) as experts
     from ordered
     where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-        and case when $mode in ('paper', 'released') then true else error('mode takes paper or released') end
+        case when $mode in ('paper', 'released') then true else error('mode takes paper or released') end
 ),
 
 ranks as (

@@ -19,13 +19,9 @@
 --   min_count integer >= 1 = 10: ids that occur less often are left out
 with chosen as (
     select *
-    from token_decisions
+    from chosen_token_decisions($stack, $layer, $labels, $include_special)
     where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-        and token_id is not null
+        token_id is not null
 ),
 
 assigned as (

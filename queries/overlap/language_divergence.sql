@@ -14,25 +14,11 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
-with chosen as (
-    select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-load as (
+with load as (
     select
-        stack,
-        layer,
-        label,
-        expert,
-        sum(picks) / sum(tokens) / top_k as share
-    from chosen
-    group by stack, layer, label, expert, top_k
+        *,
+        frequency / top_k as share
+    from label_load($stack, $layer, $labels, $include_special)
 ),
 
 paired as (

@@ -14,17 +14,7 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   threshold double = 0.001: share of tokens below which an expert is dead
-with chosen as (
-    select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-load as (
+with load as (
     select
         stack,
         layer,
@@ -33,7 +23,7 @@ load as (
         top_k,
         sum(tokens)::bigint as tokens,
         sum(picks)::bigint as picks
-    from chosen
+    from label_load($stack, $layer, $labels, $include_special)
     group by stack, layer, expert, n_experts, top_k
 )
 

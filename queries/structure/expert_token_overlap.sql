@@ -21,13 +21,9 @@ with chosen as (
         layer,
         token_id,
         experts
-    from token_decisions
+    from chosen_token_decisions($stack, $layer, $labels, $include_special)
     where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-        and token_id is not null
+        token_id is not null
 ),
 
 picked as (

@@ -20,11 +20,7 @@ with chosen as (
         layer,
         tok,
         expert
-    from decisions
-    where
-        ($stack is null or stack = $stack)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
+    from chosen_decisions($stack, null, $labels, $include_special)
 ),
 
 -- all layers are needed here, whichever is asked for

@@ -19,30 +19,13 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   m integer >= 1 = null: size of the sets that jaccard compares (default: the layer's k)
-with chosen as (
-    select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-load as (
+with load as (
     select
-        stack,
-        layer,
-        label,
-        expert,
-        n_experts,
+        *,
         coalesce($m, top_k) as m,
-        sum(tokens)::bigint as tokens,
-        sum(picks) / sum(tokens) as frequency,
-        sum(picks) / sum(tokens) / top_k as share,
-        row_number() over (partition by stack, layer, label order by sum(picks) desc, expert asc) as place
-    from chosen
-    group by stack, layer, label, expert, n_experts, top_k
+        frequency / top_k as share,
+        row_number() over (partition by stack, layer, label order by picks desc, expert asc) as place
+    from label_load($stack, $layer, $labels, $include_special)
 ),
 
 ranked as (

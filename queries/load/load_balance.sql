@@ -26,15 +26,8 @@
 --   threshold double = 0.001: share of tokens below which an expert is dead
 --   m integer >= 1 = null: experts that coverage counts (default: the layer's k)
 with chosen as (
-    select
-        * exclude (label),
-        if($pooled, null, label) as label
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
+    select * replace (if($pooled, null, label) as label)
+    from label_load($stack, $layer, $labels, $include_special)
 ),
 
 load as (
@@ -78,13 +71,9 @@ probable as (
         layer,
         if($pooled, null, label) as label,
         probabilities
-    from decisions
+    from chosen_decisions($stack, $layer, $labels, $include_special)
     where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-        and probabilities is not null
+        probabilities is not null
 ),
 
 losses as (

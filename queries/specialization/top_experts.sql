@@ -14,29 +14,9 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   n integer >= 1 = 10: experts per layer and label
-with chosen as (
+with load as (
     select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-),
-
-load as (
-    select
-        stack,
-        layer,
-        label,
-        expert,
-        n_experts,
-        top_k,
-        sum(tokens)::bigint as tokens,
-        sum(picks)::bigint as picks,
-        sum(top1)::bigint as top1
-    from chosen
-    group by stack, layer, label, expert, n_experts, top_k
+    from label_load($stack, $layer, $labels, $include_special)
 ),
 
 counts as (

@@ -30,13 +30,9 @@ with chosen as (
             list_transform(weights, lambda w: w / list_sum(weights)),
             probabilities
         ) as shares
-    from token_decisions
+    from chosen_token_decisions($stack, $layer, $labels, $include_special)
     where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-        and parallel_id is not null
+        parallel_id is not null
 ),
 
 -- numbers instead of names, because the pairs of texts are many

@@ -26,30 +26,14 @@ reference_label as (
     from sizes
 ),
 
-chosen as (
-    select *
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and (
-            $labels is null
-            or list_contains($labels, label)
-            or label = (select reference_label.label from reference_label)
-        )
-        and ($include_special or not is_special)
-),
-
 load as (
-    select
-        stack,
-        layer,
-        label,
-        expert,
-        sum(tokens)::bigint as tokens,
-        sum(picks) / sum(tokens) as frequency
-    from chosen
-    group by stack, layer, label, expert
+    select *
+    from label_load(
+        $stack,
+        $layer,
+        if($labels is null, null, list_append($labels, (select reference_label.label from reference_label))),
+        $include_special
+    )
 )
 
 select

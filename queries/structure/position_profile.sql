@@ -20,12 +20,7 @@ with chosen as (
         label,
         if(position = 0, 0, 2 ** floor(log2(position)))::bigint as first_position,
         experts
-    from token_decisions
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
+    from chosen_token_decisions($stack, $layer, $labels, $include_special)
 ),
 
 buckets as (
