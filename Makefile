@@ -33,7 +33,7 @@ check: $(INSTALLED)
 	$(BIN)/codespell
 	$(MKDOCS) --quiet
 
-# The documentation as a site, which opens from a disk: site/index.html. Warnings are errors; nothing is fetched.
+# The documentation as a site: site/index.html. Warnings are errors; nothing is fetched.
 docs: $(INSTALLED)
 	$(MKDOCS)
 
