@@ -193,6 +193,7 @@ def collect_in_process(loaded: loading.LoadedModel, config: RunConfig, made: pla
 def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
     """(e): from the replica's being ready to the last commit."""
     from collector.fleet import driver
+    from collector.fleet.dispatch import Job
     from collector.fleet.placement import Need
     from collector.fleet.progress import ProgressView, Tally
     from collector.fleet.ray_cluster import cluster
@@ -202,7 +203,7 @@ def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
     with tempfile.TemporaryDirectory() as root, cluster(launch):
         run, tally = RunDirectory(root), Tally(shards=len(made.shards), documents=made.documents)
         with ProgressView(tally) as view:
-            driver.work_off(run, made, config, launch, view, need=Need.of(launch, "cpu"))
+            driver.work_off(Job(run=run, plan=made, launch=launch), config, view, need=Need.of(launch, "cpu"))
             seconds = time.monotonic() - tally.started
         if tally.shards_done != len(made.shards):
             raise RuntimeError("the benchmark's run is incomplete")

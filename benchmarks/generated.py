@@ -19,13 +19,17 @@ import numpy as np
 import pyarrow as pa
 import tyro
 
+from collector.capture import routing_table
 from collector.capture.batches import TokenTable
+from collector.capture.routing import ShardRouting
+from collector.capture.routing_table import LayerRouting
+from collector.capture.shard_text import ShardText
 from collector.data.sources import Document
 from collector.pipeline import Stopwatch
-from collector.replica.part_writer import PartWriter, ShardText
+from collector.replica.part_writer import PartWriter
 from collector.store import tables
 from collector.store.run_directory import RUN, SUCCESS, VOCAB, Commit, RunDirectory
-from collector.store.tables import Layer, LayerRouting
+from collector.store.tables import Layer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -97,7 +101,7 @@ class Pool:
             "margin": sorted_dpe[..., k - 1] - (sorted_dpe[..., k] if k < layer.n_experts else 0),
         }
         return cls(
-            experts_dpk=order_dpe[..., :k].astype(tables.expert_dtype([layer])),
+            experts_dpk=order_dpe[..., :k].astype(routing_table.expert_dtype([layer])),
             weights_dpk=_as_bfloat16(sorted_dpe[..., :k].astype(np.float32)),
             statistics_dp={name: values.astype(np.float32) for name, values in statistics.items()},
         )
@@ -136,10 +140,8 @@ def generate(root: str, geometry: Geometry) -> RunDirectory:
     run.store.put_new(RUN, json.dumps(info).encode())
     _write_vocabulary(run)
     pools = [Pool.draw(rng, geometry, layer) for layer in routers]
-    writer = PartWriter(
-        run, routing=tables.routing_schema(routers, probabilities=False),
-        documents=tables.documents_schema(text=False), token_ids="keep",
-    )  # fmt: skip
+    schema = routing_table.schema(routers, probabilities=False)
+    writer = PartWriter(run, documents=tables.documents_schema(text=False), token_ids="keep")
     for number in range(geometry.shards):
         text = _text(rng, geometry, number)
         tokens = text.tokens["decoder"]
@@ -149,7 +151,9 @@ def generate(root: str, geometry: Geometry) -> RunDirectory:
             corner_d = rng.integers(0, POOL - NEIGHBOURHOOD, len(text.documents))
             place_t = corner_d[tokens.doc] + rng.integers(0, NEIGHBOURHOOD, text.count)
             routing.append(pool.routing(layer, language_t, place_t))
-        _commit(run, number, text, writer.write(number, "generated", text, routing, Stopwatch()))
+        _commit(
+            run, number, text, writer.write(number, "generated", text, [ShardRouting(routing, schema)], Stopwatch())
+        )
     run.finish("generated", geometry.shards)
     return run
 

@@ -29,7 +29,8 @@ import torch
 
 from benchmarks.collect import WIDE, machine, notebook_loop
 from collector.capture import batches
-from collector.capture.hooks import RouterCapture
+from collector.capture.hooks import Capture
+from collector.capture.recorders import recorders_for
 from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
 from collector.data import plan
 from collector.data.sources import Document
@@ -120,6 +121,11 @@ def memory() -> dict[str, float]:
     return {"peak_gb": round(peak / 1e9, 2), "resident_gb": round(held / 1e9, 2)}
 
 
+def router_capture(model: Any) -> Capture:
+    """A capture of all routers, as a replica sets it up."""
+    return Capture(model, recorders_for(model, find_routers(model), CaptureConfig()))
+
+
 def load(folder: str) -> dict[str, Any]:
     """Loads in nf4 and says what it took."""
     before = memory()
@@ -127,7 +133,7 @@ def load(folder: str) -> dict[str, Any]:
     loaded = loading.load(ModelConfig(model=folder, quantization="nf4"), "cpu")
     seconds = time.perf_counter() - started
     held = memory()
-    capture = RouterCapture(loaded.model, find_routers(loaded.model))
+    capture = router_capture(loaded.model)
     with capture:
         ids = torch.randint(3, 8000, (8, 256))
         capture.run(ids, torch.ones_like(ids)).wait()
@@ -153,7 +159,7 @@ def speed(folder: str, tokens: list[int], rounds: int, compute: Any) -> dict[str
         rates[count] = {how: [] for how in held}
         for _ in range(rounds):
             for how, loaded in held.items():
-                with RouterCapture(loaded.model, find_routers(loaded.model)) as capture:
+                with router_capture(loaded.model) as capture:
                     started = time.perf_counter()
                     capture.run(ids, torch.ones_like(ids)).wait()
                     rates[count][how].append(count / (time.perf_counter() - started))

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from collector.data.plan import Plan, Shard
-from collector.fleet.ray_fleet import Actor
+from collector.fleet.ray_actor import Actor
 from collector.pipeline import Pipeline, Stage
 from collector.store.run_directory import PLAN, Commit, RunDirectory
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from collector.config import LaunchConfig, RunConfig
-    from collector.fleet.dispatch import Dispatcher
+    from collector.fleet.dispatch import Dispatcher, Job
 
 Part = Literal["actors", "memory", "opening", "cores"]
 CARD = {"memory": {"summary": "a pause"}, "model": {}, "layers": [], "tokenizer": {}}
@@ -177,8 +177,9 @@ def actors(bench: Scaling) -> None:
 def pauses(count: int, bench: Scaling) -> tuple[float, float, int]:
     """Wall seconds, CPU seconds of the driver, and shards, in the window of `count` replicas."""
     from collector.config import CaptureConfig, DataConfig, ModelConfig, RunConfig
-    from collector.fleet.dispatch import Dispatcher
+    from collector.fleet.dispatch import Dispatcher, Job
     from collector.fleet.placement import Need
+    from collector.fleet.ray_actor import ReplicaSpec
     from collector.fleet.ray_fleet import RayFleet
 
     config = RunConfig(data=DataConfig(), model=ModelConfig(model=str(bench.pause)), capture=CaptureConfig(),
@@ -187,12 +188,12 @@ def pauses(count: int, bench: Scaling) -> tuple[float, float, int]:
     made = plan_of(int(count * (bench.window + 30 + 3 * count) / bench.pause))
     window = Window(count, bench.window)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:  # actors that were killed may still write
-        run = RunDirectory(root)
-        fleet = RayFleet(root=root, config=config, plan_hash=made.hash, need=Need(cpus=1), most=count,
-                         actor_class=PauseActor)  # fmt: skip
+        replica = ReplicaSpec(root=root, config=config, plan_hash=made.hash, need=Need(cpus=1), actor_class=PauseActor)
+        fleet = RayFleet(replica, most=count)
         try:
             with quiet_view(made) as view, contextlib.suppress(WindowOver):
-                Dispatcher(run=run, plan=made, fleet=fleet, view=view, max_attempts=1, observe=window).dispatch()
+                job = Job(run=RunDirectory(root), plan=made, launch=LaunchConfig(max_attempts=1))
+                Dispatcher(job, fleet, view, observe=window).dispatch()
         finally:
             fleet.stop()
     if not window.found[2]:
@@ -245,11 +246,11 @@ def child(bench: Scaling) -> None:
 
 def dispatcher_over(made: Plan) -> Dispatcher:
     """A dispatcher of a run that has not begun."""
-    from collector.fleet.dispatch import Dispatcher
+    from collector.fleet.dispatch import Dispatcher, Job
 
     fleet: Any = None
     with tempfile.TemporaryDirectory() as root, quiet_view(made) as view:
-        return Dispatcher(run=RunDirectory(root), plan=made, fleet=fleet, view=view, max_attempts=3)
+        return Dispatcher(Job(run=RunDirectory(root), plan=made, launch=LaunchConfig()), fleet, view)
 
 
 # -- opening -----------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ def demo_rate(launch: LaunchConfig, documents: int) -> float:
         run = RunDirectory(root)
         made = driver.freeze_plan(run, config)
         with local_ray(2), quiet_view(made) as view:
-            driver.work_off(run, made, config, launch, view, need=Need.of(launch, "cpu"))
+            driver.work_off(Job(run=run, plan=made, launch=launch), config, view, need=Need.of(launch, "cpu"))
             return view.tally.tokens_per_second
     finally:
         shutil.rmtree(root)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from collector.capture import batches
-from collector.capture.hooks import RouterCapture
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
 from collector.fleet import driver
 from collector.models import loading
 from collector.models.routers import find_routers
+from tests.helpers.capturing import router_capture
 from tests.helpers.runs import collect_here, content, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -75,8 +75,8 @@ def test_a_captured_pass_never_waits_for_the_device():
     table = batches.tokenize(loaded.tokenizer, texts, 64)
     batch = batches.pad(table, np.arange(2), loaded.pad_id)
     ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
-    with RouterCapture(loaded.model, find_routers(loaded.model), device=loaded.device) as capture:
-        capture.run(ids, mask).wait()
+    with router_capture(loaded.model, find_routers(loaded.model), device=loaded.device) as capture:
+        capture.run(ids, mask).wait()[0]
         torch.cuda.set_sync_debug_mode("error")
         try:
             decisions = capture.run(ids, mask)

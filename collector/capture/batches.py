@@ -1,12 +1,11 @@
-"""Texts -> token ids -> padded batches: tokenize, sort by length, pack under a padded-token budget.
+"""Tokenizes the documents of a shard, and packs them by length into padded batches under a token budget.
 
-Batching is a function of the shard alone, so a shard that is done again repeats its numerics.
+Batches depend on the shard alone, so a shard that is collected again repeats its numerics.
 Within a shard the packing is optimal for its cost model: documents sorted by length are cut into
 batches by dynamic programming, which minimises padded tokens plus a fixed charge per batch. A document
 of an encoder–decoder model has two lengths, and its padded tokens are those of both stacks.
-Every real token has a slot, its index in the shard's token table (documents in source order,
-positions ascending), so results can be put in place whatever the order of batches or the side
-of the padding. Knows tokenizers, not models.
+Every real token has a slot: its index in the shard's token table (documents in source order,
+positions ascending). Results find their place by it, whatever the order of batches or the side of the padding.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BATCH_CHARGE = 1 / 16
-"""What a forward pass costs before its first token, as a share of the token budget."""
+"""Fixed cost of a forward pass, as a share of the token budget."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class TokenTable:
     ids: NDArray[np.int64]
     """[T] token ids."""
     is_special: NDArray[np.bool_]
-    """[T] whether the tokenizer added the token by itself (BOS, EOS …)."""
+    """[T] whether the tokenizer added the token itself (BOS, EOS …)."""
     starts: NDArray[np.int64]
     """[D + 1] slot of each document's first token; the last entry is T."""
     truncated: NDArray[np.bool_]
@@ -72,9 +71,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int, *, as_target
     Args:
         tokenizer: a tokenizer of transformers.
         texts: D texts.
-        max_length: longest document in tokens, special tokens included; what is longer is cut by
-            the tokenizer itself, which keeps a closing special token.
-        as_target: as texts of the decoder, which some tokenizers frame otherwise (the language code).
+        max_length: longest document in tokens, special tokens included. The tokenizer itself cuts longer ones,
+            so that a closing special token stays.
+        as_target: as the decoder's texts, which some tokenizers frame differently (with a language code).
     """
     meaning = "text_target" if as_target else "text"
     encoded = _encode(tokenizer, texts, meaning)
@@ -89,9 +88,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int, *, as_target
 
 
 def shift_right(table: TokenTable, start_id: int) -> TokenTable:
-    """What a decoder is given to predict these tokens: the start token, then all of them but the last.
+    """Shifts texts into the decoder's inputs: the start token, then all tokens but the last.
 
-    Lengths stay what they are; the start token counts as the tokenizer's own.
+    Lengths do not change; the start token counts as a special token.
     """
     first = table.starts[:-1][table.lengths > 0]
     ids, is_special = np.roll(table.ids, 1), np.roll(table.is_special, 1)
@@ -117,13 +116,13 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], tokens_per_batch: int) -> l
     that holds a single document longer than it.
 
     Args:
-        lengths: [D] tokens per document, or [D, 2] where each has tokens in two stacks: then the sum of
-            both is sorted by, and a row is as long as the longest of each stack together.
+        lengths: [D] tokens per document, or [D, 2] for two stacks. Then documents are sorted by the sum of
+            both, and the length of a batch's rows is the longest of one stack plus the longest of the other.
         tokens_per_batch: the budget.
 
     Returns:
-        Document indices per batch, longest documents first: what does not fit into memory fails
-        at once, not after hours.
+        Document indices per batch, longest documents first, so that a batch that does not fit into
+        memory fails at once and not after hours.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     lengths = lengths[:, None] if lengths.ndim == 1 else lengths
@@ -135,7 +134,7 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], tokens_per_batch: int) -> l
     begin = np.zeros(n + 1, dtype=np.int64)
     charge = BATCH_CHARGE * tokens_per_batch
     for first in range(n):
-        # No batch of more rows fits: the sum of the longest is never less than the first document's sum.
+        # More rows never fit: no row is shorter than the first document, which is the longest.
         most = min(n - first, max(1, tokens_per_batch // max(1, int(widths[first].sum()))))
         longest = np.maximum(np.maximum.accumulate(widths[first : first + most]).sum(1), 1)
         padded = np.arange(1, most + 1) * longest
@@ -156,7 +155,7 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], tokens_per_batch: int) -> l
 def pad(
     table: TokenTable, documents: NDArray[np.int64], pad_id: int, side: Literal["left", "right"] = "right"
 ) -> Batch:
-    """Lays documents of a token table out as one padded batch."""
+    """Pads documents of a token table into one batch."""
     lengths = table.lengths[documents]
     width = int(lengths.max(initial=0))
     column = np.arange(width)

@@ -1,32 +1,33 @@
-"""Hooks on the routers of a model: what each of them decided about the real tokens of a batch.
+"""Runs forward passes and hands what recorders keep of them to the host.
 
-    with RouterCapture(model, routers) as capture:
-        decisions = capture.run(input_ids, attention_mask)
+    recorders = [RoutingRecorder(model, routers, CaptureConfig())]
+    with Capture(model, recorders) as capture:
+        kept = capture.run(input_ids, attention_mask).wait()
 
-Of an encoder–decoder model only the encoder runs, unless a router of the decoder is asked for.
+Of an encoder–decoder model only the encoder runs, unless a hook sees the decoder's tokens.
 
 Guarantees:
 
-- ids and weights are the router's own return values, never recomputed;
 - padding is dropped on the device, before anything is reduced or copied, and reaches no expert of the
   usual kind (see `padding`);
-- every router fires exactly once per forward, or the batch fails;
-- nothing after the last captured router is computed: its hook ends the forward pass, so not even
-  that layer's experts run;
+- every hook fires exactly once per forward, or the batch fails;
+- unless a recorder needs the whole pass, nothing after the last hook is computed: it ends the forward pass, so not
+  even the experts of that layer run;
 - hooks are gone when the context ends, whatever happened in it.
 
 Results arrive without blocking the device, and nothing here waits for it while a forward pass is
-being queued; `Decisions.wait` must be called before they are read.
+being queued; `Captured.wait` must be called before they are read.
 Not for models under CUDA graphs or torch.compile, whose replay calls no hooks.
 
-Shapes: B rows, S positions, T real tokens, E experts, k chosen per token.
+Shapes: B rows, S positions, T real tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+import itertools
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -38,126 +39,74 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from collector.models.routers import Reading, Router
+    from collector.capture.recorder import Hook, Recorder
 
 
-class _LastRouterReached(Exception):  # noqa: N818 - control flow, not an error
-    """Ends a forward pass after its last captured router."""
-
-
-class Geometry(NamedTuple):
-    """What a router chooses from."""
-
-    n_experts: int
-    """E."""
-    top_k: int
-    """k."""
-    has_capacity: bool
-    """Whether a limit can keep a pick from its expert."""
+class _LastHookReached(Exception):  # noqa: N818 - control flow, not an error
+    """Ends a forward pass after its last hook."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerDecision:
-    """One router's decision about T tokens, on the host once waited for."""
+class Captured:
+    """What the recorders kept of one forward pass."""
 
-    experts_tk: torch.Tensor
-    """[T, k] expert ids, int16 or int32."""
-    weights_tk: torch.Tensor
-    """[T, k] in the model's dtype."""
-    statistics_3t: torch.Tensor
-    """[3, T] float32: router entropy (nats), top-k mass, margin."""
-    probabilities_te: torch.Tensor | None
-    """[T, E] float32, when asked for."""
-    n_experts: int
-    """E."""
-    dropped_tk: torch.Tensor | None = None
-    """[T, k] bool, whether a capacity limit kept the pick from its expert; None without one."""
-
-    @property
-    def geometry(self) -> Geometry:
-        """Of the router that decided."""
-        return Geometry(self.n_experts, self.experts_tk.shape[1], self.dropped_tk is not None)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Decisions:
-    """All captured routers of one forward pass, in the order of `routers`."""
-
-    layers: list[LayerDecision]
+    kept: list[list[Any]]
+    """By recorder, what each of its hooks kept."""
     events: list[torch.cuda.Event]
-    """One per GPU that held a router."""
+    """One per GPU that held a hooked module."""
 
-    def wait(self) -> list[LayerDecision]:
+    def wait(self) -> list[list[Any]]:
         """Blocks until the copies to the host are done."""
         for event in self.events:
             event.synchronize()
-        return self.layers
+        return self.kept
 
 
-def statistics(reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
-    """Router entropy H(p) in nats, top-k mass and margin per token, with p the softmax of the logits.
-
-    The margin is p of the least probable chosen expert minus p of the most probable one left out
-    (0 counts as left out where all experts are chosen).
-
-    Returns:
-        ([3, T] statistics, [T, E] probabilities), float32.
-    """
-    probabilities_te = reading.logits_te.float().softmax(-1)
-    entropy_t = torch.special.entr(probabilities_te).sum(-1)
-    experts_tk = reading.experts_tk.long()
-    chosen_tk = probabilities_te.gather(1, experts_tk)
-    left_out_t = probabilities_te.scatter(1, experts_tk, 0.0).amax(-1)
-    return torch.stack([entropy_t, chosen_tk.sum(-1), chosen_tk.amin(-1) - left_out_t]), probabilities_te
+def _to_host(part: Any) -> Any:
+    """Starts a copy of a tensor into pinned memory; on a CPU there is nothing to copy."""
+    if not isinstance(part, torch.Tensor) or part.device.type == "cpu":
+        return part
+    return torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Starts a copy into pinned memory; on a CPU there is nothing to copy."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-class RouterCapture:
-    """Context manager that records the decisions of some routers of a model."""
+class Capture:
+    """Context manager that holds the hooks of some recorders on a model."""
 
     def __init__(
-        self, model: PreTrainedModel, routers: Sequence[Router], *, probabilities: bool = False,
-        device: torch.device | None = None,
-    ) -> None:  # fmt: skip
+        self, model: PreTrainedModel, recorders: Sequence[Recorder], *, device: torch.device | None = None
+    ) -> None:
         """Prepares the hooks; they are in place inside the context only.
 
         Args:
             model: a base model in eval mode.
-            routers: the routers to record.
-            probabilities: also keep the full distribution of every token.
+            recorders: what to keep of its forward passes.
             device: where inputs go (default: the model's own).
         """
         self.model = model
-        self.routers = list(routers)
-        self.probabilities = probabilities
+        self.recorders = list(recorders)
         self.device = device or model.device
         encoder = encoder_of(model)
         self.two_stacks = encoder is not None
         """Whether the model has an encoder and a decoder."""
-        self.decodes = self.two_stacks and any(_tokens_of(router) == "decoder" for router in routers)
+        hooks = [recorder.hooks() for recorder in recorders]
+        self._hooks: list[Hook] = [hook for each in hooks for hook in each]
+        self._hooks_of = [len(each) for each in hooks]
+        self.decodes = self.two_stacks and any(hook.stack == "decoder" for hook in self._hooks)
         """Whether `run` needs decoder inputs too."""
-        self.geometry: list[Geometry] = []
-        """Per router, known inside the context."""
         self._entry: Any = encoder if self.two_stacks and not self.decodes else model
         self._last: int | None = None
         self._handles: list[Any] = []
         self._devices: set[torch.device] = set()
-        self._decisions: dict[int, LayerDecision] = {}
+        self._kept: dict[int, Any] = {}
         self._grids: dict[str, Grid] = {}
         self._narrowing = ExpertsWithoutPadding(model, self._grids)
 
     def __enter__(self) -> Self:
         try:
             self._narrowing.__enter__()
-            for index, router in enumerate(self.routers):
-                self._handles.append(router.module.register_forward_hook(self._hook(index)))
-            self._find_last()
+            for index, hook in enumerate(self._hooks):
+                self._handles.append(hook.module.register_forward_hook(self._hook(index)))
+            self._probe()
         except BaseException:
             self._remove()
             raise
@@ -179,46 +128,37 @@ class RouterCapture:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _find_last(self) -> None:
-        """Learns from one tiny, complete forward pass each router's geometry, and which one fires last."""
+    def _probe(self) -> None:
+        """Shows the recorders one tiny, complete forward pass, and learns from it which hook fires last."""
         ids = torch.zeros((1, 2), dtype=torch.long)
         inputs = (ids, torch.ones_like(ids)) * (2 if self.decodes else 1)
-        self.geometry = [layer.geometry for layer in self.run(*inputs).wait()]
-        self._last = list(self._decisions)[-1]
+        for recorder, kept in zip(self.recorders, self.run(*inputs).wait(), strict=True):
+            recorder.probe(kept)
+        if not any(recorder.needs_whole_pass for recorder in self.recorders):
+            self._last = list(self._kept)[-1]
 
     def _hook(self, index: int) -> Any:
-        router = self.routers[index]
+        hook = self._hooks[index]
 
         def record(_module: torch.nn.Module, _inputs: Any, outputs: Any) -> None:
-            if index in self._decisions:
-                raise RuntimeError(f"router {router.name} fired twice in one forward pass")
-            self._decisions[index] = self._reduce(router, router.read(outputs))
+            if index in self._kept:
+                raise RuntimeError(f"{hook.name} fired twice in one forward pass")
+            self._kept[index] = self._reduce(hook, hook.read(outputs))
             if index == self._last:
-                raise _LastRouterReached
+                raise _LastHookReached
 
         return record
 
-    def _reduce(self, router: Router, reading: Reading) -> LayerDecision:
-        grid = self._grids[_tokens_of(router)]
-        if len(reading.logits_te) != grid.positions:
-            raise RuntimeError(
-                f"router {router.name} saw {len(reading.logits_te)} tokens of a batch of {grid.positions}"
-            )
+    def _reduce(self, hook: Hook, reading: Any) -> Any:
+        grid, positions, device = self._grids[hook.stack], len(reading[0]), reading[0].device
+        if positions != grid.positions:
+            raise RuntimeError(f"{hook.name} saw {positions} tokens of a batch of {grid.positions}")
         if grid.real is not None:
-            real = grid.real_on(reading.logits_te.device)
-            parts = (None if part is None else part.index_select(0, real) for part in reading)
-            reading = type(reading)(*parts)  # type: ignore[arg-type]  # only the drops may be None
-        self._devices.add(reading.logits_te.device)
-        statistics_3t, probabilities_te = statistics(reading)
-        narrow = torch.int16 if reading.logits_te.shape[1] < 2**15 else torch.int32
-        return LayerDecision(
-            experts_tk=_to_host(reading.experts_tk.to(narrow)),
-            weights_tk=_to_host(reading.weights_tk),
-            statistics_3t=_to_host(statistics_3t),
-            probabilities_te=_to_host(probabilities_te) if self.probabilities else None,
-            n_experts=reading.logits_te.shape[1],
-            dropped_tk=None if reading.dropped_tk is None else _to_host(reading.dropped_tk),
-        )
+            real = grid.real_on(device)
+            reading = type(reading)(*(None if part is None else part.index_select(0, real) for part in reading))
+        self._devices.add(device)
+        kept = hook.keep(reading)
+        return type(kept)(*map(_to_host, kept))
 
     @torch.inference_mode()
     def run(
@@ -227,7 +167,7 @@ class RouterCapture:
         attention_mask: torch.Tensor,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-    ) -> Decisions:
+    ) -> Captured:
         """One forward pass.
 
         Args:
@@ -238,30 +178,26 @@ class RouterCapture:
             decoder_attention_mask: [B, S'] on the host.
 
         Raises:
-            RuntimeError: a router did not fire, fired twice, or saw other than B x S tokens.
+            RuntimeError: a hook did not fire, fired twice, or saw other than B x S tokens.
         """
-        self._decisions = {}
+        self._kept = {}
         self._grids.clear()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         self._grids["encoder" if self.two_stacks else "decoder"] = Grid.of(attention_mask, self._to_device)
         options: dict[str, Any] = {} if self.two_stacks and not self.decodes else {"use_cache": False}
         if self.decodes:
-            assert decoder_input_ids is not None, "a router of the decoder is captured"
-            assert decoder_attention_mask is not None, "a router of the decoder is captured"
+            assert decoder_input_ids is not None, "a hook sees the decoder's tokens"
+            assert decoder_attention_mask is not None, "a hook sees the decoder's tokens"
             inputs |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
             self._grids["decoder"] = Grid.of(decoder_attention_mask, self._to_device)
         elif not self.two_stacks and (attention_mask[:, 0] == 0).any():
             # A causal model numbers positions from the left edge of the batch unless told otherwise.
             inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-        with contextlib.suppress(_LastRouterReached):
+        with contextlib.suppress(_LastHookReached):
             self._entry(**{name: self._to_device(tensor) for name, tensor in inputs.items()}, **options)
-        silent = [router.name for index, router in enumerate(self.routers) if index not in self._decisions]
+        silent = [hook.name for index, hook in enumerate(self._hooks) if index not in self._kept]
         if silent:
-            raise RuntimeError(f"routers that did not fire: {silent}")
+            raise RuntimeError(f"{', '.join(silent)} did not fire")
         events = [torch.cuda.current_stream(device).record_event() for device in self._devices if device.type == "cuda"]
-        return Decisions(layers=[self._decisions[index] for index in range(len(self.routers))], events=events)
-
-
-def _tokens_of(router: Router) -> str:
-    """The stack whose tokens a router sees."""
-    return router.stack.partition(".")[0]
+        kept = iter(self._kept[index] for index in range(len(self._hooks)))
+        return Captured(kept=[list(itertools.islice(kept, count)) for count in self._hooks_of], events=events)

@@ -1,15 +1,14 @@
-"""Keeps padding out of the experts: a padded position costs attention and routing, and nothing more.
+"""Keeps padding out of the experts, so that a padded position costs attention and routing only.
 
     grids = {"decoder": Grid.of(attention_mask, to_device)}
     with ExpertsWithoutPadding(model, grids):
         model(...)
 
 Every module whose forward takes `hidden_states [T, H]`, `top_k_index [T, k]` and `top_k_weights [T, k]`,
-as nearly all experts of transformers do (`_TAKEN` has the other names), is given the rows of real
-tokens only; its output is put back in their places, with zeros for padding, whose values no real
-token ever reads. A batch without
-padding is left alone, and so is a module that is called with other shapes or with other than all
-positions. Routers still see every position: a capacity counts what the model counts.
+as nearly all experts of transformers do (`_TAKEN` has the other names), gets the rows of real
+tokens only. Its output goes back to their places, with zeros for padding, which no real token ever reads.
+A batch without padding is left alone, and so is a module that is called with other shapes or with only
+some of the positions. Routers still see every position, so that a capacity counts as it does in the plain model.
 
 No step waits for the device. The hooks are gone when the context ends.
 
@@ -36,7 +35,7 @@ _TAKEN = (
     ("hidden_states", "selected_experts", "routing_weights"),  # Switch: a mask [T, 1, E]
     ("hidden_states", "router_mask", "router_probs"),  # NLLB-MoE: [T, E] both
 )
-"""What the forward of an experts module takes; each has T rows."""
+"""The arguments of an experts module's forward; each has T rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,13 +43,13 @@ class Grid:
     """The positions of one padded batch."""
 
     positions: int
-    """T."""
+    """T, padding included."""
     real: torch.Tensor | None
     """[R] indices of the real tokens, on the device of the inputs; None if all are."""
     _copies: dict[torch.device, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def real_on(self, device: torch.device) -> torch.Tensor:
-        """`real` where a part of a model that spans several devices needs it, copied once for each."""
+        """`real` on another device of a model that spans several; copied once for each."""
         assert self.real is not None
         if device == self.real.device:
             return self.real
@@ -60,19 +59,19 @@ class Grid:
 
     @classmethod
     def of(cls, attention_mask: torch.Tensor, to_device: Callable[[torch.Tensor], torch.Tensor]) -> Grid:
-        """Reads a mask [B, S] on the host: asking the device for indices would wait for it."""
+        """Reads a mask [B, S] on the host, because asking the device for indices would wait for it."""
         real = attention_mask.flatten().nonzero().squeeze(1)
         positions = attention_mask.numel()
         return cls(positions=positions, real=None if len(real) == positions else to_device(real))
 
 
 def encoder_of(model: PreTrainedModel) -> Any:
-    """The encoder of an encoder–decoder model, None of any other."""
+    """The encoder of an encoder–decoder model; None for any other model."""
     return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
 
 
 def _experts(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, tuple[str, ...]]]:
-    """(experts module, what its forward takes)."""
+    """Yields each experts module with the names of its forward's arguments."""
     for module in model.modules():
         parameters = inspect.signature(module.forward).parameters.keys()
         for names in _TAKEN:
@@ -81,14 +80,14 @@ def _experts(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, tuple[st
 
 
 class ExpertsWithoutPadding:
-    """Context manager that narrows what the experts of a model are given to real tokens."""
+    """Context manager that gives the experts of a model real tokens only."""
 
     def __init__(self, model: PreTrainedModel, grids: Mapping[str, Grid]) -> None:
         """Prepares the hooks; they are in place inside the context only.
 
         Args:
             model: any model of transformers.
-            grids: the batch of each stack in the forward pass that runs; read at every call.
+            grids: the current batch of each stack; read at every call.
         """
         self.model = model
         self.grids = grids

@@ -1,11 +1,11 @@
-"""The forward passes of a shard: batches in, the routing of every token out.
+"""Runs the forward passes of a shard, and puts the results of every token in place.
 
-While the device computes a batch, the host puts the batch before it in place. Every array starts as
-"never written", so that a lost token is found when the arrays are checked. A batch that does not fit into
-the GPU's memory is halved until it does; padding is always on the right.
+While the device computes a batch, the host stores the results of the batch before. Every array starts as
+"never written", so that checking the arrays finds a lost token. A batch that does not fit into
+the GPU's memory is halved until it does. Padding is always on the right.
 
-All passes of a replica belong into one thread: inference mode and torch's number of threads are a thread's
-own. What a router decides is read by `capture`.
+All passes of a replica belong in one thread, because inference mode and torch's number of threads are set per
+thread. `hooks` runs a single pass.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ import numpy as np
 import torch
 
 from collector.capture import batches
-from collector.store import tables
-from collector.store.tables import LayerRouting
 
 if TYPE_CHECKING:
-    from collector.capture.hooks import Decisions, RouterCapture
+    from collector.capture.hooks import Capture, Captured
+    from collector.capture.recorder import Recording
     from collector.config import CaptureConfig
-    from collector.store.tables import Layer
 
 
 @dataclasses.dataclass(kw_only=True)
 class Passes:
-    """What the forward passes of a shard took."""
+    """Counts of a shard's forward passes."""
 
     batches: int = 0
     padded_tokens: int = 0
@@ -37,64 +35,54 @@ class Passes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardPasses:
-    """Runs all documents of a shard through a model whose routers are captured."""
+    """Runs all documents of a shard through a model."""
 
-    capture: RouterCapture
+    capture: Capture
     """Inside its context."""
-    layers: list[Layer]
-    """The captured routers, in the capture's order."""
     pad_id: int
     config: CaptureConfig
     """With `tokens_per_batch` resolved."""
 
-    def run(self, tokens: dict[str, batches.TokenTable]) -> tuple[list[LayerRouting], Passes]:
-        """The routing by router, not checked yet, and what it took.
+    def run(self, tokens: dict[str, batches.TokenTable]) -> tuple[list[Recording], Passes]:
+        """Runs all documents, and returns each recorder's recording, not checked yet, with the counts.
 
         Args:
             tokens: stack -> the tokens that it is given; the same documents in each.
 
         Raises:
             torch.OutOfMemoryError: a single document does not fit into the device's memory.
-            RuntimeError: a router did not fire exactly once.
+            RuntimeError: a hook did not fire exactly once.
         """
-        routing = self._unwritten(tokens)
+        recordings = [recorder.start(tokens) for recorder in self.capture.recorders]
         passes = Passes()
-        waiting: tuple[dict[str, batches.Batch], Decisions] | None = None
+        waiting: tuple[dict[str, batches.Batch], Captured] | None = None
         todo = self._packed(tokens)[::-1]
         while todo:
             documents = todo.pop()
             batch = {stack: batches.pad(table, documents, self.pad_id) for stack, table in tokens.items()}
-            decisions = self._pass(batch)
-            if decisions is None:
+            captured = self._pass(batch)
+            if captured is None:
                 middle = (len(documents) + 1) // 2
                 todo += [documents[middle:], documents[:middle]]
                 passes.halved += 1
                 continue
             if waiting is not None:
-                _put_in_place(routing, *waiting)
-            waiting = batch, decisions
+                _put_in_place(recordings, *waiting)
+            waiting = batch, captured
             passes.batches += 1
             passes.padded_tokens += sum(grid.input_ids.size for grid in batch.values())
         if waiting is not None:
-            _put_in_place(routing, *waiting)
-        return routing, passes
-
-    def _unwritten(self, tokens: dict[str, batches.TokenTable]) -> list[LayerRouting]:
-        dtype = tables.expert_dtype(self.layers)
-        probabilities = "probabilities" in self.config.store
-        return [
-            LayerRouting.unwritten(layer, len(tokens[layer.token_stack].ids), dtype, probabilities=probabilities)
-            for layer in self.layers
-        ]
+            _put_in_place(recordings, *waiting)
+        return recordings, passes
 
     def _packed(self, tokens: dict[str, batches.TokenTable]) -> list[np.ndarray]:
-        """Documents by batch."""
+        """The documents of each batch."""
         assert self.config.tokens_per_batch is not None, "resolved before a replica exists"
         lengths = np.stack([table.lengths for table in tokens.values()], axis=1)
         return batches.pack(lengths, self.config.tokens_per_batch) if lengths.any() else []
 
-    def _pass(self, batch: dict[str, batches.Batch]) -> Decisions | None:
-        """One forward pass; None if it does not fit into the GPU's memory, but a part of it may.
+    def _pass(self, batch: dict[str, batches.Batch]) -> Captured | None:
+        """One forward pass; None if the batch does not fit into the GPU's memory, but a part of it may.
 
         Raises:
             torch.OutOfMemoryError: it is a single document that does not fit.
@@ -110,20 +98,12 @@ class ForwardPasses:
                     f"a lower --max-length (now {self.config.max_length}); a lower --tokens-per-batch makes "
                     f"batches smaller, but none is smaller than a document. {error}"
                 ) from error
-        # Only here is the failed pass gone, with the tensors that its traceback held.
+        # Here, after the handler, the traceback no longer holds the tensors of the failed pass.
         torch.cuda.empty_cache()
         return None
 
 
-def _put_in_place(routing: list[LayerRouting], batch: dict[str, batches.Batch], decisions: Decisions) -> None:
-    """Writes a batch's decisions to the slots of its tokens."""
-    for layer, decision in zip(routing, decisions.wait(), strict=True):
-        slots = batch[layer.geometry.token_stack].slots
-        layer.experts_tk[slots] = decision.experts_tk.numpy()
-        layer.weights_tk[slots] = decision.weights_tk.float().numpy()
-        for name, values in zip(tables.STATISTICS, decision.statistics_3t.numpy(), strict=True):
-            layer.statistics[name][slots] = values
-        if layer.dropped_tk is not None and decision.dropped_tk is not None:
-            layer.dropped_tk[slots] = decision.dropped_tk.numpy()
-        if layer.probabilities_te is not None and decision.probabilities_te is not None:
-            layer.probabilities_te[slots] = decision.probabilities_te.numpy()
+def _put_in_place(recordings: list[Recording], batch: dict[str, batches.Batch], captured: Captured) -> None:
+    """Writes a batch's results to the slots of its tokens."""
+    for recording, kept in zip(recordings, captured.wait(), strict=True):
+        recording.put(batch, kept)

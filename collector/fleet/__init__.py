@@ -1,1 +1,1 @@
-"""Many replicas: Ray places them, the dispatcher hands out shards and survives whatever dies."""
+"""Many replicas on a Ray cluster: the dispatcher hands out shards, and carries on when replicas or nodes die."""

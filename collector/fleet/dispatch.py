@@ -1,36 +1,38 @@
-"""Which replica gets which shard, and what becomes of a shard that fails.
+"""Hands shards to replicas, and decides what happens to a shard that fails.
 
-Pure logic over a `Fleet`: no Ray here, so that every course of events can be played through in a
-test. Guarantees:
+Pure logic over a `Fleet`, without Ray, so that a test can play through any course of events. Guarantees:
 
 - A free replica gets a shard before another gets its second one; a replica has up to `IN_WORK` in
   work, so that reading, computing and writing of different shards overlap.
 - An error that a shard raises counts as an attempt. When a replica dies with several shards in work,
-  nobody knows which of them did it: none is blamed, each is tried again alone, and only a death
+  nobody knows which one killed it. None is blamed; each is tried again alone, and only a death
   alone counts.
 - Attempts are counted over all launches. After `max_attempts` a shard is left out and stays out,
   until a launch with `retry_failed` gives it as many again.
 
-The dispatcher holds no state that matters: what counts is in the run directory. Killing it at any
-moment leaves a run that can be resumed, and two drivers on one run only waste work. What others
-commit is seen by listing the commit records from time to time; a driver that finds another one at its
-own shards goes on in an order of its own, and looks before each.
+All state that matters is in the run directory. So the dispatcher may be killed at any moment and the run resumed, and
+two drivers on one run only waste work. It lists the commit records from time to time to see shards that others
+committed. A driver that finds another one working on its own share shuffles what is left, and looks for a commit before
+it hands out a shard.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from collector.fleet.events import Collected, Died, Failed, Loaded, Notice, NotLoaded
+from collector.fleet.failures import Failures
 from collector.fleet.worklist import Worklist
 from collector.pipeline import IN_WORK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from collector.config import LaunchConfig
     from collector.data.plan import Plan
     from collector.fleet.events import Event, Fleet
     from collector.fleet.progress import ProgressView
@@ -39,47 +41,49 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 0.5
 LISTING_SECONDS = 10.0
 LISTING_SHARE = 20
-"""A listing of the commits comes at most after this many times the time that the last one took."""
+"""Between two listings passes at least this many times the duration of the last one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that is being collected."""
+
+    run: RunDirectory
+    plan: Plan
+    launch: LaunchConfig
+    """Attempts per shard, and which shards this driver begins with."""
 
 
 class Dispatcher:
     """Hands shards to replicas until none is left to hand out."""
 
     def __init__(
-        self, *, run: RunDirectory, plan: Plan, fleet: Fleet, view: ProgressView, max_attempts: int,
-        share: tuple[int, int] = (0, 1), retry_failed: bool = False,
+        self, job: Job, fleet: Fleet, view: ProgressView, *,
         accept_card: Callable[[dict[str, Any]], None] = lambda _: None,
         observe: Callable[[Dispatcher], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """Reads what is committed and what failed, and counts what is committed.
 
         Args:
-            run: the run directory.
-            plan: its shards.
-            fleet: who does the work.
+            job: the run.
+            fleet: the replicas.
             view: where messages and progress go.
-            max_attempts: attempts per shard, over all launches.
-            share: this driver's own shards, as remainder and divisor of their numbers.
-            retry_failed: whether shards that were left out are tried again.
             accept_card: takes each new replica's card; a ValueError of it ends the run.
             observe: called after every round.
         """
-        self.run = run
-        self.plan = plan
+        self.run = job.run
+        self.plan = job.plan
         self.fleet = fleet
         self.view = view
-        self.max_attempts = max_attempts
+        self.max_attempts = job.launch.max_attempts
         self.accept_card = accept_card
         self.observe = observe
         committed = self._count_committed()
-        failures = self._read_failures(committed)
-        self.attempts = {shard: int(failure["attempts"]) for shard, failure in failures.items()}
-        left_out = {shard: failure for shard, failure in failures.items() if failure.get("left_out")}
-        self.forgiven = {shard: self.attempts[shard] for shard in left_out} if retry_failed else {}
-        if retry_failed:
-            left_out = {}
-        self._tell_left_out(left_out)
-        self.work = Worklist(len(plan.shards), committed=committed, failed=left_out, share=share)
+        self.failures = Failures(job.run, self.max_attempts, committed=committed, retry_failed=job.launch.retry_failed)
+        self._tell_left_out()
+        self.work = Worklist(
+            len(job.plan.shards), committed=committed, failed=self.failures.left_out, share=job.launch.share()
+        )
         self.in_work: dict[int, set[int]] = {}
         self.alone: set[int] = set()
         self.loaded_one = False
@@ -88,7 +92,7 @@ class Dispatcher:
         self.ready_seconds = 0.0
         self.busy_seconds = 0.0
         self.has_company = False
-        self._listing = _Listing(run)
+        self._listing = _Listing(job.run)
 
     def dispatch(self) -> None:
         """Returns when every shard is committed or has failed its last attempt.
@@ -113,11 +117,11 @@ class Dispatcher:
 
     @property
     def idle_share(self) -> float:
-        """Share of the ready replicas' time in which their model computed nothing."""
+        """Share of the ready replicas' time in which the model did not run."""
         return max(0.0, 1 - self.busy_seconds / self.ready_seconds) if self.ready_seconds else 0.0
 
     def _scale(self) -> None:
-        """Asks for replicas, unless no replica is left and those before could not load."""
+        """Asks for replicas, unless none is left and the last ones could not load."""
         if self.in_work or self.load_failures < self.max_attempts:
             self.fleet.scale(self.work.waiting)
         elif not self.fleet.count("loading"):
@@ -153,7 +157,7 @@ class Dispatcher:
             self.view.tally.started = time.monotonic()
 
     def _not_loaded(self, event: NotLoaded) -> None:
-        """Tries again, as long as there is hope: one bad node must not end the run of the others."""
+        """Counts a replica that could not load; one bad node must not end the run of the others."""
         if event.refused and not self.loaded_one:
             raise ValueError(str(event.error)) from event.error
         self.load_failures += 1
@@ -169,16 +173,12 @@ class Dispatcher:
         self.alone.discard(replica)
 
     def _done(self, shard: int, commit: Commit, *, by_another: bool = False) -> None:
-        """Counts a committed shard; one of another driver has no part in this launch's rate."""
+        """Counts a committed shard; another driver's shards do not count in this launch's rate."""
         self.work.commit(shard)
-        self._forget_failure(shard)
+        self.failures.forget(shard)
         self.view.tally.add(commit, before=by_another)
         if not by_another:
             self.busy_seconds += commit.seconds.get("forward", 0.0)
-
-    def _forget_failure(self, shard: int) -> None:
-        if self.attempts.pop(shard, None) is not None:
-            self.run.clear_failure(shard)
 
     def _died(self, event: Died) -> None:
         shards = self.in_work.pop(event.replica, set())
@@ -204,40 +204,25 @@ class Dispatcher:
         )  # fmt: skip
 
     def _failed(self, number: int, event: Failed | Died, *, suspect: bool) -> None:
-        """Counts an attempt at a shard against it, records why it failed and says so."""
-        attempt = self.attempts[number] = self.attempts.get(number, 0) + 1
-        limit = self.forgiven.get(number, 0) + self.max_attempts
-        final = attempt >= limit
-        reason = f"{type(event.error).__name__}: {event.error}"
-        shard, node = self.plan.shards[number], self.fleet.node(event.replica)
-        failure = {
-            "shard": number,
-            "source": shard.source,
-            "first_row": shard.first_row,
-            "rows": shard.rows,
-            "attempts": attempt,
-            "left_out": final,
-            "error": reason,
-            "traceback": event.trace,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "node": node,
-        }
-        self.run.record_failure(number, failure)
-        if final:
+        """Counts an attempt at a shard against it and says so."""
+        node = self.fleet.node(event.replica)
+        attempt = self.failures.record(self.plan.shards[number], event, node)
+        if attempt.is_last:
             self.work.leave_out(number)
             self.view.tally.shards_failed += 1
         else:
             self.work.put_back(number, suspect=suspect)
         self.view.say(
-            f"shard {number} failed on {node} (attempt {attempt} of {limit}), "
-            f"{'left out' if final else 'to be tried again'}: {_first_line(reason)}",
-            event="shard_failed", shard=number, attempt=attempt, left_out=final, node=node, error=reason,
+            f"shard {number} failed on {node} (attempt {attempt.number} of {attempt.limit}), "
+            f"{'left out' if attempt.is_last else 'to be tried again'}: {_first_line(attempt.reason)}",
+            event="shard_failed", shard=number, attempt=attempt.number, left_out=attempt.is_last, node=node,
+            error=attempt.reason,
         )  # fmt: skip
 
     # -- who gets what -----------------------------------------------------------------------------
 
     def _assign(self) -> None:
-        """Gives out shards, round by round, so that no replica gets its second before all have their first."""
+        """Hands out shards in rounds, so that no replica gets its second one before all have their first."""
         reserved = self._assign_suspects()
         for depth in range(IN_WORK):
             for replica, shards in self.in_work.items():
@@ -251,7 +236,7 @@ class Dispatcher:
                 self._give(replica, number)
 
     def _assign_suspects(self) -> set[int]:
-        """Gives a replica of its own to each shard that has to run alone; returns who gets nothing else."""
+        """Gives each shard that has to run alone its own replica; returns the replicas that get nothing else."""
         free = sorted(self.in_work.keys() - self.alone, key=lambda replica: (len(self.in_work[replica]), replica))
         emptying = free[: self.work.suspects]
         for replica in emptying:
@@ -265,9 +250,9 @@ class Dispatcher:
         self.fleet.assign(replica, self.plan.shards[number])
 
     def _next(self) -> int | None:
-        """The next shard that nobody committed meanwhile.
+        """The next shard that nobody has committed meanwhile.
 
-        Asking costs a round trip, so of the own shards it is asked only once somebody else was seen at them.
+        Looking costs a round trip, so for shards of its own share it looks only once another driver was seen there.
         """
         while (number := self.work.take()) is not None:
             alone = self.work.is_own(number) and not self.has_company
@@ -293,16 +278,9 @@ class Dispatcher:
             self.view.tally.add(commit, before=True)
         return committed
 
-    def _read_failures(self, committed: set[int]) -> dict[int, dict[str, Any]]:
-        """Failures of shards that are still to do; a driver may have ended between a commit and forgetting one."""
-        failures = self.run.failures()
-        for shard in failures.keys() & committed:
-            self.run.clear_failure(shard)
-        return {shard: failure for shard, failure in sorted(failures.items()) if shard not in committed}
-
-    def _tell_left_out(self, failures: dict[int, dict[str, Any]]) -> None:
-        self.view.tally.shards_failed = len(failures)
-        for shard, failure in failures.items():
+    def _tell_left_out(self) -> None:
+        self.view.tally.shards_failed = len(self.failures.left_out)
+        for shard, failure in self.failures.left_out.items():
             self.view.say(
                 f"shard {shard} failed {failure['attempts']} times before and stays out (--retry-failed tries it "
                 f"again): {_first_line(failure['error'])}",
@@ -312,7 +290,7 @@ class Dispatcher:
     def _take_out_what_others_did(self) -> None:
         news = self.work.found(self._listing.look())
         for number in news:
-            self._forget_failure(number)
+            self.failures.forget(number)
             self.view.tally.add_unread(self.plan.shards[number].planned)
         if not self.has_company and any(map(self.work.is_own, news)):
             self.has_company = True
@@ -320,7 +298,7 @@ class Dispatcher:
 
 
 class _Listing:
-    """Lists the commit records now and then, in a thread: a large run's listing must not hold up the dispatcher."""
+    """Lists the commit records from time to time, in a thread, so that a long listing does not block the dispatcher."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
@@ -328,7 +306,7 @@ class _Listing:
         self.next = time.monotonic() + LISTING_SECONDS
 
     def look(self) -> set[int]:
-        """What a listing found, once; begins another one where it is time."""
+        """Returns the result of a finished listing, once, and starts another one when it is due."""
         if time.monotonic() >= self.next:
             self.next = float("inf")
             threading.Thread(target=self._list, daemon=True).start()
@@ -337,7 +315,7 @@ class _Listing:
 
     def _list(self) -> None:
         started = time.monotonic()
-        with contextlib.suppress(Exception):  # of any kind of store; the next listing may work again
+        with contextlib.suppress(Exception):  # any error of a store; the next listing may work again
             self.found = self.run.committed_shards()
         took = time.monotonic() - started
         self.next = time.monotonic() + max(LISTING_SECONDS, LISTING_SHARE * took)

@@ -1,8 +1,7 @@
-"""The course of a run: the frozen plan, the card, the fleet at work, the mark of completeness.
+"""Drives a run from start to end: freezes the plan, starts the fleet, has it collect, marks the run complete.
 
-The driver holds no state that matters: what counts is in the run directory, so killing it at any
-moment leaves a run that the same command resumes, and two drivers on one run only waste work. Which
-shard goes to whom is the business of `dispatch`, Ray that of `fleet` and `cluster`.
+All state that matters is in the run directory. So a driver may be killed at any moment and the same command resumes
+the run, and two drivers on one run only waste work.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
 from collector.data import plan as planning
-from collector.fleet.dispatch import Dispatcher
+from collector.fleet.dispatch import Dispatcher, Job
 from collector.fleet.placement import Need, require_room
 from collector.fleet.progress import ProgressView, Tally
+from collector.fleet.ray_actor import ReplicaActor, ReplicaSpec
 from collector.fleet.ray_cluster import alive_nodes, cluster, pick_device
-from collector.fleet.ray_fleet import RayFleet, ReplicaActor
+from collector.fleet.ray_fleet import RayFleet
 from collector.fleet.ray_metrics import Metrics
 from collector.query.warehouse import views_sql
 from collector.store.run_directory import PLAN, RUN, VIEWS, RunDirectory
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from collector.data.plan import Plan
-    from collector.fleet.ray_fleet import Actor
+    from collector.fleet.ray_actor import Actor
     from collector.models.loading import LoadedModel
 
 FORMAT = 1
@@ -37,7 +37,7 @@ FORMAT = 1
 
 
 def freeze_plan(run: RunDirectory, config: RunConfig) -> Plan:
-    """Writes the plan of a new run, or reads that of a run to resume.
+    """Writes the plan of a new run, or reads the plan of a run to resume.
 
     Raises:
         ValueError: the run was planned with other settings or other sources; names what differs.
@@ -64,8 +64,8 @@ def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware
     Args:
         run: the run directory.
         plan: of the run.
-        card: what a replica says of its model.
-        hardware: what the first launch reserves for a replica.
+        card: the replica's description of its model.
+        hardware: the resources that the first launch reserves for a replica.
 
     Raises:
         ValueError: a replica holds another model than the run was begun with; names what differs.
@@ -81,7 +81,7 @@ def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware
     if run.store.put_new(RUN, json.dumps(described, indent=1).encode() + b"\n"):
         return
     recorded = run.read_json(RUN)
-    different = [key for key in ("model", "layers", "memory", "tokenizer") if recorded.get(key) != card[key]]
+    different = [key for key, said in card.items() if key != "versions" and recorded.get(key) != said]
     if different:
         details = "; ".join(f"{key}: {recorded.get(key)} -> {card[key]}" for key in different)
         raise ValueError(f"{run.root} was begun with another model than this replica loaded ({details})")
@@ -89,7 +89,7 @@ def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware
 
 @contextlib.contextmanager
 def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: replicas stopped, run resumable."""
+    """Makes SIGTERM end the run like Ctrl-C: replicas stop, and the run can be resumed."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -108,10 +108,10 @@ def collect(
 
     Args:
         root: the run directory.
-        data: which documents.
-        model: which model.
+        data: the documents.
+        model: the model.
         capture: what to record.
-        launch: where.
+        launch: where the replicas run.
 
     Returns:
         The run; `_SUCCESS` is there if every shard is committed.
@@ -129,39 +129,33 @@ def collect(
         plan = freeze_plan(run, config)
         tally = Tally(shards=len(plan.shards), documents=plan.documents)
         with ProgressView(tally, as_json=launch.log_format == "json") as view:
-            work_off(run, plan, config, launch, view, need=need, grows=grows)
+            work_off(Job(run=run, plan=plan, launch=launch), config, view, need=need, grows=grows)
     finish(run, plan)
     return run
 
 
 def work_off(
-    run: RunDirectory, plan: Plan, config: RunConfig, launch: LaunchConfig, view: ProgressView, *,
-    need: Need, grows: bool = False, actor_class: type[Actor] = ReplicaActor,
+    job: Job, config: RunConfig, view: ProgressView, *, need: Need, grows: bool = False,
+    actor_class: type[Actor] = ReplicaActor,
 ) -> None:  # fmt: skip
-    """Has replicas on the connected Ray collect whatever shards of a plan are still to do.
+    """Collects the shards of a plan that are still to do, with replicas on the connected Ray.
 
     Args:
-        run: the run directory, which holds the plan.
-        plan: of the run.
+        job: the run, whose directory holds the plan.
         config: of the plan.
-        launch: how many replicas, how many attempts, which share.
         view: where messages and progress go.
-        need: what a replica reserves.
-        grows: whether nodes may come.
-        actor_class: what runs in the actors.
+        need: the resources that a replica reserves.
+        grows: whether the cluster may get more nodes.
+        actor_class: the class of the actors.
     """
-    fleet = RayFleet(
-        root=run.root, config=config, plan_hash=plan.hash, need=need, most=launch.replica_range()[1], grows=grows,
-        load_attempts=launch.max_attempts, actor_class=actor_class,
-    )  # fmt: skip
+    run, plan, launch = job.run, job.plan, job.launch
+    replica = ReplicaSpec(root=run.root, config=config, plan_hash=plan.hash, need=need, actor_class=actor_class)
+    fleet = RayFleet(replica, most=launch.replica_range()[1], grows=grows, load_attempts=launch.max_attempts)
     accelerators = sorted({kind for node in alive_nodes() if need.slots(node) for kind in node.accelerators})
     hardware = {"gpus_per_replica": need.gpus, "cpus_per_replica": need.cpus or "all", "accelerators": accelerators}
     metrics = Metrics(PurePosixPath(run.root).name)
-    dispatcher = Dispatcher(
-        run=run, plan=plan, fleet=fleet, view=view, max_attempts=launch.max_attempts, share=launch.share(),
-        retry_failed=launch.retry_failed, accept_card=functools.partial(record_card, run, plan, hardware=hardware),
-        observe=metrics,
-    )  # fmt: skip
+    accept_card = functools.partial(record_card, run, plan, hardware=hardware)
+    dispatcher = Dispatcher(job, fleet, view, accept_card=accept_card, observe=metrics)
     try:
         dispatcher.dispatch()
     finally:
@@ -179,12 +173,12 @@ def finish(run: RunDirectory, plan: Plan) -> None:
 def collect_in_process(
     root: str, config: RunConfig, *, loaded: LoadedModel | None = None, threads: int | None = None
 ) -> RunDirectory:
-    """A whole run without Ray, in this process; an error ends it.
+    """Collects a whole run in this process, without Ray; an error ends it.
 
     Args:
         root: the run directory, of a new run.
         config: what to record.
-        loaded: what `models.load` gave for this config, if it is there already.
+        loaded: the result of `loading.load` for this config, if there is one already.
         threads: CPU threads for the model (None: torch's default).
     """
     from collector.replica.replica import Replica

@@ -1,7 +1,6 @@
-"""What a fleet of replicas is to the dispatcher: what can be asked of it, and what it tells.
+"""The interface between dispatcher and fleet: the calls that a fleet takes, and the events that it reports.
 
-Replicas are known by numbers, shards too. The fleet of a run is `fleet.RayFleet`; anything that
-keeps this contract takes its place in a test.
+Replicas and shards are known by numbers. A run's fleet is `ray_fleet.RayFleet`; tests use fleets of their own.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class NotLoaded:
     replica: int
     error: BaseException
     refused: bool
-    """Its model says why, so that another replica would say the same; else it died."""
+    """True if loading raised an error, which every replica would raise; False if the replica died."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Failed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Died:
-    """A replica is gone, and with it whatever it had in work."""
+    """A replica died, with everything that it had in work."""
 
     replica: int
     error: BaseException
@@ -77,10 +76,10 @@ class Fleet(Protocol):
     """Replicas that come and go, each known by a number."""
 
     def scale(self, waiting: int) -> None:
-        """Asks for replicas as there is work for, `waiting` shards, and gives up those that there is none for."""
+        """Asks for as many replicas as `waiting` shards can use, and gives up those without work."""
 
     def wait(self, timeout: float) -> Iterable[Event]:
-        """What happened, after at most `timeout` seconds."""
+        """The events since the last call, after at most `timeout` seconds."""
 
     def assign(self, replica: int, shard: Shard) -> None:
         """Gives a replica a shard."""
@@ -89,10 +88,10 @@ class Fleet(Protocol):
         """Ends a replica that has nothing to do."""
 
     def node(self, replica: int) -> str:
-        """The name of the machine that a replica is or was on."""
+        """The name of the machine that a replica runs or ran on."""
 
     def count(self, state: str) -> int:
         """Replicas that are `requested`, `loading` or `ready`."""
 
     def stop(self) -> None:
-        """Ends all replicas at once; what they did not commit does not count."""
+        """Ends all replicas at once; shards that they did not commit do not count."""

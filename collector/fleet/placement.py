@@ -1,6 +1,6 @@
-"""What a replica reserves, and how many of it the nodes of a cluster hold.
+"""The resources that a replica reserves, and how many replicas the nodes of a cluster hold.
 
-Pure arithmetic over what Ray says of its nodes. Nodes may differ: each holds as many replicas as fit
+Pure arithmetic over Ray's list of nodes. Nodes may differ: each holds as many replicas as fit
 its own cores and GPUs, and only nodes with the wanted accelerator and labels count.
 """
 
@@ -20,7 +20,7 @@ _ROUNDING = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Node:
-    """A machine of the cluster that is alive."""
+    """A live machine of the cluster."""
 
     id: str
     name: str
@@ -46,7 +46,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Need:
-    """What one replica reserves, and which nodes it may go to."""
+    """The resources that one replica reserves, and the nodes that it may run on."""
 
     cpus: int | None
     """None: all cores of its node."""
@@ -55,14 +55,14 @@ class Need:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Ray's label selector."""
     spread: Spread | None = None
-    """Over which devices a replica's weights go, if not on one."""
+    """How a replica's weights are spread, if one device does not hold them all."""
 
     @classmethod
     def of(cls, launch: LaunchConfig, device: Literal["cpu", "cuda"]) -> Need:
-        """What `launch` reserves for a replica on this kind of device.
+        """The resources that `launch` reserves for a replica on this kind of device.
 
         Raises:
-            ValueError: the device has no place for weights that is asked for.
+            ValueError: `--offload` asks for a place that the device does not have.
         """
         on_gpus = device == "cuda"
         return cls(
@@ -83,7 +83,7 @@ class Need:
         return int(node.cpus) if self.cpus is None else self.cpus
 
     def slots(self, node: Node) -> int:
-        """Replicas that a node holds, if nobody else uses it."""
+        """Number of replicas that fit on a node that nobody else uses."""
         cpus = self.cpus_on(node)
         if cpus < 1 or not self.admits(node):
             return 0
@@ -91,16 +91,16 @@ class Need:
         return int((min(room, node.gpus / self.gpus) if self.gpus else room) + _ROUNDING)
 
     def room(self, nodes: Iterable[Node]) -> int:
-        """Replicas that nodes hold in all."""
+        """Number of replicas that fit on all nodes."""
         return sum(map(self.slots, nodes))
 
     def elsewhere(self, nodes: Iterable[Node]) -> int | None:
-        """Cores to ask for where no node is there yet: those of the smallest that is; None if there is none."""
+        """Cores to ask for on a node to come: those of the smallest present node; None if there is none."""
         sizes = [self.cpus_on(node) for node in nodes if self.slots(node)]
         return self.cpus or min(sizes, default=None)
 
     def __str__(self) -> str:
-        """What it reserves, in words."""
+        """The resources in words."""
         words = ["all CPUs of a node" if self.cpus is None else f"{self.cpus} CPUs"]
         if self.gpus:
             words.append(f"{self.gpus:g} GPUs")
@@ -127,7 +127,7 @@ def require_room(need: Need, nodes: Iterable[Node], least: int) -> None:
     """Refuses a cluster that holds fewer than `least` replicas.
 
     Raises:
-        ValueError: it does; tells what the nodes have. Or nobody says how large nodes to come have to be.
+        ValueError: the cluster holds fewer (the message lists its nodes), or the size of nodes to come is unknown.
     """
     nodes = list(nodes)
     room = need.room(nodes)

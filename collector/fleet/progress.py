@@ -30,16 +30,16 @@ PLAIN_EVERY = 5.0
 
 @dataclasses.dataclass(kw_only=True)
 class Tally:
-    """What is done, and how fast this launch does it."""
+    """Counts of the work that is done, and the rate of this launch."""
 
     shards: int
     """Shards of the plan."""
     documents: int
-    """Rows of the plan that become documents if they are readable."""
+    """Rows of the plan; each readable row becomes a document."""
     shards_done: int = 0
     shards_failed: int = 0
     rows_done: int = 0
-    """Rows of the plan that are behind us: documents and skipped rows."""
+    """Rows of the plan that are done: documents and skipped rows."""
     tokens: int = 0
     padded_tokens: int = 0
     launch_rows: int = 0
@@ -47,7 +47,7 @@ class Tally:
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     def add(self, commit: Commit, *, before: bool = False) -> None:
-        """Counts a committed shard; `before`: it was there when this launch began."""
+        """Adds a committed shard; `before`: it was committed before this launch."""
         rows = commit.documents + sum(skipped.count for skipped in commit.skipped.values())
         self.shards_done += 1
         self.rows_done += rows
@@ -58,7 +58,7 @@ class Tally:
             self.launch_tokens += commit.tokens
 
     def add_unread(self, rows: int) -> None:
-        """Counts a shard of another driver by its planned rows: its commit record is not read, its tokens are not."""
+        """Adds another driver's shard by its planned rows; its commit record is not read, nor its tokens counted."""
         self.shards_done += 1
         self.rows_done += rows
 
@@ -69,12 +69,12 @@ class Tally:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this launch."""
+        """Tokens per second of this launch."""
         return self.launch_tokens / self._elapsed
 
     @property
     def seconds_left(self) -> float | None:
-        """At this launch's rate; None while there is none."""
+        """Seconds left at this launch's rate; None while there is no rate."""
         if not self.launch_rows:
             return None
         return max(0.0, (self.documents - self.rows_done) * self._elapsed / self.launch_rows)
@@ -99,7 +99,7 @@ class Tally:
         return " · ".join(parts)
 
     def fields(self) -> dict[str, Any]:
-        """The same for machines."""
+        """The same as fields of a JSON object."""
         left = self.seconds_left
         return {
             "shards": self.shards,
@@ -115,7 +115,7 @@ class Tally:
 
 
 def shares(seconds: Mapping[str, float]) -> str:
-    """Where the time of a run's devices went, for people; empty for a run that did not record it.
+    """One line about where the devices' time went; empty for a run that did not record it.
 
     Stages overlap: a stage that takes less than the device's time can hide behind `forward`.
 
@@ -137,7 +137,7 @@ def _clock(seconds: float) -> str:
 
 
 class ProgressView:
-    """Context manager that shows a tally; call `tick` often, it decides what to print."""
+    """Context manager that shows a tally. Call `tick` often; it decides when to print."""
 
     def __init__(self, tally: Tally, console: Console | None = None, *, as_json: bool = False) -> None:
         self.tally = tally
@@ -176,8 +176,8 @@ class ProgressView:
 
         Args:
             message: for people.
-            event: what kind of thing happened.
-            fields: what machines want to know of it.
+            event: the kind of event.
+            fields: its data, for JSON.
         """
         if self.as_json:
             self._write(json_line(event, message=message, **fields))
@@ -195,7 +195,7 @@ class ProgressView:
             self.console.print(self._line(), markup=False, soft_wrap=True)
 
     def _write(self, line: str) -> None:
-        """Writes as it is: a console would break long lines."""
+        """Writes a line as it is, because a console would break long ones."""
         self.console.file.write(line)
         self.console.file.flush()
 

@@ -1,4 +1,4 @@
-"""The Ray that a run uses: one that is there, or one of its own that ends with the run."""
+"""Joins a Ray cluster, or starts a local one that ends with the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collector.config import LaunchConfig
 
 OBJECT_STORE_BYTES = 100 * 2**20
-"""Of a Ray that we start ourselves: only small reports pass through it."""
+"""Bytes of the object store of a local Ray, through which only small reports pass."""
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def cluster(launch: LaunchConfig) -> Iterator[bool]:
     """Joins the cluster that was named, or starts a local Ray and ends it afterwards.
 
     Yields:
-        Whether nodes may come: not to a Ray that was started here.
+        Whether the cluster may get more nodes; a local Ray does not.
     """
     address = launch.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -52,14 +52,14 @@ def alive_nodes() -> list[Node]:
 
 
 def pick_device(launch: LaunchConfig, *, grows: bool = False) -> Literal["cpu", "cuda"]:
-    """`cuda` where asked for or where the cluster has GPUs.
+    """Chooses `cuda` if it was asked for or the cluster has GPUs.
 
     Args:
-        launch: the device asked for, and how many replicas it may begin without.
-        grows: whether nodes may come.
+        launch: the device, and how many replicas must fit at the start.
+        grows: whether the cluster may get more nodes.
 
     Raises:
-        ValueError: GPUs are asked for, the cluster has none, and the run is not to wait for them.
+        ValueError: GPUs are asked for, the cluster has none, and the run does not wait for nodes.
     """
     gpus = any(node.gpus for node in alive_nodes())
     may_wait = grows and launch.replica_range()[0] == 0

@@ -1,14 +1,12 @@
-"""The replicas of a run on a Ray cluster: one actor each, where there is room, while there is work.
+"""The replicas of a run on a Ray cluster: one actor each, as many as have room and work.
 
-Ray retries and restarts nothing here (`max_restarts=0`): the fleet reports every death and the
-dispatcher decides. Only commit records cross Ray's object store; parts go from the replica to the
-run directory.
+Ray retries and restarts nothing (`max_restarts=0`): the fleet reports every death, and the dispatcher decides. Only
+commit records cross Ray's object store; parts go from the replica to the run directory.
 
-On a node that is there a replica is pinned, with what fits that node; so nodes may differ. What
-`--replicas N` or `MIN:MAX` asks for beyond that waits unpinned, which is what an autoscaler goes by.
-Nodes are looked at every few seconds: new ones get replicas, and those of lost ones are replaced.
-Loading has no time limit; what waits for a place is told from what loads by a first call that every
-actor answers at once.
+A replica is pinned to a node and takes the resources that fit this node, so nodes may differ. Replicas beyond the
+present nodes, which `--replicas N` or `MIN:MAX` asks for, wait unpinned; an autoscaler adds nodes for them. Every few
+seconds the fleet looks at the nodes: new ones get replicas, and replicas of lost nodes are replaced. Loading has no
+time limit. Every actor answers a first call at once, which tells an actor that loads from one that waits for a place.
 """
 
 from __future__ import annotations
@@ -22,54 +20,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from collector.fleet.events import Collected, Died, Failed, Loaded, Notice, NotLoaded
 from collector.fleet.ray_cluster import alive_nodes
-from collector.pipeline import IN_WORK, DeviceLost
+from collector.pipeline import DeviceLost
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
-    from collector.config import RunConfig, Spread
     from collector.data.plan import Shard
     from collector.fleet.events import Event
     from collector.fleet.placement import Need, Node
-    from collector.store.run_directory import Commit
+    from collector.fleet.ray_actor import ReplicaSpec
 
 NODES_EVERY = 3.0
 """Seconds between two looks at the cluster's nodes."""
 PATIENCE = 30.0
-"""Seconds that replicas may wait for a place before it is said."""
+"""Seconds that replicas wait for a place before a message says so."""
 REMIND_EVERY = 600.0
-
-
-class Actor:
-    """What every kind of replica answers in its actor."""
-
-    def where(self) -> tuple[str, str]:
-        """Node id and name of the machine; answered as soon as the actor has a place."""
-        import platform
-
-        return ray.get_runtime_context().get_node_id(), platform.node()
-
-
-class ReplicaActor(Actor):
-    """What runs in an actor. Loading is a call of its own, so that its errors arrive as they are."""
-
-    def load(
-        self, root: str, config: RunConfig, plan_hash: str, threads: int | None, spread: Spread | None
-    ) -> dict[str, Any]:
-        """Loads the replica; returns its card for run.json."""
-        from collector.replica.replica import Replica
-
-        self.replica = Replica(root, config, plan_hash, threads=threads, spread=spread)
-        self.replica.write_vocabulary()
-        return self.replica.card()
-
-    def collect(self, shard: Shard) -> Commit:
-        """Collects one shard; several may be in work at once."""
-        return self.replica.collect(shard)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,14 +47,14 @@ class _Member:
     actor: Any
     state: Literal["requested", "loading", "ready"] = "requested"
     node: str | None
-    """Id of its node; None while it may go anywhere."""
+    """Id of its node; None while it has none."""
     name: str
     since: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """A question that an actor has not answered yet."""
+    """A call that an actor has not answered yet."""
 
     replica: int
     method: Literal["where", "load", "collect"]
@@ -94,40 +62,31 @@ class _Call:
 
 
 class RayFleet:
-    """Replicas on the nodes of the Ray that is connected; see `events.Fleet`."""
+    """Replicas on the nodes of the connected Ray; see `events.Fleet`."""
 
     def __init__(
-        self, *, root: str, config: RunConfig, plan_hash: str, need: Need, most: int | None = None, grows: bool = False,
-        load_attempts: int = 3, actor_class: type[Actor] = ReplicaActor,
-    ) -> None:  # fmt: skip
+        self, replica: ReplicaSpec, *, most: int | None = None, grows: bool = False, load_attempts: int = 3
+    ) -> None:
         """Starts nothing yet.
 
         Args:
-            root: the run directory.
-            config: what to record.
-            plan_hash: of the plan that the shards come from.
-            need: what a replica reserves.
+            replica: the settings of each replica.
             most: how many replicas there may be (None: as many as the nodes hold).
-            grows: whether nodes may come when more is asked for than they hold.
-            load_attempts: a node on which so many replicas could not load gets no other.
-            actor_class: what runs in the actors.
+            grows: whether the cluster may get more nodes.
+            load_attempts: a node on which this many replicas could not load gets no other.
         """
-        self.root = root
-        self.config = config
-        self.plan_hash = plan_hash
-        self.need = need
+        self.spec = replica
+        self.need = replica.need
         self.most = most
         self.grows = grows
         self.load_attempts = load_attempts
-        self.actor_class: Any = ray.remote(actor_class)
         self._numbers = itertools.count()
         self._members: dict[int, _Member] = {}
         self._names: dict[int, str] = {}
         self._calls: dict[Any, _Call] = {}
         self._refusals: Counter[str | None] = Counter()
         self._next_look = 0.0
-        self._next_notice = 0.0
-        self._members_since = time.monotonic()
+        self._reminder = _Reminder(self.need)
 
     # -- size --------------------------------------------------------------------------------------
 
@@ -164,38 +123,28 @@ class RayFleet:
         return sum(member.node is None for member in self._members.values())
 
     def _free_places(self, nodes: list[Node]) -> list[Node]:
-        """A node for each replica that there is room for, the emptiest nodes first."""
+        """One entry per free place, the emptiest nodes first."""
         taken = Counter(member.node for member in self._members.values())
         places = [(number, node.id, node) for node in nodes for number in range(taken[node.id], self.need.slots(node))]
         return [node for _, _, node in sorted(places, key=lambda place: place[:2])]
 
     def _start(self, name: str, node: str | None, cpus: int) -> None:
-        options: dict[str, Any] = {
-            "num_cpus": cpus, "num_gpus": self.need.gpus, "max_concurrency": IN_WORK, "max_restarts": 0,
-            "max_task_retries": 0,
-        }  # fmt: skip
-        if node is not None:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        else:
-            options |= {"accelerator_type": self.need.accelerator, "label_selector": dict(self.need.labels) or None}
-        actor = self.actor_class.options(**{key: value for key, value in options.items() if value is not None}).remote()
+        actor = self.spec.start(node, cpus)
         replica = next(self._numbers)
         self._members[replica] = _Member(actor=actor, node=node, name=name, since=time.monotonic())
         self._names[replica] = name
         self._calls[actor.where.remote()] = _Call(replica=replica, method="where")
-        threads = cpus if self.config.device == "cpu" else None
-        loading = actor.load.remote(self.root, self.config, self.plan_hash, threads, self.need.spread)
-        self._calls[loading] = _Call(replica=replica, method="load")
+        self._calls[self.spec.load(actor, cpus)] = _Call(replica=replica, method="load")
 
     def _give_up(self, surplus: int) -> None:
-        """Ends replicas that are not ready and would find no work, those first that have no place yet."""
+        """Ends surplus replicas that are not ready, first those that still wait for a place."""
         unready = [replica for replica, member in self._members.items() if member.state != "ready"]
         unready.sort(key=lambda replica: (self._members[replica].state != "requested", -replica))
         for replica in unready[: max(0, surplus)]:
             self.release(replica)
 
     def _give_up_without_node(self, alive: set[str]) -> None:
-        """Ends what waits for a place on a node that is gone."""
+        """Ends replicas that wait for a place on a node that is gone."""
         for replica, member in list(self._members.items()):
             if member.state == "requested" and member.node is not None and member.node not in alive:
                 self.release(replica)
@@ -222,7 +171,7 @@ class RayFleet:
 
     def wait(self, timeout: float) -> Iterator[Event]:
         """See `Fleet.wait`."""
-        yield from self._notices()
+        yield from self._reminder.due(self._members.values())
         if not self._calls:
             time.sleep(timeout)
             return
@@ -254,7 +203,7 @@ class RayFleet:
                 yield Collected(replica=call.replica, shard=call.shard, commit=answer)
 
     def _raised(self, call: _Call, error: RayTaskError) -> Iterator[Event]:
-        """An error in the actor's own code."""
+        """The actor's own code raised an error."""
         if call.method != "collect":
             self._refuse(call.replica)
             yield NotLoaded(replica=call.replica, error=error.cause, refused=True)
@@ -265,7 +214,7 @@ class RayFleet:
             yield Failed(replica=call.replica, shard=call.shard, error=error.cause, trace=str(error))
 
     def _lost(self, call: _Call, error: RayError) -> Iterator[Event]:
-        """The actor is gone, or its answer is, which is the same to us."""
+        """The actor or its answer is lost; both are treated alike."""
         member = self._members[call.replica]
         if member.state == "ready":
             self._remove(call.replica)
@@ -285,27 +234,34 @@ class RayFleet:
         self._remove(replica)
 
     def _remove(self, replica: int) -> None:
-        """Forgets a replica that is of no use any more; another one may take its place at once."""
+        """Removes a lost replica; another one may take its place at once."""
         self.release(replica)
         self._next_look = 0.0
 
-    # -- waiting for machines ----------------------------------------------------------------------
 
-    def _notices(self) -> Iterator[Event]:
-        """Says it, now and then, when replicas wait for a place or none can even be asked for."""
+class _Reminder:
+    """Reports from time to time that replicas wait for a place, or that none has room."""
+
+    def __init__(self, need: Need) -> None:
+        self._need = need
+        self._next = 0.0
+        self._members_since = time.monotonic()
+
+    def due(self, members: Collection[_Member]) -> Iterator[Notice]:
+        """Yields a notice if it is time for one."""
         now = time.monotonic()
-        waiting = [member for member in self._members.values() if member.state == "requested"]
-        if self._members:
+        waiting = [member for member in members if member.state == "requested"]
+        if members:
             self._members_since = now
-        since = min((member.since for member in waiting), default=now) if self._members else self._members_since
-        if now - since < PATIENCE or now < self._next_notice:
+        since = min((member.since for member in waiting), default=now) if members else self._members_since
+        if now - since < PATIENCE or now < self._next:
             return
-        self._next_notice = now + REMIND_EVERY
-        if not self._members:
-            yield Notice(event="no_place", message=f"no node has room for a replica with {self.need}; waiting for one")
+        self._next = now + REMIND_EVERY
+        if not members:
+            yield Notice(event="no_place", message=f"no node has room for a replica with {self._need}; waiting for one")
             return
-        to_come = self._unplaced()
+        to_come = sum(member.node is None for member in members)
         reasons = [f"{len(waiting) - to_come} for what others use on their nodes"] if len(waiting) > to_come else []
         reasons += [f"{to_come} for nodes to come"] if to_come else []
-        message = f"{len(waiting)} replicas wait for {self.need} each, {' and '.join(reasons)}"
+        message = f"{len(waiting)} replicas wait for {self._need} each, {' and '.join(reasons)}"
         yield Notice(event="replicas_wait", message=message)

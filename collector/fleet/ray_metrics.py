@@ -1,4 +1,4 @@
-"""A run's progress as Ray metrics, which the Prometheus endpoints of the nodes export.
+"""Exports a run's progress as Ray metrics, through the Prometheus endpoints of the nodes.
 
 Every series has the tag `run`, the last part of the run directory's name. Counters count what this
 launch did; gauges tell how the whole run stands.
@@ -44,7 +44,7 @@ class Metrics:
         self._next = 0.0
 
     def __call__(self, dispatcher: Dispatcher, *, last: bool = False) -> None:
-        """Records how the run stands, every few seconds and at the `last` call."""
+        """Updates the metrics every few seconds, and at the `last` call."""
         if time.monotonic() < self._next and not last:
             return
         self._next = time.monotonic() + EVERY

@@ -1,10 +1,7 @@
-"""Which shards of a run wait, are in work, are committed or are left out.
+"""Keeps the state of each shard of a run: waiting, in work, committed or left out.
 
-Two bytes-per-shard structures and not one object per shard: a plan of a million shards takes a few
-megabytes here. Whoever hands out work asks for the next shard; a shard under suspicion of having
-killed its replica is asked for apart, because it has to run alone.
-
-Knows numbers only: no store, no replica, no Ray.
+It holds a few bytes per shard and no objects, so a plan of a million shards takes a few megabytes. The dispatcher takes
+the next shard from it. Shards that may have killed their replica are taken separately, because they have to run alone.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class State(enum.IntEnum):
-    """What is known of a shard."""
+    """The state of a shard."""
 
     WAITING = 0
     WORKING = 1
@@ -34,13 +31,13 @@ class Worklist:
     def __init__(
         self, shards: int, *, committed: Iterable[int] = (), failed: Iterable[int] = (), share: tuple[int, int] = (0, 1)
     ) -> None:
-        """Puts every shard that is neither committed nor failed in line.
+        """Queues every shard that is neither committed nor failed.
 
         Args:
             shards: N.
             committed: shards that are done.
             failed: shards that are left out.
-            share: remainder and divisor of the numbers that this driver begins with.
+            share: this driver begins with the shards of this remainder (first) modulo this divisor (second).
         """
         self.share = share
         self._state = bytearray(shards)
@@ -58,7 +55,7 @@ class Worklist:
 
     @property
     def waiting(self) -> int:
-        """Shards that nobody has in work, suspects included."""
+        """Number of shards that wait, suspects included."""
         return self._counts[State.WAITING]
 
     @property
@@ -68,16 +65,16 @@ class Worklist:
 
     @property
     def suspects(self) -> int:
-        """Shards waiting to be tried alone."""
+        """Number of shards that wait to be tried alone."""
         return len(self._suspects)
 
     def is_own(self, number: int) -> bool:
-        """Whether this driver begins with the shard, and no other."""
+        """Whether the shard is in this driver's own share."""
         remainder, parts = self.share
         return number % parts == remainder
 
     def take(self) -> int | None:
-        """The next shard in line, now in work; those that failed before come last."""
+        """Takes the next shard of the queue; shards that failed before come last."""
         while self._line or self._again:
             number = self._line.pop() if self._line else self._again.popleft()
             if self._state[number] == State.WAITING:
@@ -86,7 +83,7 @@ class Worklist:
         return None
 
     def take_suspect(self) -> int | None:
-        """The next shard that has to run alone, now in work."""
+        """Takes the next shard that has to run alone."""
         while self._suspects:
             number = self._suspects.popleft()
             if self._state[number] == State.WAITING:
@@ -95,24 +92,24 @@ class Worklist:
         return None
 
     def shuffle(self) -> None:
-        """Takes the rest of the line in an order that no other driver has."""
+        """Shuffles the rest of the queue, differently in each driver."""
         random.Random().shuffle(self._line)
 
     def put_back(self, number: int, *, suspect: bool = False) -> None:
-        """Puts a shard in line again; `suspect`: to run alone."""
+        """Queues a shard again; `suspect`: it has to run alone."""
         self._set(number, State.WAITING)
         (self._suspects if suspect else self._again).append(number)
 
     def commit(self, number: int) -> None:
-        """Notes that a shard is done."""
+        """Marks a shard as committed."""
         self._set(number, State.COMMITTED)
 
     def leave_out(self, number: int) -> None:
-        """Notes that a shard is given up."""
+        """Marks a shard as left out."""
         self._set(number, State.FAILED)
 
     def found(self, committed: Iterable[int]) -> list[int]:
-        """Takes out of the line what others have committed; returns those that were news."""
+        """Removes shards from the queue that others have committed; returns those that were not known."""
         news = [number for number in committed if self._state[number] == State.WAITING]
         for number in news:
             self._set(number, State.COMMITTED)
@@ -127,7 +124,7 @@ class Worklist:
 def _in_order(numbers: list[int], share: tuple[int, int]) -> list[int]:
     """This driver's own shards first, then everybody else's.
 
-    The others' come shuffled, differently in each driver: in the same order, all that help would take the same
+    The others' shards are shuffled, differently in each driver; in one order, all helpers would take the same
     shard at the same time, again and again.
     """
     remainder, parts = share

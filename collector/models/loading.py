@@ -74,7 +74,7 @@ def load(config: ModelConfig, device: str, spread: Spread | None = None) -> Load
         logging.set_verbosity_error()
     location = _location(config)
     with _telling_remedy(config):
-        architecture = AutoConfig.from_pretrained(location, revision=config.revision)
+        architecture = AutoConfig.from_pretrained(location, revision=config.revision, trust_remote_code=False)
     tokenizer = load_tokenizer(config)
     # An index makes `cuda` the one GPU that Ray gave this process.
     target = torch.device(device, 0) if device == "cuda" else torch.device(device)
@@ -111,7 +111,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     with _telling_remedy(config):
-        return AutoTokenizer.from_pretrained(_location(config), revision=config.revision)
+        return AutoTokenizer.from_pretrained(_location(config), revision=config.revision, trust_remote_code=False)
 
 
 # -- weights -----------------------------------------------------------------------------------------

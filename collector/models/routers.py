@@ -63,6 +63,11 @@ class Router:
     owner: nn.Module | None = None
     """The block that the router stands in."""
 
+    @property
+    def token_stack(self) -> str:
+        """`encoder` or `decoder`: the stack whose tokens it sees."""
+        return self.stack.partition(".")[0]
+
     def read(self, outputs: Any) -> Reading:
         """Takes a router's return value apart.
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from collector.capture.recorders import recorded_schemas, table_names
 from collector.query.groupings import LABEL, derived_views, find_grouping
 from collector.query.rollup import files as rollups
 from collector.store import tables
 from collector.store.remote_files import RunFiles
-from collector.store.run_directory import REJECTS, RUN, SUCCESS, TABLES, VOCAB, ObjectStore, RunDirectory
+from collector.store.run_directory import REJECTS, RUN, SUCCESS, VOCAB, ObjectStore, RunDirectory
 
 if TYPE_CHECKING:
     import os
@@ -80,7 +81,8 @@ def locate(
         ValueError: what `open_run` refuses.
     """
     grouping, run = find_grouping(by), RunDirectory(root)
-    info, files = _read_info(run), _committed_files(run, rollup=rollup)
+    info = _read_info(run)
+    files = _committed_files(run, info, rollup=rollup)
     _check_grouping(grouping, info, files)
     views = derived_views(grouping, rollup=rollups.DOCUMENTS in files)
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
@@ -115,7 +117,7 @@ def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
         paths: table -> local file.
         info: what run.json says.
     """
-    files: dict[str, dict[str, int]] = {table: {} for table in (*TABLES, REJECTS, "vocab")}
+    files: dict[str, dict[str, int]] = {table: {} for table in (*table_names(info), "vocab")}
     files |= {table: {_escape_glob(str(path)): 0} for table, path in paths.items()}
     views = derived_views(None, rollup=False)
     spelled = {str(path) for path in paths.values()} | {name for one in files.values() for name in one}
@@ -140,8 +142,7 @@ def committed_files(root: str | os.PathLike[str], table: str) -> list[str]:
         ValueError: there is no such table.
     """
     run = RunDirectory(root)
-    _read_info(run)
-    files = _committed_files(run)
+    files = _committed_files(run, _read_info(run))
     if table not in files:
         raise ValueError(f"a run has no table {table!r}; it has {', '.join(files)}")
     return [run.store.location(path) for path in files[table]]
@@ -159,7 +160,8 @@ def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
     start = "" if in_place else " Inside its folder: duckdb -init views.sql"
     head = f"-- The views of this run, over its committed files.{start}\n\n"
     views = derived_views(None, rollup=False)
-    return head + _script(_committed_files(run_directory), _read_info(run_directory), views, prefix=prefix)
+    info = _read_info(run_directory)
+    return head + _script(_committed_files(run_directory, info), info, views, prefix=prefix)
 
 
 def _read_info(run: RunDirectory) -> dict[str, Any]:
@@ -173,9 +175,9 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
     return info
 
 
-def _committed_files(run: RunDirectory, *, rollup: bool = False) -> dict[str, dict[str, int]]:
+def _committed_files(run: RunDirectory, info: Mapping[str, Any], *, rollup: bool = False) -> dict[str, dict[str, int]]:
     """Relation -> path relative to the run directory -> bytes; with the current rollup, if it is wanted and there."""
-    files: dict[str, dict[str, int]] = {table: {} for table in (*TABLES, REJECTS, "vocab")}
+    files: dict[str, dict[str, int]] = {table: {} for table in (*table_names(info), "vocab")}
     covered = rollups.Covered()
     for commit in run.commits():
         covered.add(commit)
@@ -241,10 +243,12 @@ def _arrow_type(field: pa.Field) -> str:
 
 
 def _schema(name: str, info: dict[str, Any]) -> pa.Schema:
-    stored = info["config"].get("store") or ()
-    if name == "routing":
-        return tables.routing_schema(tables.recorded_layers(info), probabilities="probabilities" in stored)
-    if name == "documents":
-        return tables.documents_schema(text="text" in stored, target=bool(info["config"].get("target_column")))
-    schemas = {"tokens": tables.TOKENS_SCHEMA, REJECTS: tables.REJECTS_SCHEMA, "vocab": tables.VOCAB_SCHEMA}
-    return schemas[name]
+    config = info["config"]
+    documents = tables.documents_schema(
+        text="text" in (config.get("store") or ()), target=bool(config.get("target_column"))
+    )
+    schemas = {
+        "documents": documents, "tokens": tables.TOKENS_SCHEMA, REJECTS: tables.REJECTS_SCHEMA,
+        "vocab": tables.VOCAB_SCHEMA,
+    }  # fmt: skip
+    return (schemas | recorded_schemas(info))[name]

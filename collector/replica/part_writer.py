@@ -1,17 +1,15 @@
-"""A shard's results -> its published parts: tables, scratch files, checked footers, files of an attempt.
+"""Writes the tables of a shard to scratch files, checks them, and publishes them as the parts of an attempt.
 
-Guarantees: what is published holds exactly the rows that the shard has, for a Parquet writer that an exception
-closes leaves a valid file that lacks rows. Every router's arrays are checked before they are encoded, so a
-token without a recorded expert stops the shard. Text goes to the documents table when it was asked for, and
-nowhere else; of token ids what the run's settings say.
+Guarantees: a published file has exactly the rows of its shard. This is checked in its footer, because a Parquet writer
+that an exception closes leaves a valid file that lacks rows. Recordings are checked before they are encoded, so a
+token without a result stops the shard. Text goes to the documents table if it was asked for, and nowhere else; token
+ids are kept, hashed or dropped as the settings say.
 
-A part counts once a commit record names it: that is the replica's business.
+A part counts only once a commit record names it; the replica commits.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,90 +18,55 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from collector.store import tables
-from collector.store.run_directory import Part, Skipped
+from collector.store.run_directory import REJECTS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
-    from collector.capture.batches import TokenTable
-    from collector.data.sources import BadRow, Document
+    from collector.capture.recorder import Recording
+    from collector.capture.shard_text import ShardText
+    from collector.data.sources import BadRow
     from collector.pipeline import Stopwatch
-    from collector.store.run_directory import RunDirectory
-    from collector.store.tables import LayerRouting
+    from collector.store.run_directory import Part, RunDirectory
     from collector.token_ids import TokenIds
-
-_EXAMPLES = 3
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardText:
-    """The documents of a shard, tokenized, and the rows that became none."""
-
-    documents: list[Document]
-    tokens: dict[str, TokenTable]
-    """Stack -> the tokens that it is given, in the order of the tokens table."""
-    bad: list[BadRow]
-
-    @property
-    def count(self) -> int:
-        """Tokens in all."""
-        return sum(len(table.ids) for table in self.tokens.values())
-
-    def first_tok(self, stack: str) -> int:
-        """Where a stack's tokens begin in the tokens table."""
-        before = list(self.tokens)[: list(self.tokens).index(stack)]
-        return sum(len(self.tokens[each].ids) for each in before)
-
-    @property
-    def truncated(self) -> NDArray[np.bool_]:
-        """[D] whether a text of the document was cut."""
-        return np.logical_or.reduce([table.truncated for table in self.tokens.values()])
-
-    @property
-    def skipped(self) -> dict[str, Skipped]:
-        """Reason -> how many rows became no document, and where the first few of them are."""
-        where: dict[str, list[str]] = defaultdict(list)
-        for row in self.bad:
-            where[row.reason].append(row.where)
-        return {r: Skipped(count=len(w), examples=tuple(w[:_EXAMPLES])) for r, w in sorted(where.items())}
 
 
 class PartWriter:
     """Writes and publishes the parts of one run's shards."""
 
     def __init__(
-        self, run: RunDirectory, *, routing: pa.Schema, documents: pa.Schema, token_ids: TokenIds,
+        self, run: RunDirectory, *, documents: pa.Schema, token_ids: TokenIds,
         hashed_ids: NDArray[np.uint32] | None = None,
     ) -> None:  # fmt: skip
-        """Prepares nothing on the store.
+        """Touches nothing on the store yet.
 
         Args:
             run: where the parts go.
-            routing: schema of the routing table.
             documents: schema of the documents table.
             token_ids: what is recorded of token ids.
-            hashed_ids: [vocabulary] what stands for each id, for `hash`.
+            hashed_ids: [vocabulary] the number that replaces each id, for `hash`.
         """
         self.run = run
-        self.routing_schema = routing
         self.documents_schema = documents
         self.token_ids = token_ids
         self.hashed_ids = hashed_ids
 
     def write(
-        self, shard: int, attempt: str, text: ShardText, routing: list[LayerRouting], watch: Stopwatch
+        self, shard: int, attempt: str, text: ShardText, recordings: Sequence[Recording], watch: Stopwatch
     ) -> dict[str, Part]:
-        """Writes the tables to scratch, re-reads their footers, publishes them.
+        """Writes the tables to scratch, reads their footers again, and publishes them.
 
         Raises:
-            ValueError: a router returned what none may return, or nothing for a token.
+            ValueError: a recording lacks a token, or holds a value that no model returns.
         """
         with self.run.scratch() as scratch:
             folder = Path(scratch)
             with watch("encode"):
-                for layer in routing:
-                    layer.check()
-                expected = self._write_tables(folder, shard, text, routing)
+                for recording in recordings:
+                    recording.check()
+                expected = self._write_tables(folder, shard, text, recordings)
             for table, rows in expected.items():
                 found = pq.read_metadata(folder / table).num_rows
                 if found != rows:
@@ -114,29 +77,20 @@ class PartWriter:
                     for table, rows in expected.items()
                 }
 
-    def _write_tables(self, folder: Path, shard: int, text: ShardText, routing: list[LayerRouting]) -> dict[str, int]:
+    def _write_tables(
+        self, folder: Path, shard: int, text: ShardText, recordings: Sequence[Recording]
+    ) -> dict[str, int]:
         """Writes a file per table; returns the rows that each must hold."""
-        self._write_routing(folder / "routing", shard, text, routing)
+        expected: dict[str, int] = {}
+        for recording in recordings:
+            expected |= recording.write(folder, shard, text)
         tables.write_table(folder / "tokens", self._tokens_table(shard, text))
         tables.write_table(folder / "documents", self._documents_table(shard, text))
-        rows = sum(len(layer.experts_tk) for layer in routing)
-        expected = {"routing": rows, "tokens": text.count, "documents": len(text.documents)}
+        expected |= {"tokens": text.count, "documents": len(text.documents)}
         if text.bad:
-            tables.write_table(folder / "rejects", _rejects_table(shard, text.bad))
-            expected["rejects"] = len(text.bad)
+            tables.write_table(folder / REJECTS, _rejects_table(shard, text.bad))
+            expected[REJECTS] = len(text.bad)
         return expected
-
-    def _write_routing(self, path: Path, shard: int, text: ShardText, routing: list[LayerRouting]) -> None:
-        labels = pa.array([document.label for document in text.documents], pa.string()).dictionary_encode()
-        per_token = {stack: labels.take(pa.array(table.doc)) for stack, table in text.tokens.items()}
-        with tables.routing_writer(path, self.routing_schema) as writer:
-            for layer in routing:
-                stack = layer.geometry.token_stack
-                table = tables.routing_table(
-                    shard, layer, self.routing_schema, label=per_token[stack],
-                    is_special=text.tokens[stack].is_special, first_tok=text.first_tok(stack),
-                )  # fmt: skip
-                writer.write_table(table)
 
     def _tokens_table(self, shard: int, text: ShardText) -> pa.Table:
         schema = tables.TOKENS_SCHEMA
@@ -156,7 +110,7 @@ class PartWriter:
         return pa.concat_tables(parts)
 
     def _recorded(self, ids: NDArray[np.int64]) -> Any:
-        """[T] what stands in the run for each token's id."""
+        """[T] the recorded token ids: as they are, hashed, or null."""
         if self.token_ids == "drop":
             return pa.nulls(len(ids))
         return ids if self.hashed_ids is None else self.hashed_ids[ids]

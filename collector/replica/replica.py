@@ -1,43 +1,40 @@
-"""One model replica: loads once, then turns shards into committed parts.
+"""A replica loads the model once, then collects shards one after the other.
 
-A plain class without Ray, so that tests, benchmarks and notebooks run the very same code. A shard
-is read and tokenized, run batch by batch, and written, published and committed; until the commit record
-exists nothing of it counts, so a replica may die anywhere. Each of these three stages has a thread of its
-own, so that the device computes one shard while the next is read and the one before is written. What a
-shard's parts hold is a function of the shard alone, whatever else is in work.
+It is a plain class without Ray, so that tests, benchmarks and notebooks run the very same code. A shard goes through
+three stages: read and tokenize, run batch by batch, write and commit. Each stage has its own thread, so that the
+device computes one shard while the next is read and the one before is written. Nothing of a shard counts until its
+commit record exists, so a replica may die anywhere. The content of a shard's parts depends on the shard alone,
+whatever else is in work.
 
-All that torch computes, loading included, it computes in the device's thread: OpenMP keeps a team of threads
-for each thread that calls it, and a second team makes both wait for each other asleep, which on a CPU costs a
-small model half its speed.
+torch computes in the device's thread only, loading included. OpenMP keeps a team of threads for each thread that calls
+it, and two teams put each other to sleep, which on a CPU costs a small model half its speed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import platform
 import socket
 import time
 import uuid
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from collector import token_ids
 from collector.capture import batches
-from collector.capture.hooks import RouterCapture
+from collector.capture.hooks import Capture
 from collector.capture.passes import ForwardPasses
+from collector.capture.recorders import recorders_for
+from collector.capture.shard_text import ShardText
 from collector.data import plan
 from collector.data.sources import BadRow, Document
-from collector.models import footprint, loading
+from collector.models import loading
 from collector.models.routers import find_routers
 from collector.pipeline import IN_WORK, DeviceLost, Pipeline, Stage, Stopwatch
-from collector.replica.part_writer import PartWriter, ShardText
+from collector.replica.card import describe, vocabulary
+from collector.replica.part_writer import PartWriter
 from collector.store import tables
-from collector.store.run_directory import VOCAB, Commit, RunDirectory
-from collector.store.tables import Layer
+from collector.store.run_directory import REJECTS, TABLES, VOCAB, Commit, RunDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -46,15 +43,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from collector.capture.passes import Passes
+    from collector.capture.recorder import Recording
     from collector.config import RunConfig, Spread
-    from collector.store.tables import LayerRouting
 
 __all__ = ["IN_WORK", "Replica"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Read:
-    """A shard as the device stage gets it."""
+    """A shard after the first stage."""
 
     shard: int
     text: ShardText
@@ -62,30 +59,30 @@ class _Read:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Routed:
-    """A shard as the last stage gets it."""
+class _Recorded:
+    """A shard after its forward passes."""
 
     read: _Read
-    routing: list[LayerRouting]
+    recordings: list[Recording]
     passes: Passes
 
 
 class Replica:
-    """Owns one model on one device, and three threads; `close` ends them and takes the hooks off."""
+    """Owns one model on one device, and three threads; `close` ends the threads and removes the hooks."""
 
     def __init__(
         self, root: str, config: RunConfig, plan_hash: str, *, threads: int | None = None,
         loaded: loading.LoadedModel | None = None, spread: Spread | None = None,
     ) -> None:  # fmt: skip
-        """Loads tokenizer and model and hooks the routers.
+        """Loads tokenizer and model, and hooks the routers.
 
         Args:
             root: the run directory.
             config: what to record.
-            plan_hash: of the plan that the shards come from; every commit record names it.
+            plan_hash: hash of the shards' plan; every commit record holds it.
             threads: CPU threads for the model (None: torch's default).
-            loaded: what `models.load` gave for this config, if it is there already.
-            spread: over which devices the weights go, if not on one.
+            loaded: the result of `loading.load` for this config, if there is one already.
+            spread: how the weights are spread, if one device does not hold them all.
 
         Raises:
             ValueError: the model cannot be loaded, has no such routers, or no room for `max_length`.
@@ -113,44 +110,35 @@ class Replica:
         two_stacks = bool(getattr(self.loaded.model.config, "is_encoder_decoder", False))
         stacks = config.capture.stacks or (("encoder",) if two_stacks else None)
         self.routers = find_routers(self.loaded.model, config.capture.layers, stacks)
-        self.capture = RouterCapture(
-            self.loaded.model, self.routers, probabilities=self._stores("probabilities"), device=self.loaded.device
-        )
+        recorders = recorders_for(self.loaded.model, self.routers, config.capture)
+        self.capture = Capture(self.loaded.model, recorders, device=self.loaded.device)
         self._check_target()
         self.capture.__enter__()
-        self.layers = [
-            Layer(stack=router.stack, layer=router.layer, **geometry._asdict())
-            for router, geometry in zip(self.routers, self.capture.geometry, strict=True)
-        ]
-        self._passes = ForwardPasses(
-            capture=self.capture, layers=self.layers, pad_id=self.loaded.pad_id, config=config.capture
-        )
+        self._passes = ForwardPasses(capture=self.capture, pad_id=self.loaded.pad_id, config=config.capture)
         self._writer = PartWriter(
             self.run,
-            routing=tables.routing_schema(self.layers, probabilities=self._stores("probabilities")),
-            documents=tables.documents_schema(text=self._stores("text"), target=config.data.target_column is not None),
+            documents=tables.documents_schema(
+                text="text" in config.capture.store, target=config.data.target_column is not None
+            ),
             token_ids=config.capture.token_ids,
             hashed_ids=self._hashed_ids(),
         )
 
     def close(self) -> None:
-        """Ends the threads once the stages that they are at are done, and takes the hooks off.
+        """Ends the threads once their current stages are done, and removes the hooks.
 
-        Shards that are still in work then are not committed. What is closed may be closed again.
+        Shards that are still in work are not committed. Closing twice does no harm.
         """
         self._pipeline.close()
         self.capture.__exit__(None, None, None)
 
     def _use_threads(self) -> None:
-        """OpenMP counts its threads for each thread that calls it."""
+        """Sets the number of threads in the calling thread, because OpenMP counts per thread."""
         if self._threads is not None:
             torch.set_num_threads(self._threads)
 
-    def _stores(self, what: str) -> bool:
-        return what in self.config.capture.store
-
     def _hashed_ids(self) -> NDArray[np.uint32] | None:
-        """[vocabulary] what is recorded for each id; None if it is the id, or nothing."""
+        """[vocabulary] the number that is recorded for each id; None unless ids are hashed."""
         if self.config.capture.token_ids != "hash":
             return None
         embedding: Any = self.loaded.model.get_input_embeddings()
@@ -180,42 +168,16 @@ class Replica:
     # -- what the run says of its model ------------------------------------------------------------
 
     def card(self) -> dict[str, Any]:
-        """What run.json says of model, routers and versions; equal for all replicas of a run."""
-        return cast("dict[str, Any]", self._pipeline.call("device", self._card))
-
-    def _card(self) -> dict[str, Any]:
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        memory = footprint.describe(model, self.loaded.compute_dtype)
-        return {
-            "model": {
-                "id": self.config.model.model,
-                "revision": getattr(model.config, "_commit_hash", None) or self.config.model.revision,
-                "class": type(model).__name__,
-                "model_type": model.config.model_type,
-                "weights": self.config.model.weights,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "parameters": sum(part["parameters"] for part in memory["treatments"].values()),
-                "fingerprint": loading.fingerprint(model),
-            },
-            "memory": memory,
-            "stacks": list(dict.fromkeys(layer.token_stack for layer in self.layers)),
-            "layers": [
-                dataclasses.asdict(layer) | {"router": router.name, "router_class": type(router.module).__name__}
-                for layer, router in zip(self.layers, self.routers, strict=True)
-            ],
-            "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer)},
-            "versions": _versions(),
-        }
+        """Model, recorders and versions for run.json; equal for all replicas of a run."""
+        return cast(
+            "dict[str, Any]",
+            self._pipeline.call("device", describe, self.loaded, self.config.model, self.capture.recorders),
+        )
 
     def write_vocabulary(self) -> None:
-        """Writes vocab.parquet, unless it is there or would undo what `--token-ids` hides."""
-        if self.config.capture.token_ids != "keep":
-            return
-        columns = zip(*loading.readable_vocabulary(self.loaded.tokenizer), strict=True)
-        table = pa.table([pa.array(c) for c in columns], names=tables.VOCAB_SCHEMA.names).cast(tables.VOCAB_SCHEMA)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression=tables.COMPRESSION)
-        self.run.store.put_new(VOCAB, sink.getvalue().to_pybytes())
+        """Writes vocab.parquet, unless it is there or would reveal the ids that `--token-ids` hides."""
+        if self.config.capture.token_ids == "keep":
+            self.run.store.put_new(VOCAB, vocabulary(self.loaded.tokenizer))
 
     # -- shards ------------------------------------------------------------------------------------
 
@@ -223,25 +185,25 @@ class Replica:
         """Collects one shard and commits it; several threads may do so at once, and their shards overlap.
 
         Returns:
-            The commit record that counts: this attempt's, or that of another attempt that was first.
+            The shard's commit record: this attempt's, or that of another attempt that was first.
 
         Raises:
-            ValueError: the source changed, or a router returned what none may return.
+            ValueError: the source changed, or a router returned impossible values.
             RuntimeError: a router did not fire exactly once, or the replica was closed.
-            DeviceLost: the device failed; so will every other shard.
+            DeviceLost: the device failed, and every other shard will fail on it.
         """
         return cast("Commit", self._pipeline.submit(shard).result())
 
     def collect_all(self, shards: Iterable[plan.Shard]) -> Iterator[Commit]:
-        """Collects shards, up to `IN_WORK` at once, and gives their commit records in order.
+        """Collects shards, up to `IN_WORK` at once, and yields their commit records in order.
 
         Raises:
-            Exception: what `collect` would raise, where the record of that shard would come.
+            Exception: an error of `collect`, in the place of that shard's record.
         """
         return self._pipeline.map(shards)
 
     def _read(self, shard: plan.Shard) -> _Read:
-        """First stage: rows, documents, tokens."""
+        """First stage: reads rows, makes documents, tokenizes them."""
         watch = Stopwatch()
         with watch("read"):
             rows = list(plan.read_shard(shard, self.config.data))
@@ -252,7 +214,7 @@ class Replica:
         return _Read(shard=shard.shard, text=ShardText(documents=documents, tokens=tokens, bad=bad), watch=watch)
 
     def _tokenize(self, documents: list[Document]) -> dict[str, batches.TokenTable]:
-        """What each stack that runs is given."""
+        """The tokens of each stack that runs."""
         tokenizer, longest = self.loaded.tokenizer, self.config.capture.max_length
         text = batches.tokenize(tokenizer, [document.text for document in documents], longest)
         if not self.capture.two_stacks:
@@ -264,26 +226,26 @@ class Replica:
             tokens["decoder"] = batches.shift_right(target, int(self.loaded.model.config.decoder_start_token_id))
         return tokens
 
-    def _forward(self, read: _Read) -> _Routed:
-        """Second stage, the only one that uses the device; `idle` is how long it had nothing to do before."""
+    def _forward(self, read: _Read) -> _Recorded:
+        """Second stage: runs the model. `idle` is the time that the device waited for this shard."""
         watch = read.watch
         watch.seconds["idle"] = time.perf_counter() - (self._device_busy_until or watch.started)
         try:
             with watch("forward"):
-                routing, passes = self._passes.run(read.text.tokens)
+                recordings, passes = self._passes.run(read.text.tokens)
         except torch.AcceleratorError as error:
             raise DeviceLost(
                 f"{self.loaded.device} failed, and computes nothing more in this process: {error}"
             ) from error
         finally:
             self._device_busy_until = time.perf_counter()
-        return _Routed(read=read, routing=routing, passes=passes)
+        return _Recorded(read=read, recordings=recordings, passes=passes)
 
-    def _write(self, routed: _Routed) -> Commit:
-        """Last stage: checked, encoded, published, committed."""
-        read, attempt = routed.read, uuid.uuid4().hex[:12]
+    def _write(self, recorded: _Recorded) -> Commit:
+        """Last stage: checks, encodes, publishes and commits."""
+        read, attempt = recorded.read, uuid.uuid4().hex[:12]
         text, watch = read.text, read.watch
-        files = self._writer.write(read.shard, attempt, text, routed.routing, watch)
+        files = self._writer.write(read.shard, attempt, text, recorded.recordings, watch)
         record = Commit(
             shard=read.shard,
             attempt=attempt,
@@ -291,23 +253,12 @@ class Replica:
             files=files,
             documents=len(text.documents),
             tokens=text.count,
-            rows=files["routing"].rows,
+            rows=sum(part.rows for table, part in files.items() if table not in (*TABLES, REJECTS)),
             characters=sum(len(document.text) for document in text.documents),
             truncated=int(text.truncated.sum()),
             skipped=text.skipped,
-            **dataclasses.asdict(routed.passes),
+            **dataclasses.asdict(recorded.passes),
             seconds={stage: round(seconds, 4) for stage, seconds in watch.seconds.items()},
             node=socket.gethostname(),
         )
         return self.run.commit(record)
-
-
-def _versions() -> dict[str, str]:
-    """Of what decides the numbers; None of these is told where it is not installed."""
-    found = {"python": platform.python_version()}
-    for name in ("moe-routing-collector", "torch", "transformers", "tokenizers", "bitsandbytes", "pyarrow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # bitsandbytes, where it has no build
-            continue
-    return found

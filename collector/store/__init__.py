@@ -1,1 +1,1 @@
-"""The run directory: its tables, the atomic commit of a shard, local folders and object storage."""
+"""The run directory: its tables, the commit of a shard, and the stores that hold it (folders, object stores)."""

@@ -1,8 +1,7 @@
-"""Commit records: what makes an attempt's parts count, as JSON, one per shard.
+"""Commit records: one JSON file per shard, which makes the files of one attempt count.
 
-A record names the files of one attempt at a shard with their sizes and hashes, and says what they hold. Reading one
-that is cut short or of another make is a `DamagedRecordError`, never a wrong record. Where records are kept is the
-business of `storage`.
+A record names those files with their sizes and hashes, and says what they hold. A record that is cut short, or that
+another program wrote, raises `DamagedRecordError`; it is never read as another record. `run_directory` stores them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DamagedRecordError(ValueError):
-    """A commit record that cannot be read; says how the shard is collected again."""
+    """A commit record cannot be read. The message says how to collect the shard again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class Commit:
     tokens: int
     """Tokens that went through the model, those of the encoder and of the decoder together."""
     rows: int
-    """Rows of the routing table: per recorded router the tokens of its stack."""
+    """Rows of the tables that recorders wrote: of `routing`, for each router the tokens of its stack."""
     characters: int
     truncated: int
     """Documents cut at the maximum length, text or target."""
@@ -77,10 +76,10 @@ class Commit:
 
         Args:
             data: the content of a record.
-            where: how an error calls it.
+            where: the record's name in error messages.
 
         Raises:
-            DamagedRecordError: it is cut short, or has not the fields of a record.
+            DamagedRecordError: it is cut short, or lacks fields of a record.
         """
         try:
             return cls.from_fields(json.loads(data))
@@ -92,10 +91,10 @@ class Commit:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Commit:
-        """The record with these fields, nested ones as dictionaries.
+        """Builds a record from its fields; nested records are dictionaries.
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: they are not those of a record.
+            ValueError, TypeError, KeyError, AttributeError: they are not the fields of a record.
         """
         fields = dict(fields)
         fields["files"] = {table: Part(**part) for table, part in fields["files"].items()}

@@ -1,9 +1,10 @@
-"""Where files are kept: the few operations that a run needs of a store, and a local or shared folder that has them.
+"""The interface of a store, and the store that is a local or shared folder.
 
-Guarantees, which `objectstore` gives as well: a name appears only whole and durable (written beside, fsynced, linked or
-renamed), or not at all: a write that fails, for lack of space for example, leaves nothing under the name and nothing
-half-written beside it. `put_new` lets exactly one of any number of writers win. What is in the files is the business of
-`storage` and its callers.
+Guarantees, which `object_store` gives as well:
+
+- A file appears under its name whole and durable (written beside, fsynced, then linked or renamed), or not at all. A
+  write that fails, for lack of space for example, leaves nothing under the name and nothing half-written beside it.
+- Of any number of writers that call `put_new` with one name, exactly one wins.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _LINKLESS = (
 
 
 class StoreError(RuntimeError):
-    """An object store refused or did not answer, retries included; names the URL and the remedy."""
+    """An object store refused, or did not answer after all retries. The message names the URL and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Entry:
     size: int
     """Bytes."""
     modified: float
-    """When it was last written, in seconds since 1970; by the clock of the store."""
+    """When it was last written, in seconds since 1970 by the clock of the store."""
 
 
 class Store(Protocol):
@@ -72,13 +73,13 @@ class Store(Protocol):
         """Sorted names directly below the folder `prefix`."""
 
     def entries(self, prefix: str) -> Sequence[Entry]:
-        """What `list` names, with sizes and times."""
+        """The same files as `list`, with sizes and times."""
 
     def litter(self) -> Sequence[Entry]:
-        """What interrupted writes left behind under names that `list` does not show."""
+        """Files that interrupted writes left behind; `list` does not show their names."""
 
     def delete(self, name: str) -> None:
-        """Removes `name`, a file or what `litter` names, if it is there."""
+        """Removes `name` if it is there: a file, or an entry of `litter`."""
 
     def location(self, name: str) -> str:
         """Path or URL under which other programs read `name`."""
@@ -100,7 +101,7 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(path: Path, numbers: tuple[int, ...], remedy: str) -> Iterator[None]:
-    """Adds the remedy to errors of the system with these numbers."""
+    """Adds the remedy to operating-system errors with these numbers."""
     try:
         yield
     except OSError as error:
@@ -117,7 +118,7 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _written_beside(self, path: Path, data: bytes) -> Iterator[Path]:
-        """A durable temporary file next to `path`; what is left of it goes with the context, whatever happens."""
+        """Writes a durable temporary file next to `path`. It is gone when the context ends, whatever happens in it."""
         beside = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
         with _explained(path, *_FULL):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +188,7 @@ class LocalStore:
         return [entry for path in sorted(beside + scratch) if (entry := self._entry(path)) is not None]
 
     def _entry(self, path: Path) -> Entry | None:
-        """A file or folder with all that is in it; None if it went meanwhile."""
+        """A file, or a folder with everything in it; None if it was removed meanwhile."""
         try:
             inside = [each.stat() for each in ([path, *path.rglob("*")] if path.is_dir() else [path])]
         except FileNotFoundError:

@@ -1,8 +1,9 @@
-"""All commit records of a complete run in one Parquet file, `_MANIFEST.parquet`: a row per shard, by shard.
+"""The manifest of a complete run: all its commit records in one Parquet file, `_MANIFEST.parquet`, sorted by shard.
 
-Guarantees: `decode` gives back what `encode` was given, floats to the last bit; the same records give the same bytes
-with the same pyarrow. `_SUCCESS` holds the SHA-256 of the file; a manifest that does not have it is not read. The
-records themselves stay what counts: this file only spares readers of a finished run the opening of every one of them.
+Readers of a finished run open this one file instead of every record; the records stay the truth.
+
+Guarantees: `decode` returns what `encode` was given, floats to the last bit. The same records give the same bytes with
+the same version of pyarrow. `_SUCCESS` holds the SHA-256 of the file, and a manifest with another hash is not read.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _MAPPINGS = ("files", "skipped", "seconds")
 
 
 def encode(commits: Sequence[Commit]) -> bytes:
-    """The manifest of these records."""
+    """Encodes records as a manifest."""
     assert SCHEMA.names == [field.name for field in dataclasses.fields(Commit)], "every field has its column"
     rows = [dataclasses.asdict(commit) for commit in commits]
     for row in rows:
@@ -56,10 +57,10 @@ def encode(commits: Sequence[Commit]) -> bytes:
 
 
 def decode(data: bytes) -> Iterator[Commit]:
-    """The records of a manifest, a thousand of them in memory at a time.
+    """Yields the records of a manifest; a thousand of them are in memory at a time.
 
     Raises:
-        DamagedRecordError: it is no manifest, or one of another version.
+        DamagedRecordError: the data is no manifest, or has another version.
     """
     try:
         for rows in pq.ParquetFile(pa.BufferReader(data)).iter_batches(_ROWS, use_threads=False):

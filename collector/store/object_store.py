@@ -1,11 +1,11 @@
-"""A prefix of an object store (s3:// gs:// az://, through obstore) as a place for a run.
+"""The store that is a prefix of an object store: s3://, gs:// or az://, through obstore.
 
-Guarantees: a name appears by one upload, whole, or not at all; `put_new` is a PUT on condition that nothing is there.
-What the store refuses comes as a `StoreError` of one line with the URL and the remedy; passing failures are retried
-first. Credentials come from the environment's usual chains alone.
+Guarantees: a file appears by one upload, whole, or not at all; `put_new` is a conditional PUT. Passing failures are
+retried. A refusal raises a `StoreError` of one line with the URL and the remedy. Credentials come from the
+environment's usual chains alone.
 
-An upload in parts that fails is aborted. Of one whose process dies the parts stay, invisible, until a lifecycle rule of
-the bucket removes them.
+A multipart upload that fails is aborted. If its process dies, the uploaded parts stay, invisible, until a lifecycle
+rule of the bucket removes them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _REMEDIES = (
 
 
 class ObjectStore:
-    """A prefix of an object store with conditional puts, or any other store of obstore."""
+    """A prefix of an object store with conditional PUTs, or any other store of obstore."""
 
     def __init__(self, root: str, store: Any = None) -> None:
         import obstore.store
@@ -58,7 +58,7 @@ class ObjectStore:
 
     @contextlib.contextmanager
     def _told(self, name: str) -> Iterator[None]:
-        """Turns what obstore raises into FileNotFoundError or one line for the user."""
+        """Turns obstore's errors into FileNotFoundError, or into one line for the user."""
         import obstore
 
         try:
@@ -70,7 +70,7 @@ class ObjectStore:
             raise StoreError(f"{self.location(name)}: {_remedy(error)}") from error
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """See `Store.put_new`: a PUT on condition that nothing is there."""
+        """See `Store.put_new`: a conditional PUT."""
         import obstore
 
         with self._told(name):
@@ -88,7 +88,7 @@ class ObjectStore:
             obstore.put(self.store, name, data)
 
     def publish(self, scratch: Path, name: str) -> None:
-        """See `Store.publish`: one upload, in parts if it is large, then the scratch file goes."""
+        """See `Store.publish`: one upload, multipart if the file is large; then the scratch file is removed."""
         import obstore
 
         with self._told(name):
@@ -138,7 +138,7 @@ class ObjectStore:
         ]
 
     def litter(self) -> Sequence[Entry]:
-        """See `Store.litter`: nothing; only the bucket's own lifecycle rules see uploads that were cut."""
+        """See `Store.litter`: always empty, because only the bucket's lifecycle rules see interrupted uploads."""
         return []
 
     def delete(self, name: str) -> None:

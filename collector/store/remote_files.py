@@ -1,12 +1,12 @@
-"""The committed files of a remote run as a read-only fsspec file system, `run://`, for DuckDB.
+"""A read-only fsspec file system, `run://`, through which DuckDB reads the committed files of a remote run.
 
-DuckDB reads object stores through an extension that it downloads; this needs none, takes the credentials that wrote
-the run, and shows nothing but the files that it is given. Reading is by ranges: what a query asks for is rounded to
-blocks, neighbouring blocks come in one request, and blocks stay in memory, so that a footer is fetched once and a
-column that no query reads never is.
+DuckDB's own reader of object stores is an extension that it downloads. This one needs no download, uses the credentials
+that wrote the run, and shows only the files that it is given. It reads ranges, rounded to blocks: neighbouring blocks
+come in one request and stay in memory, so that a footer is fetched once, and a column that no query reads is never
+fetched.
 
-Guarantees: nothing is written or listed; threads may share an open file, for each has a position of its own (DuckDB
-seeks and reads in two steps). Committed files never change, so nothing is checked for changes.
+Guarantees: it writes and lists nothing. Threads may share an open file, because each has its own position (DuckDB
+seeks and reads in two steps). Committed files never change, so it never looks for changes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LONG_AGO = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
 
 
 class BlockCache:
-    """Blocks of a store's files, the most recently used ones in memory; for many threads."""
+    """A thread-safe cache of the most recently used blocks of a store's files."""
 
     def __init__(self, store: ObjectStore, sizes: Mapping[str, int], capacity: int = CACHED_BLOCKS) -> None:
         """Reads nothing yet.
@@ -51,7 +51,7 @@ class BlockCache:
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """The bytes of a file from `start` to before `end`, which lie within it."""
+        """The bytes of a file from `start` to before `end`; both lie within the file."""
         if start >= end:
             return b""
         wanted = range(start // BLOCK, (end - 1) // BLOCK + 1)
@@ -96,15 +96,15 @@ class RangeFile(io.RawIOBase):
         self._own = threading.local()
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def tell(self) -> int:
-        """Where the calling thread reads next."""
+        """The position at which the calling thread reads next."""
         return getattr(self._own, "position", 0)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -114,7 +114,7 @@ class RangeFile(io.RawIOBase):
         return self._own.position
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer, but for the end of the file."""
+        """Fills the buffer, or as much of it as the file has left."""
         start = self.tell()
         data = self._cache.read(self._name, start, min(start + len(buffer), self._size))
         buffer[: len(data)] = data
@@ -123,7 +123,7 @@ class RangeFile(io.RawIOBase):
 
 
 class RunFiles(fsspec.AbstractFileSystem):
-    """The files that are named to it, and no others."""
+    """A file system of the files that it is given, and no others."""
 
     protocol = PROTOCOL
     cachable = False  # codespell:ignore cachable
@@ -163,6 +163,6 @@ class RunFiles(fsspec.AbstractFileSystem):
 
 
 class OtherRunFiles(RunFiles):
-    """Those of the other run of a comparison, in the same DuckDB: `other://`."""
+    """The files of the other run of a comparison, in the same DuckDB: `other://`."""
 
     protocol = OTHER_PROTOCOL

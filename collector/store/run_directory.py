@@ -1,4 +1,4 @@
-"""The run directory: where parts are published and shards committed, exactly once.
+"""The run directory: publishes parts, and commits each shard exactly once.
 
     RUN/plan.parquet                            the frozen shards; its metadata holds config and hash
     RUN/run.json                                model, routers, versions
@@ -12,10 +12,10 @@
     RUN/views.sql, RUN/_MANIFEST.parquet        when every shard is committed: views; all commit records in one file
     RUN/_SUCCESS                                last of all; holds the manifest's hash
 
-Guarantees, on the stores of `stores`: readers open the files that commit records name, so a part without a record does
-not exist; of any number of attempts at a shard one is committed. Nothing here deletes what another attempt wrote, but
-for `set_aside`, which is asked for. A complete run is read from its manifest where that has the hash that `_SUCCESS`
-holds, and from the records otherwise. What is in the files is the business of `records` and of the callers.
+Guarantees: readers open only files that a commit record names, so a part without a record does not exist for them. Of
+any number of attempts at a shard exactly one is committed. No method deletes what another attempt wrote, except
+`set_aside`, which is asked to. A complete run is read from its manifest if the manifest has the hash in `_SUCCESS`, and
+from the commit records otherwise.
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ __all__ = [
 ]  # fmt: skip
 
 PLAN, RUN, VOCAB, VIEWS, SUCCESS = "plan.parquet", "run.json", "vocab.parquet", "views.sql", "_SUCCESS"
-TABLES = ("routing", "tokens", "documents")
+TABLES = ("tokens", "documents")
+"""The tables of every run; the recorders add theirs."""
 REJECTS = "rejects"
 """The table of rows that became no document; a shard without such rows has no part of it."""
 PART_FOLDERS = ("data", REJECTS)
 ROLLUP = "rollup"
-"""The folder of what `collector rollup` counts; see the package of that name."""
+"""The folder of the counts that `collector rollup` writes; see `query.rollup`."""
 _READERS = 16
-"""Records of an unfinished run that are read at once: on an object store each takes a round trip."""
+"""Records of an unfinished run that are read in parallel: on an object store each takes a round trip."""
 _WINDOW = 1024
 
 
@@ -68,7 +69,7 @@ def sha256_of(path: Path) -> str:
 
 
 class RunDirectory:
-    """A run on a store: plan, commits, failures and the files beside them."""
+    """The files of a run on a store: plan, parts, commit records and failures."""
 
     def __init__(self, root: str | os.PathLike[str], store: Store | None = None) -> None:
         self.root = os.fspath(root)
@@ -78,13 +79,13 @@ class RunDirectory:
         self.store: Store = store or (LocalStore(Path(self.root)) if local else ObjectStore(self.root))
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """A folder for files being written; it goes with its context."""
+        """A folder for files that are being written; it is removed when its context ends."""
         return tempfile.TemporaryDirectory(
             prefix="attempt-", dir=self.store.scratch_parent(), ignore_cleanup_errors=True
         )
 
     def read_or_none(self, name: str) -> bytes | None:
-        """The content of a file, or None where there is none."""
+        """The content of a file, or None if there is none."""
         try:
             return self.store.read(name)
         except FileNotFoundError:
@@ -97,7 +98,7 @@ class RunDirectory:
     # ---- parts and commits ----
 
     def publish_part(self, scratch: Path, shard: int, attempt: str, table: str, rows: int) -> Part:
-        """Publishes a finished file under the attempt's own name."""
+        """Publishes a finished file under a name that only this attempt uses."""
         folder = REJECTS if table == REJECTS else "data"
         name = f"{folder}/{shard:06d}-{attempt}.{table}.parquet"
         part = Part(path=name, rows=rows, bytes=scratch.stat().st_size, sha256=sha256_of(scratch))
@@ -105,7 +106,7 @@ class RunDirectory:
         return part
 
     def commit(self, record: Commit) -> Commit:
-        """Makes an attempt's parts count, unless another attempt was first.
+        """Commits an attempt, unless another attempt at the shard was first.
 
         Returns:
             The record that counts. If it is another attempt's, this attempt's parts are deleted.
@@ -130,11 +131,11 @@ class RunDirectory:
         return winner
 
     def committed_shards(self) -> set[int]:
-        """Numbers of the shards that have a commit record; reads no record."""
+        """Numbers of the shards that have a commit record. Lists names, reads no record."""
         return set(self._record_names())
 
     def commits(self) -> Iterator[Commit]:
-        """All commit records, by shard; those of a complete run from its manifest.
+        """Yields all commit records in the order of their shards; a complete run's come from its manifest.
 
         Raises:
             DamagedRecordError: a record cannot be read.
@@ -143,7 +144,7 @@ class RunDirectory:
         return self.records() if complete is None else manifest.decode(complete)
 
     def records(self) -> Iterator[Commit]:
-        """All commit records, by shard, each from its own file.
+        """Yields all commit records in the order of their shards, each from its own file.
 
         Raises:
             DamagedRecordError: a record cannot be read.
@@ -156,7 +157,7 @@ class RunDirectory:
                         yield self._parse(name, data)
 
     def read_commit(self, shard: int) -> Commit | None:
-        """A shard's commit record, or None.
+        """A shard's commit record; None if the shard is not committed.
 
         Raises:
             DamagedRecordError: it cannot be read.
@@ -168,7 +169,7 @@ class RunDirectory:
     def set_aside(self, shard: int) -> str:
         """Moves a shard's commit record to `replaced/`, so that the shard is collected again; see `reopen`.
 
-        Killed at any moment, the record is in one of the two places at least, and a repetition ends the same.
+        If it is killed, the record is in at least one of the two places, and calling it again finishes the move.
 
         Returns:
             Where the record is now.
@@ -199,7 +200,7 @@ class RunDirectory:
     def finish(self, plan_hash: str, shards: int) -> None:
         """Marks the run complete; every shard must be committed.
 
-        Several drivers may do so at once: the first one's manifest stays if it says the same.
+        Several drivers may do so at once; the first one's manifest stays if it holds the same records.
 
         Args:
             plan_hash: of the plan.
@@ -224,12 +225,12 @@ class RunDirectory:
             self.store.put(SUCCESS, content)
 
     def reopen(self) -> None:
-        """Takes the marks of a complete run away, `_SUCCESS` first: without it the manifest is not read."""
+        """Removes the marks of a complete run, `_SUCCESS` first, because nobody reads a manifest without it."""
         self.store.delete(SUCCESS)
         self.store.delete(MANIFEST)
 
     def _manifest(self) -> bytes | None:
-        """The manifest of a complete run; None unless `_SUCCESS` holds its hash."""
+        """The manifest of a complete run; None if `_SUCCESS` does not hold its hash."""
         success = self.read_or_none(SUCCESS)
         if success is None:
             return None
@@ -244,7 +245,7 @@ class RunDirectory:
     # ---- failures ----
 
     def record_failure(self, shard: int, failure: Mapping[str, Any]) -> None:
-        """Notes why the last attempt at a shard failed."""
+        """Records why the last attempt at a shard failed."""
         self.store.put(f"failures/{shard:06d}.json", json.dumps(failure, indent=1).encode() + b"\n")
 
     def clear_failure(self, shard: int) -> None:

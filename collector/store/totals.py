@@ -14,7 +14,7 @@ _SUMMED = ("documents", "tokens", "rows", "characters", "truncated", "padded_tok
 
 @dataclasses.dataclass(kw_only=True)
 class Totals:
-    """What all shards that are committed hold together."""
+    """Sums over all committed shards."""
 
     committed: set[int] = dataclasses.field(default_factory=set)
     """Numbers of the shards."""
@@ -40,7 +40,7 @@ class Totals:
         return totals
 
     def add(self, commit: Commit) -> None:
-        """Counts a shard."""
+        """Adds a shard."""
         self.committed.add(commit.shard)
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(commit, name))
@@ -52,14 +52,14 @@ class Totals:
             self.examples.setdefault(reason, []).extend(skipped.examples)
 
     def refresh(self, run: RunDirectory) -> None:
-        """Counts the shards that were committed since, and reads only their records."""
+        """Adds the shards that were committed since, reading only their records."""
         for shard in sorted(run.committed_shards() - self.committed):
             commit = run.read_commit(shard)
             if commit is not None:
                 self.add(commit)
 
     def failures(self, run: RunDirectory) -> dict[int, dict[str, Any]]:
-        """Shard -> why its last attempt failed, of those that nobody committed after all."""
+        """Shard -> why its last attempt failed, for shards that are still not committed."""
         found = run.failures()
         return {shard: found[shard] for shard in sorted(found.keys() - self.committed)}
 
@@ -70,7 +70,7 @@ class Totals:
 
     @property
     def replica_hours(self) -> float:
-        """Hours in which a replica's device computed or waited for a shard; all stages where idleness is not told."""
+        """Hours in which a replica's device computed or waited; of runs without idle times, the time of all stages."""
         if "idle" in self.seconds:
             return (self.seconds["forward"] + self.seconds["idle"]) / 3600
         return sum(self.seconds.values()) / 3600

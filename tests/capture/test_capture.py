@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from collector.capture import batches
-from collector.capture.hooks import RouterCapture
 from collector.capture.padding import ExpertsWithoutPadding, Grid
 from collector.config import ModelConfig
 from collector.models import loading
 from collector.models.routers import find_routers
+from tests.helpers.capturing import router_capture
 
 ROUNDING = 5e-6
 
@@ -25,10 +25,10 @@ def capture_all(loaded, texts, side="right", budget=512, layers=None):
     table = batches.tokenize(loaded.tokenizer, texts, 512)
     routers = find_routers(loaded.model, layers)
     out = {}
-    with RouterCapture(loaded.model, routers) as capture:
+    with router_capture(loaded.model, routers) as capture:
         for documents in batches.pack(table.lengths, budget):
             batch = batches.pad(table, documents, loaded.pad_id, side)
-            decisions = capture.run(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)).wait()
+            decisions = capture.run(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)).wait()[0]
             for router, decision in zip(routers, decisions, strict=True):
                 n, k = len(table.ids), decision.experts_tk.shape[1]
                 experts, weights, stats = out.setdefault(
@@ -96,8 +96,8 @@ def test_in_bfloat16_it_records_what_the_same_batch_gives_transformers(mixed_tex
     table = batches.tokenize(loaded.tokenizer, mixed_texts, 512)
     batch = batches.pad(table, np.arange(len(mixed_texts)), loaded.pad_id)
     ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
-    with RouterCapture(loaded.model, find_routers(loaded.model)) as capture:
-        decisions = capture.run(ids, mask).wait()
+    with router_capture(loaded.model, find_routers(loaded.model)) as capture:
+        decisions = capture.run(ids, mask).wait()[0]
     with torch.no_grad():
         logits = loaded.model(input_ids=ids, attention_mask=mask, output_router_logits=True).router_logits
     for decision, layer_logits in zip(decisions, logits, strict=True):
@@ -132,9 +132,9 @@ def test_nothing_runs_after_the_last_captured_router(demo_model):
     ]
     handles.append(demo_model.model.norm.register_forward_hook(lambda *_a: ran.append("norm")))
     ids = torch.tensor([[5, 6, 7]])
-    with RouterCapture(demo_model.model, find_routers(demo_model.model, [1, 3])) as capture:
+    with router_capture(demo_model.model, find_routers(demo_model.model, [1, 3])) as capture:
         ran.clear()
-        decisions = capture.run(ids, torch.ones_like(ids)).wait()
+        decisions = capture.run(ids, torch.ones_like(ids)).wait()[0]
     for handle in handles:
         handle.remove()
     assert ran == [0, 1, 2], "layers 0-2 whole, layer 3 up to its router"
@@ -147,13 +147,13 @@ PADDED = (torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0]]), torch.tensor([[1, 1, 1, 1]
 def rows_that_experts_see(model, ids, mask):
     """Rows per call of an experts module in one captured forward pass."""
     seen = []
-    with RouterCapture(model, find_routers(model)) as capture:
+    with router_capture(model, find_routers(model)) as capture:
         handles = [
             module.register_forward_pre_hook(lambda _m, args: seen.append([len(each) for each in args]))
             for name, module in model.named_modules()
             if name.endswith(".experts")
         ]
-        capture.run(ids, mask).wait()
+        capture.run(ids, mask).wait()[0]
         for handle in handles:
             handle.remove()
     return seen
@@ -262,7 +262,7 @@ def test_hooks_are_gone_after_an_exception(tiny_model):
     before = hooks_of(tiny_model.model)
 
     def fail_inside():
-        with RouterCapture(tiny_model.model, find_routers(tiny_model.model)):
+        with router_capture(tiny_model.model, find_routers(tiny_model.model)):
             assert hooks_of(tiny_model.model) == before + 9, "3 routers; before and after 3 experts"
             raise KeyError("inside")
 
@@ -273,7 +273,7 @@ def test_hooks_are_gone_after_an_exception(tiny_model):
 
 def test_a_router_that_fires_twice_fails_the_batch(tiny_model):
     routers = find_routers(tiny_model.model)
-    with RouterCapture(tiny_model.model, routers) as capture:
+    with router_capture(tiny_model.model, routers) as capture:
         again = routers[0].module.register_forward_hook(
             lambda module, args, _out: capture._hook(0)(module, args, type(module).forward(module, *args))
         )
@@ -286,15 +286,15 @@ def test_a_router_that_fires_twice_fails_the_batch(tiny_model):
 def test_a_router_that_does_not_fire_fails_the_batch(tiny_model, tiny_folder):
     stray = find_routers(tiny_model.model)
     other = loading.load(ModelConfig(model=str(tiny_folder)), "cpu")
-    with pytest.raises(RuntimeError, match="did not fire"), RouterCapture(other.model, stray):
+    with pytest.raises(RuntimeError, match="did not fire"), router_capture(other.model, stray):
         pass
 
 
 def test_probabilities_are_the_softmax_of_the_logits(tiny_model):
     routers = find_routers(tiny_model.model)
     ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    with RouterCapture(tiny_model.model, routers, probabilities=True) as capture:
-        decisions = capture.run(ids, mask).wait()
+    with router_capture(tiny_model.model, routers, probabilities=True) as capture:
+        decisions = capture.run(ids, mask).wait()[0]
     with torch.no_grad():
         outputs = tiny_model.model(input_ids=ids, attention_mask=mask, output_router_logits=True)
     for decision, logits in zip(decisions, outputs.router_logits, strict=True):

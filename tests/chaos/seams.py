@@ -1,7 +1,7 @@
 """Puts the points of `faults` into a process of the collector, from outside.
 
 Functions are wrapped when their module is imported: the few that the protocol consists of (`plan.read_shard`,
-`RouterCapture.run`, `ParquetWriter.write_table`, the writing methods of `LocalStore`, `Replica.collect`) and below them
+`Capture.run`, `ParquetWriter.write_table`, the writing methods of `LocalStore`, `Replica.collect`) and below them
 the system calls that make a name durable (`os.fsync`, `os.link`, `os.rename`) on paths of the run. Each becomes two
 points, NAME.before and NAME.after. The product has no hook for any of this.
 """
@@ -57,7 +57,7 @@ def install() -> None:
         "collector.models.loading": lambda module: setattr(
             module, "load", _between(board, module.load, lambda *_: "load")
         ),
-        "collector.capture.hooks": lambda module: _wrap(board, module.RouterCapture, "run", lambda *_: "forward"),
+        "collector.capture.hooks": lambda module: _wrap(board, module.Capture, "run", lambda *_: "forward"),
         "pyarrow.parquet.core": lambda module: _wrap(
             board, module.ParquetWriter, "write_table", lambda writer, *_: _below(root, writer.where, "write")
         ),

@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         for _ in range(400):
             file.write(b"a line of text\n" * 70_000)
     program = (
-        "import resource, sys; from collector import plan; from tests.helpers.documents import config\n"
+        "import resource, sys; from collector.data import plan; from tests.helpers.documents import config\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "settings = config(sys.argv[1], docs_per_shard=100_000)\n"
         "made = plan.make_plan(settings)\n"

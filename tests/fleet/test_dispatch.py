@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from collector.config import LaunchConfig
 from collector.data.plan import Plan, Shard
 from collector.fleet import dispatch
-from collector.fleet.dispatch import Dispatcher
+from collector.fleet.dispatch import Dispatcher, Job
 from collector.fleet.events import Collected, Died, Failed, Loaded, NotLoaded
 from collector.fleet.progress import ProgressView, Tally
 from collector.fleet.worklist import State, Worklist
@@ -122,7 +123,7 @@ def run(tmp_path) -> RunDirectory:
 
 def dispatcher_of(run, fleet, shards, **settings) -> Dispatcher:
     view = ProgressView(Tally(shards=shards, documents=2 * shards), Console(file=io.StringIO(), width=300))
-    return Dispatcher(run=run, plan=plan_of(shards), fleet=fleet, view=view, **{"max_attempts": 3} | settings)
+    return Dispatcher(Job(run=run, plan=plan_of(shards), launch=LaunchConfig(**settings)), fleet, view)
 
 
 def said(dispatcher: Dispatcher) -> str:
@@ -228,7 +229,7 @@ def test_attempts_are_counted_over_launches(run):
     for launch in (1, 2):
         fleet = ToyFleet(run, 1, bad=(0,))
         dispatcher = dispatcher_of(run, fleet, 2, max_attempts=5)
-        assert dispatcher.attempts.get(0, 0) == 2 * (launch - 1)
+        assert dispatcher.failures.attempts.get(0, 0) == 2 * (launch - 1)
         # A launch that is ended after two attempts.
         dispatcher.observe = interrupt_after(run, 2 * launch)
         with pytest.raises(KeyboardInterrupt):
@@ -336,7 +337,7 @@ def test_no_commit_record_is_asked_for_where_no_other_driver_begins(tmp_path):
 def test_a_part_looks_before_it_helps_with_the_shards_of_others(tmp_path):
     run = RunDirectory(tmp_path / "run", CountingStore(tmp_path / "run"))
     fleet = ToyFleet(run, 1)
-    dispatcher = dispatcher_of(run, fleet, 30, share=(1, 3))
+    dispatcher = dispatcher_of(run, fleet, 30, part="2/3")
     for number in range(0, 30, 3):  # another driver's, after this one looked at the run
         run.commit(commit(number))
     dispatcher.dispatch()

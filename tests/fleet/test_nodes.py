@@ -19,7 +19,8 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, resolve
-from collector.fleet import driver, ray_cluster, ray_fleet
+from collector.fleet import driver, ray_actor, ray_cluster, ray_fleet
+from collector.fleet.dispatch import Job
 from collector.fleet.placement import Need
 from collector.fleet.progress import ProgressView, Tally
 from collector.pipeline import DeviceLost
@@ -75,14 +76,14 @@ def worker(head):
     return head.add_node(num_cpus=1)
 
 
-def slow_actor(folder: Path, pause: float) -> type[ray_fleet.ReplicaActor]:
+def slow_actor(folder: Path, pause: float) -> type[ray_actor.ReplicaActor]:
     """A replica that takes its time, if need be, and leaves a mark for each shard: on which node, with how many cores.
 
     It hurries once there is a file `hurry` beside its marks.
     """
     hurry = folder.parent / HURRY
 
-    class ReplicaActor(ray_fleet.ReplicaActor):
+    class ReplicaActor(ray_actor.ReplicaActor):
         def collect(self, shard):
             context = ray.get_runtime_context()
             cores = int(context.get_assigned_resources()["CPU"])
@@ -105,11 +106,11 @@ class Watched:
         self.marks.mkdir()
         self.said = io.StringIO()
 
-    def collect(self, pause: float = 0.1, actor_class: type[ray_fleet.ReplicaActor] | None = None) -> None:
+    def collect(self, pause: float = 0.1, actor_class: type[ray_actor.ReplicaActor] | None = None) -> None:
         plan, need = driver.freeze_plan(self.run, self.config), Need.of(self.launch, "cpu")
         tally = Tally(shards=len(plan.shards), documents=plan.documents)
         with ProgressView(tally, Console(file=self.said, width=200)) as view:
-            driver.work_off(self.run, plan, self.config, self.launch, view, need=need, grows=True,
+            driver.work_off(Job(run=self.run, plan=plan, launch=self.launch), self.config, view, need=need, grows=True,
                             actor_class=actor_class or slow_actor(self.marks, pause))  # fmt: skip
         driver.finish(self.run, plan)
 
@@ -238,7 +239,7 @@ def test_a_replica_that_lost_its_device_is_replaced_and_its_shard_not_blamed_bes
 
 @pytest.mark.usefixtures("worker")
 def test_a_replica_that_is_ready_before_its_node_is_known_finishes_its_shards(tmp_path, job):
-    class ReplicaActor(ray_fleet.ReplicaActor):
+    class ReplicaActor(ray_actor.ReplicaActor):
         def where(self):
             while not hasattr(self, "replica"):
                 time.sleep(0.05)

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from collector.capture import routing_table
+from collector.capture.routing_table import STATISTICS, LayerRouting
 from collector.store import tables
 from collector.store.run_directory import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory
-from collector.store.tables import STATISTICS, Layer, LayerRouting
+from collector.store.tables import Layer
 
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
@@ -74,7 +76,7 @@ class Shard:
     ) -> Shard:
         """Explicit picks; weights default to 1/k, the statistics are 0, and nothing is dropped."""
         tokens = sum(length for _, length in documents)
-        dtype = tables.expert_dtype(layers)
+        dtype = routing_table.expert_dtype(layers)
         picked = {key(one): np.array(experts[key(one)], dtype).reshape(tokens, one.top_k) for one in layers}
         weighed = {
             layer: np.full(e_tk.shape, 1 / e_tk.shape[1], np.float32)
@@ -251,19 +253,19 @@ def publish_shard(
     probabilities: bool = False,
 ) -> dict[str, Part]:
     """Publishes the parts of a shard without committing them."""
-    schema = tables.routing_schema(layers, probabilities=probabilities)
+    schema = routing_table.schema(layers, probabilities=probabilities)
     stacks = token_stacks(layers)
     label = pa.array(shard.labels).dictionary_encode()
     parts = {}
     with run.scratch() as scratch:
         routing = Path(scratch, "routing")
-        with tables.routing_writer(routing, schema) as writer:
+        with routing_table.writer(routing, schema) as writer:
             for one in layers:
                 routed = _layer_routing(one, shard, probabilities=probabilities)
                 routed.check()
                 first = stacks.index(one.token_stack) * len(shard.labels)
                 writer.write_table(
-                    tables.routing_table(
+                    routing_table.rows(
                         number, routed, schema, label=label, is_special=shard.is_special, first_tok=first
                     )
                 )

@@ -33,7 +33,7 @@ from tests.helpers.runs import collect_here, run_config
 from tests.helpers.synthetic import Shard, write_run
 
 LABELS = ("eng_Latn", 'the "quoted", one', "a\nline|break", "한국어")
-BASE = (*TABLES, REJECTS, "vocab")
+BASE = ("routing", *TABLES, REJECTS, "vocab")
 KEYS = {"routing": "shard, stack, layer, tok", "tokens": "shard, tok", "documents": "shard, doc",
         "rejects": "shard, source, row", "vocab": "token_id", "layers": "stack, layer"}  # fmt: skip
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from collector.capture.hooks import RouterCapture
 from collector.look import terminal
 from collector.models import families
 from collector.models.families import NOT_CAPTURED, describe, family, geometry, tiny
 from collector.models.routers import find_routers
+from tests.helpers.capturing import router_capture
 from tests.helpers.paths import ROOT
 
 ROUNDING = 1e-5
@@ -58,8 +58,8 @@ def built(name):
 def capture(model, rows):
     """{router name: LayerDecision} over the real tokens of a padded batch; a decoder gets the encoder's texts."""
     routers = find_routers(model)
-    with RouterCapture(model, routers) as capturing:
-        decisions = capturing.run(*padded(rows) * (2 if capturing.decodes else 1)).wait()
+    with router_capture(model, routers) as capturing:
+        decisions = capturing.run(*padded(rows) * (2 if capturing.decodes else 1)).wait()[0]
     return dict(zip([router.name for router in routers], decisions, strict=True))
 
 
@@ -303,7 +303,7 @@ def hooks_of(model):
 def test_hooks_are_gone(name):
     model = built(name)
     before = hooks_of(model)
-    with RouterCapture(model, find_routers(model)):
+    with router_capture(model, find_routers(model)):
         assert hooks_of(model) > before
     assert hooks_of(model) == before
 

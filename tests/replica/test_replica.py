@@ -19,15 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from collector.capture import routing_table
+from collector.capture.shard_text import ShardText
 from collector.config import DataConfig, ModelConfig
 from collector.data import plan
 from collector.fleet import driver
 from collector.look import terminal
 from collector.models import loading
 from collector.pipeline import DeviceLost
-from collector.replica.part_writer import PartWriter, ShardText
+from collector.replica.part_writer import PartWriter
 from collector.replica.replica import IN_WORK, Replica
-from collector.store import tables
 from collector.store.run_directory import PLAN, VOCAB, Commit, RunDirectory
 from tests.helpers.runs import assert_same_content, collect_here, content, run_config, write_jsonl
 
@@ -407,14 +408,14 @@ def test_a_commit_record_from_before_batches_could_be_halved_is_read(tmp_path, c
 
 def test_an_exception_while_writing_publishes_nothing(tmp_path, config, tiny_model, monkeypatch):
     """A Parquet writer closed by an exception leaves a valid file that lacks rows."""
-    real = tables.routing_table
+    real = routing_table.rows
 
     def fail_at_layer_1(shard, layer, *args, **kwargs):
         if layer.geometry.layer == 1:
             raise OSError("no space left on device")
         return real(shard, layer, *args, **kwargs)
 
-    monkeypatch.setattr(tables, "routing_table", fail_at_layer_1)
+    monkeypatch.setattr(routing_table, "rows", fail_at_layer_1)
     with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
         with pytest.raises(OSError, match="no space"):
             replica.collect(made.shards[0])

@@ -23,7 +23,6 @@ from collector.store.run_directory import (
     MANIFEST,
     PLAN,
     SUCCESS,
-    TABLES,
     Commit,
     LocalStore,
     ObjectStore,
@@ -32,6 +31,7 @@ from collector.store.run_directory import (
 )
 from collector.upkeep import orphans
 
+TABLES = ("routing", "tokens", "documents")
 SHARDS = 2
 
 

@@ -16,9 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from collector.capture.recorders import table_names
 from collector.look.export import card, hub, streams
 from collector.query.warehouse import open_run
-from collector.store.run_directory import REJECTS, TABLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -69,7 +69,7 @@ def export(directory: RunDirectory, out: str, to: Format, *, gzip: bool = False,
         else:
             rows = streams.write_csv(run, folder, gzip=gzip)
         if run.complete:
-            _check(rows, directory)
+            _check(rows, directory, table_names(run.info))
         text = card.write(directory, run, rows, hub.front_matter(run, rows) if to == "hf" else "")
         (folder / card.NAME).write_text(text, encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -97,12 +97,12 @@ def _built_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check(rows: Mapping[str, int], directory: RunDirectory) -> None:
+def _check(rows: Mapping[str, int], directory: RunDirectory, tables: tuple[str, ...]) -> None:
     """Every table has the rows that the commit records count."""
     committed = Counter[str]()
     for commit in directory.commits():
         committed.update({table: part.rows for table, part in commit.files.items()})
-    for table in (*TABLES, REJECTS):
+    for table in tables:
         if rows.get(table, 0) != committed[table]:
             raise ValueError(
                 f"{directory.root}: the files of {table} hold {rows.get(table, 0):,} rows, their commit records "

@@ -16,21 +16,15 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collector.capture.recorders import table_names
 from collector.look import terminal
 from collector.query.warehouse import views_sql
-from collector.store.run_directory import PLAN, REJECTS, RUN, TABLES, VIEWS, VOCAB, RunDirectory
+from collector.store.run_directory import PLAN, REJECTS, RUN, VIEWS, VOCAB, RunDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from collector.query.warehouse import Run
-
-_FILES = {
-    **{table: f"data/*.{table}.parquet" for table in TABLES},
-    REJECTS: f"{REJECTS}/*.{REJECTS}.parquet",
-    "vocab": VOCAB,
-}
-"""Configuration -> its files; the first one is the default."""
 
 
 def write(source: RunDirectory, run: Run, folder: Path) -> dict[str, int]:
@@ -74,8 +68,10 @@ def front_matter(run: Run, rows: Mapping[str, int]) -> str:
     """What the hub and `datasets.load_dataset` read on top of a card: YAML between two lines of dashes."""
     from huggingface_hub import DatasetCardData
 
-    tables = [table for table in _FILES if rows.get(table)]
-    configs: list[dict[str, Any]] = [{"config_name": table, "data_files": _FILES[table]} for table in tables]
+    files = {table: f"data/*.{table}.parquet" for table in table_names(run.info)}
+    files |= {REJECTS: f"{REJECTS}/*.{REJECTS}.parquet", "vocab": VOCAB}
+    tables = [table for table in files if rows.get(table)]  # the first one is the default
+    configs: list[dict[str, Any]] = [{"config_name": table, "data_files": files[table]} for table in tables]
     if configs:
         configs[0]["default"] = True
     data = DatasetCardData(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from collector.store.run_directory import REJECTS, TABLES
+from collector.capture.recorders import table_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from collector.query.warehouse import Run
 
-_TABLES = (*TABLES, REJECTS, "vocab", "layers")
 _BATCH = 1 << 16
 """Rows of a batch: of a routing table some 10 MB."""
 _CSV_TYPES = {"FLOAT[]": "varchar"}
@@ -79,7 +78,8 @@ def write_delta(run: Run, folder: Path) -> dict[str, int]:
 
 
 def _nonempty(run: Run) -> list[str]:
-    return [table for table in _TABLES if run.sql(f"from {table} limit 1").fetchall()]
+    tables = (*table_names(run.info), "vocab", "layers")
+    return [table for table in tables if run.sql(f"from {table} limit 1").fetchall()]
 
 
 def _stream(run: Run, table: str, types: Mapping[str, str]) -> pa.RecordBatchReader:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from collector.capture.routing_table import STATISTICS
 from collector.query.rollup.files import DOCUMENTS, SCHEMAS
 from collector.store import tables
 
@@ -98,7 +99,7 @@ def count(shard: int, layer: Layer, routing: Path, doc_t: NDArray[np.int64]) -> 
 
 def _columns(layer: Layer) -> list[str]:
     picks = [f"{letter}{i}" for letter in ("ewd" if layer.has_capacity else "ew") for i in range(layer.top_k)]
-    return ["tok", "is_special", *picks, *tables.STATISTICS]
+    return ["tok", "is_special", *picks, *STATISTICS]
 
 
 def _picks(rows: pa.Table, letter: str, layer: Layer) -> NDArray:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from collector.capture.recorders import recorded_schemas
 from collector.store import tables
 from collector.store.run_directory import REJECTS
 
@@ -53,7 +54,7 @@ class Card:
         config = info["config"]
         stored = config.get("store") or ()
         schemas = {
-            "routing": tables.routing_schema(layers, probabilities="probabilities" in stored),
+            **recorded_schemas(info),
             "tokens": tables.TOKENS_SCHEMA,
             "documents": tables.documents_schema(text="text" in stored, target=bool(config.get("target_column"))),
             REJECTS: tables.REJECTS_SCHEMA,

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from collector.store import tables
+from collector.capture.routing_table import STATISTICS
 from collector.upkeep.verify.reading import STACKS, Card, Documents, Tokens, codes, each_once, groups, numbers, told
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _check_rows(
     special = numbers(rows["is_special"]) != tokens.is_special[tok]
     wrong[f"{layer.name}: is_special is not its token's"] += int(special.sum())
     _check_picks(rows, layer, wrong)
-    for name in tables.STATISTICS:
+    for name in STATISTICS:
         wrong[f"{layer.name}: {name} is not finite"] += int((~np.isfinite(numbers(rows[name]))).sum())
     if "probabilities" in rows.column_names:
         lengths = pc.list_value_length(rows["probabilities"]).to_numpy()

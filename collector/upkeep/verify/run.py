@@ -25,7 +25,6 @@ from collector.store.run_directory import (
     REJECTS,
     RUN,
     SUCCESS,
-    TABLES,
     VOCAB,
     Commit,
     DamagedRecordError,
@@ -179,7 +178,7 @@ def _check_shard(
         return [f"its commit record is damaged ({_first_line(error.__cause__ or error)})"]
     if commit is None:
         return ["its commit record has gone meanwhile"]
-    wrong = list(_check_record(commit, shard, plan_hash))
+    wrong = list(_check_record(commit, shard, plan_hash, card))
     with tempfile.TemporaryDirectory(prefix="collector-verify-") as folder:
         paths: dict[str, Path] = {}
         for table in commit.files:
@@ -194,21 +193,25 @@ def _check_shard(
     return wrong
 
 
-def _check_record(commit: Commit, shard: Shard, plan_hash: str) -> Iterator[str]:
+def _check_record(commit: Commit, shard: Shard, plan_hash: str, card: Card) -> Iterator[str]:
     """The record is of this shard of this plan, and counts every row of it."""
     if commit.shard != shard.shard:
         yield f"its commit record is that of shard {commit.shard}"
     if commit.plan_hash != plan_hash:
         yield f"its commit record belongs to another plan ({commit.plan_hash})"
-    if set(commit.files) - {REJECTS} != set(TABLES):
+    if set(commit.files) - {REJECTS} != card.schemas.keys() - {REJECTS}:
         yield f"its commit record names the tables {', '.join(sorted(commit.files))}"
     skipped = sum(each.count for each in commit.skipped.values())
     if commit.documents + skipped != shard.planned:
         yield f"{commit.documents:,} documents and {skipped:,} skipped rows of {shard.planned:,} planned rows"
-    rows = {"routing": commit.rows, "tokens": commit.tokens, "documents": commit.documents, REJECTS: skipped}
-    for table, part in commit.files.items():
-        if part.rows != rows.get(table, part.rows):
-            yield f"its commit record says {rows[table]:,} and {part.rows:,} rows of {table}"
+    promised = {"tokens": commit.tokens, "documents": commit.documents, REJECTS: skipped}
+    found = {table: part.rows for table, part in commit.files.items()}
+    recorded = found.keys() - promised.keys()
+    promised[" and ".join(sorted(recorded))] = commit.rows
+    found[" and ".join(sorted(recorded))] = sum(found[table] for table in recorded)
+    for table, rows in promised.items():
+        if rows != found.get(table, rows):
+            yield f"its commit record says {rows:,} and {found[table]:,} rows of {table}"
 
 
 def _check_part(run: RunDirectory, commit: Commit, table: str, folder: Path, paths: dict[str, Path]) -> Iterator[str]:

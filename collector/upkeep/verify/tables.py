@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from collector.upkeep.verify.reading import Problems
 
 _NONE = 255
+_CHECKS = {"routing": check_routing}
+"""Recorded table -> what it must hold; of all tables the columns are checked."""
 
 
 def problems(paths: Mapping[str, Path], commit: Commit, card: Card) -> Problems:
@@ -68,7 +70,9 @@ def problems(paths: Mapping[str, Path], commit: Commit, card: Card) -> Problems:
     if wrong:
         yield from wrong
         return
-    yield from check_routing(paths["routing"], commit, card, documents, tokens)
+    for table, check in _CHECKS.items():
+        if table in paths:
+            yield from check(paths[table], commit, card, documents, tokens)
 
 
 def _finished(checking: Generator[str, None, Any]) -> tuple[Any, list[str]]:

@@ -1,0 +1,113 @@
+"""The base class of what a run records of its forward passes.
+
+A `Recorder` names the modules whose output it needs. The capture runs the model, hands each hook the rows of the real
+tokens, and copies what the hook keeps to the host. A `Recording` puts that in place, token by token, and writes the
+shard's tables.
+
+Passes, part writer, views and `verify` work with any recorder. `recorders.RECORDERS` lists those that there are.
+torch is imported only where a model runs, because queries ask recorders for their schemas.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import pyarrow as pa
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from collector.capture.batches import Batch, TokenTable
+    from collector.capture.shard_text import ShardText
+    from collector.config import CaptureConfig
+    from collector.models.routers import Router
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hook:
+    """Reads the output of one module, which fires exactly once in a forward pass."""
+
+    name: str
+    """The module in messages."""
+    module: nn.Module
+    stack: str
+    """`encoder` or `decoder`: the stack whose tokens the module sees."""
+    read: Callable[[Any], Any]
+    """The module's return value -> a NamedTuple of tensors with one row per position of the batch, padding included.
+    Parts may be None, but for the first."""
+    keep: Callable[[Any], Any]
+    """The same NamedTuple without padding -> a NamedTuple of what the recorder keeps, reduced on the device."""
+
+
+class Recording(abc.ABC):
+    """What one recorder has of one shard."""
+
+    @abc.abstractmethod
+    def put(self, batch: Mapping[str, Batch], kept: Sequence[Any]) -> None:
+        """Writes the results of a batch to the slots of its tokens.
+
+        Args:
+            batch: stack -> its padded batch.
+            kept: what each hook kept, in the order of `Recorder.hooks`, on the host.
+        """
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Makes sure that every slot was written.
+
+        Raises:
+            ValueError: a slot was left out, or holds a value that no model returns.
+        """
+
+    @abc.abstractmethod
+    def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:
+        """Writes a Parquet file per table, named like the table.
+
+        Returns:
+            Table -> the rows that its file must hold.
+        """
+
+
+class Recorder(abc.ABC):
+    """Decides what is kept of the forward passes of one model, and the tables that it becomes."""
+
+    needs_whole_pass: ClassVar[bool] = False
+    """Whether the pass must run to its end; otherwise it ends at the last hook of all recorders."""
+
+    def __init__(self, model: PreTrainedModel, routers: Sequence[Router], config: CaptureConfig) -> None:
+        """Prepares nothing on the model.
+
+        Args:
+            model: a base model in eval mode.
+            routers: the routers that the run records.
+            config: what to record.
+        """
+        self.model = model
+        self.routers = list(routers)
+        self.config = config
+
+    @classmethod
+    @abc.abstractmethod
+    def schemas(cls, info: Mapping[str, Any]) -> dict[str, pa.Schema]:
+        """Table -> columns, of a run with this run.json; the base relations of its views have the same names."""
+
+    @abc.abstractmethod
+    def hooks(self) -> list[Hook]:
+        """The modules that it reads."""
+
+    @abc.abstractmethod
+    def probe(self, kept: Sequence[Any]) -> None:
+        """Learns the shapes of the model's outputs from a first, tiny forward pass; `kept` is as in `Recording.put`."""
+
+    @abc.abstractmethod
+    def card(self) -> dict[str, Any]:
+        """Its part of run.json, known after `probe`."""
+
+    @abc.abstractmethod
+    def start(self, tokens: Mapping[str, TokenTable]) -> Recording:
+        """Makes room for a shard; `tokens` maps each stack to the tokens that it is given."""
