@@ -1,8 +1,8 @@
 """Links between the pages and the other files of the repository, for the site: a hook of mkdocs.
 
-On a page, `[the launchers](../cluster/README.md)` works where the repository is browsed. The site has only the pages, so
-there the link becomes its text and the file's path. A link to a file that does not exist is a warning, which the strict
-build takes for an error; so is one on the pages outside `docs/`, which the site does not have.
+On a page, `[the launchers](../cluster/README.md)` works where the repository is browsed. The site has only the pages,
+so there the link becomes its text and the file's path. A link to a file that does not exist is a warning, which the
+strict build takes for an error. The same holds for the pages outside `docs/`, which the site does not have.
 """
 
 from __future__ import annotations
