@@ -146,7 +146,7 @@ def test_a_node_that_comes_gets_a_replica(tmp_path, job, nodes):
     config, quiet = job
     first = nodes()
     watched = Watched(tmp_path, config, cpus_per_replica=1)
-    with watched.at_work(pause=1.0):
+    with watched.at_work(pause=4.0):
         watched.wait_for_commits(3)
         assert watched.where() == {first.node_id: 1}
         second = nodes()
