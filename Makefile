@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Not --quiet, which would keep warnings from being errors.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 DEMO_LABELS := eng_Latn deu_Latn fra_Latn spa_Latn pol_Latn tur_Latn vie_Latn rus_Cyrl bul_Cyrl \
 	ukr_Cyrl ell_Grek arb_Arab heb_Hebr hin_Deva tha_Thai kor_Hang jpn_Jpan zho_Hani
@@ -31,7 +32,7 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/sqlfluff lint queries
 	$(BIN)/codespell
-	$(MKDOCS) --quiet
+	$(MKDOCS)
 
 # The documentation as a site: site/index.html. Warnings are errors; nothing is fetched.
 docs: $(INSTALLED)
