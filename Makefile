@@ -5,10 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Not --quiet, which would keep warnings from being errors.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 DEMO_LABELS := eng_Latn deu_Latn fra_Latn spa_Latn pol_Latn tur_Latn vie_Latn rus_Cyrl bul_Cyrl \
 	ukr_Cyrl ell_Grek arb_Arab heb_Hebr hin_Deva tha_Thai kor_Hang jpn_Jpan zho_Hani
 
-.PHONY: demo test chaos check format bench figure screenshots notebooks clean
+.PHONY: demo test chaos check docs format bench figure screenshots notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/collector collect --out runs/demo
@@ -30,6 +32,11 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/sqlfluff lint queries
 	$(BIN)/codespell
+	$(MKDOCS)
+
+# The documentation as a site: site/index.html. Warnings are errors; nothing is fetched.
+docs: $(INSTALLED)
+	$(MKDOCS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -55,7 +62,7 @@ notebooks: $(INSTALLED)
 	done
 
 clean:
-	rm -rf $(VENV) runs dist notebooks/exported
+	rm -rf $(VENV) runs dist site notebooks/exported
 
 # The stamp is newer than what it was made of, so a second run installs nothing.
 $(INSTALLED): pyproject.toml constraints.txt
