@@ -76,6 +76,8 @@ class Recording(abc.ABC):
 class Recorder(abc.ABC):
     """Decides what is kept of the forward passes of one model, and the tables that it becomes."""
 
+    tables: ClassVar[Mapping[str, str]]
+    """Table -> what a row of it is, in words."""
     needs_whole_pass: ClassVar[bool] = False
     """Whether the pass must run to its end; otherwise it ends at the last hook of all recorders."""
 
@@ -94,7 +96,10 @@ class Recorder(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def schemas(cls, info: Mapping[str, Any]) -> dict[str, pa.Schema]:
-        """Table -> columns, of a run with this run.json; the base relations of its views have the same names."""
+        """Those of `tables` that a run with this run.json has, with their columns.
+
+        Views find each table as a relation of its name.
+        """
 
     @abc.abstractmethod
     def hooks(self) -> list[Hook]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
@@ -27,6 +27,10 @@ TABLE = "routing"
 class RoutingRecorder(Recorder):
     """Keeps ids and weights as the routers return them, never recomputed, and statistics of their probabilities."""
 
+    tables: ClassVar[Mapping[str, str]] = {
+        TABLE: "a token at a router (`stack`, `layer`): chosen experts `e0` …, the weights `w0` … that the model "
+        "applied, `d0` … for picks that a capacity limit dropped; the router's entropy (nats), top-k mass and margin"
+    }
     layers: list[Layer]
     """The routers' geometry, known after `probe`."""
 

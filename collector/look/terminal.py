@@ -125,7 +125,7 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
     facts += [
         ("shards", f"{len(totals.committed):,} of {len(plan.shards):,}"),
         ("documents", f"{totals.documents:,} of {plan.documents:,} planned, {totals.truncated:,} truncated"),
-        ("tokens", f"{totals.tokens:,} ({totals.rows:,} routing rows), "
+        ("tokens", f"{totals.tokens:,} ({totals.rows:,} recorded rows), "
                    f"padding efficiency {totals.padding_efficiency:.3f}"),
         ("size", f"{totals.bytes / 1e6:,.1f} MB, {totals.bytes / max(1, totals.tokens):.0f} bytes/token"),
     ]  # fmt: skip
@@ -212,7 +212,7 @@ _MODELS_INTRODUCTION = """\
 
 `collector models --format markdown` writes this page. It lists the model families of transformers {version} whose
 modeling module declares routers: {captured} of {all} are captured. Each family's text-only base model was built with
-tiny random weights; `tests/test_families.py` checks the capture of each against what its experts received.
+tiny random weights; `tests/models/test_families.py` checks the capture of each against what its experts received.
 
 E and k are those of the family's default config (– where it leaves them open, and a checkpoint's may differ). *Also
 decides*: what chooses experts besides the router's logits; groups as kept of all. *Ids*: whether the router returns the

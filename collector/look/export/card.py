@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from collector.capture.recorders import RECORDERS
 from collector.look import summary
 
 if TYPE_CHECKING:
@@ -16,8 +17,7 @@ NAME = "README.md"
 MOST_LABELS = 200
 """So many labels are listed, those with the most tokens."""
 _ROWS = {
-    "routing": "a token at a router (`stack`, `layer`): chosen experts `e0` …, the weights `w0` … that the model "
-    "applied, `d0` … for picks that a capacity limit dropped; the router's entropy (nats), top-k mass and margin",
+    **{table: row for recorder in RECORDERS.values() for table, row in recorder.tables.items()},
     "tokens": "a token that the model saw: document, position, id (see `vocab`), whether the tokenizer added it",
     "documents": "a document: id, label, source, tokens, characters, whether it was cut",
     "rejects": "a row of the source that became no document: its number, and why",
