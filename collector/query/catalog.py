@@ -1,15 +1,14 @@
-"""The queries of `queries/`: what their headers say, and values for their parameters.
+"""Reads the queries of `queries/` with their headers, and binds their parameters.
 
-A query is one SQL file with one select; those that compare two runs are in `queries/compare/`, and the views of the
-second run are in a schema of their own there, `other`. Its header, the leading comments, tells the question, the
-formula with its denominators, the source, what a row is, the views it reads, parameters for an example, and its
-parameters:
+A query is one SQL file with one select. Queries that compare two runs are in `queries/compare/`; they find the views of
+the second run in the schema `other`. The header, in leading comments, gives the question, the formula with its
+denominators, the source, the meaning of a row, the views it reads, parameters for an example, and its parameters:
 
     -- Params:
     --   m integer >= 1 = null: size of the sets (default: the layer's k)
 
 Guarantees: a query binds exactly the parameters that its statement uses, each with a value of the
-declared type. Which labels and layers there are is a run's business (`warehouse`).
+declared type. `warehouse` checks labels and layers against a run.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 Value = int | float | bool | str | list[str] | None
 OTHER = "other"
-"""The schema that has the views of the second run, in queries of two."""
+"""Schema of the second run's views, in queries of two runs."""
 
 _PARAM = re.compile(r"(?P<name>\w+) (?P<type>\S+?)(?: >= (?P<minimum>-?\d+))? = (?P<default>[^:]*): (?P<help>.*)")
 
@@ -40,21 +39,21 @@ class Param:
     type: str
     """integer, double, boolean, varchar or varchar[]."""
     default: Value
-    """None: the query's own default, as `help` says."""
+    """None means the query's own default, described in `help`."""
     help: str
     minimum: int | None = None
     """Smallest value allowed."""
 
     def parse(self, value: object) -> Value:
-        """The value to bind.
+        """Converts a value to the one to bind.
 
         Args:
-            value: of the declared type, or its text: a list separated by commas; `all` or nothing
-                for null.
+            value: of the declared type, or its text: a list separated by commas; `all` or an empty
+                text for null.
 
         Raises:
-            ValueError: not a value of the declared type, below the minimum, or null where the
-                parameter has no such meaning.
+            ValueError: not a value of the declared type, below the minimum, or null although the
+                parameter does not allow it.
         """
         try:
             parsed = _PARSERS[self.type](value.strip() if isinstance(value, str) else value)
@@ -69,30 +68,30 @@ class Param:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Query:
-    """One file of `queries/`: what its header says, and its statement."""
+    """One file of `queries/`: the fields of its header, and its statement."""
 
     name: str
     question: str
     formula: str
     source: str
     grain: str
-    """What a row is, and its keys."""
+    """Meaning of a row, starting with its keys."""
     reads: tuple[str, ...]
     """Views that the statement reads."""
     example: str
-    """Parameters, as a command line gives them, of a question to the demo run."""
+    """Parameters of an example on the demo run, as on a command line."""
     params: tuple[Param, ...]
     sql: str
     of_two_runs: bool
     """Whether it compares two runs."""
 
     def keys(self, columns: Sequence[str]) -> list[str]:
-        """The columns that tell its rows apart, out of all columns: those that the grain begins with."""
+        """Returns those of the columns that identify a row: the ones with which the grain begins."""
         named = re.findall(r"(?<!\$)\b\w+", re.split(r"[;.]", self.grain)[0])
         return [column for column in columns if column in named]
 
     def bind(self, given: Mapping[str, object]) -> dict[str, Value]:
-        """Values for all parameters: what is given, else the defaults.
+        """Returns values for all parameters: the given ones, else the defaults.
 
         Raises:
             ValueError: unknown parameter or bad value.
@@ -104,20 +103,20 @@ class Query:
 
 
 def list_queries() -> list[Query]:
-    """All queries of one run, by name."""
+    """Returns all queries of one run, by name."""
     return [_read_query(path) for path in sorted(query_folder().glob("*.sql"))]
 
 
 def list_comparisons() -> list[Query]:
-    """All queries of two runs, by name."""
+    """Returns all queries of two runs, by name."""
     return [_read_query(path) for path in sorted(comparison_folder().glob("*.sql"))]
 
 
 def find_query(name: str) -> Query:
-    """The query of this name.
+    """Returns the query of this name.
 
     Raises:
-        ValueError: there is none; names what comes closest, or all.
+        ValueError: there is none; the message suggests the closest name, or lists all.
     """
     paths = {path.stem: path for folder in (query_folder(), comparison_folder()) for path in folder.glob("*.sql")}
     if name in paths:
@@ -128,18 +127,18 @@ def find_query(name: str) -> Query:
 
 
 def query_folder() -> Path:
-    """Where the SQL files are: `queries/` of an installed package, else of a checkout."""
+    """Returns the folder of the SQL files: `queries/` of an installed package, else of a checkout."""
     installed = Path(__file__).parents[1] / "queries"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "queries"
 
 
 def comparison_folder() -> Path:
-    """Where the queries of two runs are."""
+    """Returns the folder of the queries of two runs."""
     return query_folder() / "compare"
 
 
 def read_header(sql: str) -> dict[str, str]:
-    """Key -> text of the leading `-- Key: …` comments; continuation lines are indented."""
+    """Returns the text of the leading `-- Key: …` comments by key; continuation lines are indented."""
     fields: dict[str, list[str]] = {}
     key = ""
     for line in sql.splitlines():
@@ -172,12 +171,12 @@ def _read_query(path: Path) -> Query:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names separated by commas."""
+    """Splits names separated by commas."""
     return tuple(name.strip() for name in text.split(","))
 
 
 def _read_params(text: str) -> Iterator[Param]:
-    """Parameters from lines `name type [>= minimum] = default: help`; other lines continue the help."""
+    """Parses parameters from lines `name type [>= minimum] = default: help`; other lines continue the help."""
     joined: list[str] = []
     for line in text.splitlines():
         if _PARAM.fullmatch(line):

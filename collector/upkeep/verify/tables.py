@@ -1,8 +1,7 @@
-"""What the documents, tokens and rejects of one shard must hold, checked against each other and the commit record.
+"""Checks the documents, tokens and rejects of one shard against each other and against the commit record.
 
-Guarantees: tokens are looked up by documents, and routing rows by tokens, and every key is there exactly once; nothing
-is taken from the commit record but what has to agree with it. Files are local here, and the committed ones byte for
-byte.
+Tokens are checked against documents, and routing rows against tokens; every key must occur exactly once. The commit
+record serves only as a reference to compare with. The files are local copies, already verified byte for byte.
 """
 
 from __future__ import annotations
@@ -42,15 +41,15 @@ _NONE = 255
 
 
 def problems(paths: Mapping[str, Path], commit: Commit, card: Card) -> Problems:
-    """What is wrong with a shard's tables, one line each; each table is read only if those before it are sound.
+    """Yields the problems of a shard's tables, one line each; a table is read only if those before it are sound.
 
     Args:
-        paths: table -> local file.
+        paths: local files by table.
         commit: the shard's record.
-        card: what run.json says.
+        card: the facts of run.json.
 
     Raises:
-        pyarrow.ArrowException, OSError: a file is no Parquet or is damaged inside.
+        pyarrow.ArrowException, OSError: a file is not Parquet or is damaged inside.
     """
     for table, path in paths.items():
         found, expected = columns(pq.read_schema(path)), columns(card.schemas[table])
@@ -72,7 +71,7 @@ def problems(paths: Mapping[str, Path], commit: Commit, card: Card) -> Problems:
 
 
 def _finished(checking: Generator[str, None, Any]) -> tuple[Any, list[str]]:
-    """Runs a check to its end: what it read, and what it found wrong."""
+    """Runs a check to its end; returns the data that it read and the problems that it found."""
     wrong = []
     while True:
         try:
@@ -167,7 +166,7 @@ def _check_tokens(
 def _check_lengths(
     stack: NDArray[np.uint8], doc: NDArray[np.int64], position: NDArray[np.int64], documents: Documents
 ) -> Problems:
-    """Every document has as many tokens as it says, at the positions 0, 1, 2 …, in each stack."""
+    """Checks that each document has as many tokens as its row says, at positions 0, 1, 2 …, in each stack."""
     expected = {STACKS[code]: documents.tokens for code in np.unique(stack)}
     if documents.target_tokens is not None:
         expected = {"encoder": documents.tokens, "decoder": documents.target_tokens}
