@@ -1,7 +1,7 @@
-"""Starts the explorer: a marimo server on the loopback address that lets in who has the token.
+"""Starts the explorer: a marimo server on the loopback address, protected by a token.
 
-Guarantees: it listens on 127.0.0.1 only; the token is new each time, 128 random bits, and appears in the printed URL
-alone, never in the list of processes. The server ends with this process.
+Guarantees: it listens on 127.0.0.1 only; the token is new each time, 128 random bits, and appears only in the printed
+URL, never in the list of processes. The server ends with this process.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _START_SECONDS = 60.0
 
 
 def app_file() -> Path:
-    """Where the app is: in `notebooks/` of an installed package, else of a checkout."""
+    """Returns the path of the app: in `notebooks/` of an installed package, else of a checkout."""
     installed = Path(__file__).parents[2] / "notebooks" / "explore.py"
     return installed if installed.is_file() else Path(__file__).parents[3] / "notebooks" / "explore.py"
 
 
 @contextlib.contextmanager
 def served(run: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server for as long as the context.
+    """Runs a server for the duration of the context.
 
     Args:
         run: the run directory.
-        port: where it listens; 0 takes one that is free.
+        port: port to listen on; 0 takes any free one.
 
     Yields:
         The URL with the token, and the server, ready to answer.
@@ -74,7 +74,7 @@ def serve(run: str, port: int, *, browser: bool) -> None:
 
     Args:
         run: the run directory.
-        port: where it listens; 0 takes one that is free.
+        port: port to listen on; 0 takes any free one.
         browser: whether to open the page.
     """
     if hint := advice.slow(run):
@@ -90,7 +90,7 @@ def serve(run: str, port: int, *, browser: bool) -> None:
 
 
 def _free(port: int) -> int:
-    """A port that can be listened on."""
+    """Returns the port, or any free one for 0, after checking that it can be bound."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""Figures about routers and experts: how decided, how loaded, and which are chosen together."""
+"""Defines the figures about routers and experts: decisiveness, load, and co-activation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPERTS = "What experts do"
 
 
 def figures(subject: Subject) -> list[Figure]:
-    """All of this family, in the order of the page."""
+    """Returns all figures of this module, in the order of the page."""
     return [
         _decisiveness(subject),
         _effective(subject),
@@ -90,7 +90,7 @@ def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str
 
 
 def panels_of(rows: Table, names: Mapping[str, str], *, zero: bool = True) -> list[curves.Panel]:
-    """A panel per metric, its axis as long as the values of all runs and layers want it."""
+    """Returns a panel per metric, with an axis that fits the values of all runs and layers."""
     found = []
     for metric, words in names.items():
         low, high = extent(rows, metric, "low", "high", zero=zero)
@@ -128,7 +128,7 @@ def _load(subject: Subject) -> Figure:
 
 
 def ranks_by_value(rows: Table) -> np.ndarray:
-    """Row by row the expert's place by load, in its router and run."""
+    """Returns for each row the rank of its expert by value within its router and run, from 1."""
     ranks = np.zeros(len(rows), int)
     keys = np.array(
         [f"{run}\0{stack}\0{layer}" for run, (stack, layer) in zip(rows["run"], rows.routers(), strict=True)]
@@ -195,7 +195,7 @@ def _coactivation(subject: Subject) -> Figure:
 
 
 def _companions(rows: Table, most: int) -> list[int]:
-    """The most used experts of a router, by the likeness of their companions."""
+    """Returns the most used experts of a router, ordered so that similar co-activation profiles are adjacent."""
     names, first = np.unique(rows["expert"].tolist(), return_index=True)
     used = names[np.argsort(-rows["n"][first], kind="stable")[:most]]
     kept = rows.only(np.isin(rows["expert"], used) & np.isin(rows["other_expert"], used))

@@ -1,4 +1,4 @@
-"""Figures about languages: who uses which experts, how much alike, and in which layers."""
+"""Defines the figures about languages: which experts they use, how similar they are, and in which layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHARES = {"topk": "share of all picks", "top1": "share of the picks with the hi
 
 
 def figures(subject: Subject) -> list[Figure]:
-    """All of this family, in the order of the page."""
+    """Returns all figures of this module, in the order of the page."""
     overlap = _overlap(subject)
     trees = _trees(subject, overlap)
     return [
@@ -44,7 +44,7 @@ def figures(subject: Subject) -> list[Figure]:
 
 
 def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figure]:
-    """The run's heatmap, and the compared run's in the same order."""
+    """Returns the heatmap of the main run, and that of the compared run in the same order."""
     columns = ("label", "expert", "value", "baseline", "lift", "n")
     tables = [
         fetch([side], "domain_specialization", columns, where=in_labels(subject.labels), by_layer=True)
@@ -84,12 +84,12 @@ def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figu
 
 
 def _can_be_tested(rows: Table) -> bool:
-    """Whether every router has another language to compare one with; a label may have special tokens only."""
+    """Whether every router has at least two languages to compare; a label may have special tokens only."""
     return all(len(set(rows.of(router)["label"].tolist())) > 1 for router in set(rows.routers()))
 
 
 def _tested(rows: Table, side: Side, resamples: int) -> Table:
-    """With the q value of each cell, of a test of all of them."""
+    """Adds the q value of each cell, from one test of all cells."""
     test = inference.specialization_test(document_counts(side.run), resamples=resamples)
     keys = [test[name].to_pylist() for name in ("stack", "layer", "label", "expert")]
     q = dict(zip(zip(*keys, strict=True), test["q"].to_pylist(), strict=True))
@@ -112,7 +112,7 @@ def _significance(rows: Table, resamples: int) -> str:
 
 
 def _most_specialised(rows: Table, most: int) -> list[int]:
-    """The experts that some language uses most, as many as are shown."""
+    """Returns the experts with the highest share in any language, at most `most` of them."""
     _, experts, values_de = matrix(rows, "label", "expert")
     best = np.argsort(-values_de.max(0), kind="stable")[:most]
     return sorted(experts[place] for place in best)
@@ -192,7 +192,7 @@ def _matrices(subject: Subject, overlap: Table, trees: Mapping[Router, Tree]) ->
 
 
 def _branches(overlap: Table, trees: Mapping[Router, Tree]) -> Table:
-    """The joints of all trees as points of lines; no data, so that nobody takes it for such."""
+    """Returns the joints of all trees as points of lines, without the data columns of the query."""
     points = [
         (router, joint, step, place, height)
         for router, tree in trees.items()
@@ -237,7 +237,7 @@ def _depth(subject: Subject) -> Figure:
 
 
 def _most(table: Table, column: str) -> int:
-    """Of how many different values a router has at most."""
+    """Returns the maximum number of distinct values of a column in any router."""
     return max((len(set(table.of(router)[column].tolist())) for router in set(table.routers())), default=0)
 
 
