@@ -56,7 +56,7 @@ class Query:
         if self.list:
             return self._list()
         if not (self.run_ and self.name):
-            raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
+            raise ValueError("collector query takes RUN and NAME; collector query --list shows the names")
         params: dict[str, Any] = dict(self.params)
         with warehouse.one_line_errors():
             if self.beside is not None:

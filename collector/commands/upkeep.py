@@ -62,7 +62,7 @@ class Rollup:
 
         run = RunDirectory(self.run_)
         if not self.again and (names := files.current(run)):
-            sys.stdout.write(f"{' and '.join(names.values())}: there already, and of all that is committed\n")
+            sys.stdout.write(f"{' and '.join(names.values())}: already there, and up to date\n")
             return 0
         made = making.make(run, verify.Ticker("counted"))
         sys.stdout.write(f"{' and '.join(made.files.values())}: {made.shards:,} shards, {made.tokens:,} tokens, "

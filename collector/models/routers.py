@@ -330,7 +330,7 @@ def _matches(recorder: Any, path: str, module: nn.Module) -> bool:
 def _layer_number(path: str) -> int:
     number = re.search(r"\.(\d+)\.", f".{path}.")
     if number is None:
-        raise ValueError(f"router {path} stands in no numbered layer")
+        raise ValueError(f"router {path} is not in a numbered layer")
     return int(number.group(1))
 
 

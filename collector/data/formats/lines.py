@@ -66,7 +66,7 @@ class LineFormat(Format):
             ValueError: the byte order mark is that of another encoding.
         """
         if self.opening.startswith(_OTHER_MARKS):
-            raise ValueError(f"{self.where} is UTF-16: write it anew in UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            raise ValueError(f"{self.where} is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
         return len(_BYTE_ORDER_MARK) if self.opening.startswith(_BYTE_ORDER_MARK) else 0
 
     @property

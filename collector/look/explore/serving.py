@@ -48,7 +48,7 @@ def served(run: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]
         ValueError: the run cannot be opened or is empty, the port is taken, or marimo is missing.
     """
     if not warehouse.open_run(run).sql("select 1 from documents limit 1").fetchall():
-        raise ValueError(f"{run} holds no document yet: collector status {run} tells how far it is")
+        raise ValueError(f"{run} has no document yet: collector status {run} shows its progress")
     for module in ("marimo", "anywidget"):
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"the explorer needs {module}: pip install 'moe-routing-collector[explore]'")
@@ -105,7 +105,7 @@ def _await(server: subprocess.Popen[str], port: int) -> None:
     until = time.monotonic() + _START_SECONDS
     while time.monotonic() < until:
         if server.poll() is not None:
-            raise ValueError(f"marimo ended with status {server.returncode}; what it said stands above")
+            raise ValueError(f"marimo ended with status {server.returncode}; see its messages above")
         with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
             return
         time.sleep(0.05)

@@ -28,8 +28,8 @@ ITEMS = 10
 WIDTH = 12
 """Tokens of context on each side."""
 MARKS = (
-    '<p class="quiet">Framed: the chosen expert has the highest weight. Underlined: it is among the k. '
-    "A click on a token or an expert chooses its expert.</p>"
+    '<p class="quiet">Framed: the selected expert has the highest weight. Underlined: it is among the k. '
+    "Click a token or an expert to select an expert.</p>"
 )
 """Explanation below a document."""
 
@@ -157,10 +157,10 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
     sample = "" if every == 1 else f", of one shard in {every}"
     return (
         f"<h2>Expert {expert} in {html.escape(name)}</h2>"
-        "<p class=\"quiet\">Bars: the share of a language's, a spelling's or a position's tokens that chose it, and of "
-        "its own tokens the share that chose another expert as well; behind them, of how many tokens. Lines: what to "
-        "expect if nothing mattered. Languages: all tokens. "
-        f"The rest: {tokens:,} tokens{sample}; of spellings those that chose it most often.</p>"
+        "<p class=\"quiet\">Bars: the share of a language's, a spelling's or a position's tokens that chose it, and "
+        "the share of its own tokens that also chose another expert. Lines: the baseline. Last column: the number of "
+        "tokens. Languages count all tokens, the rest "
+        f"{tokens:,} tokens{sample}. Spellings are those that chose it most often.</p>"
         f'<div class="aspects">{"".join(lists)}</div>'
         + _contexts([(item, weight) for aspect, item, weight, *_ in profile if aspect == "context"])
     )

@@ -81,7 +81,7 @@ def _new_folder(out: str) -> Path:
         raise ValueError(f"an export goes to a local folder, got {out}; copy that to the store with its own client")
     target = Path(out).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not an empty folder: give another one, or remove it")
+        raise ValueError(f"{target} exists and is not an empty folder: give another one, or remove it")
     return target
 
 

@@ -81,7 +81,7 @@ def lead(card: Card, routers: Sequence[Any], labels: int) -> str:
     return (
         f"{card.tokens:,} tokens of {card.documents:,} documents in {languages}, "
         f"{card.name}: {terminal.routers(routers)}. "
-        "Every number is the answer to a query that stands below its figure."
+        "Every number comes from the query shown below its figure."
     )
 
 

@@ -24,7 +24,7 @@ WORDS = 8
 _PIECE = re.compile("<[0-9A-F]{2}>")
 """A single byte of a character that is split over several tokens."""
 SHOWN_EXPERTS = 64
-_NO_IDS = "This run holds no token ids (or none that occurs ten times), so tokens and experts cannot be told together."
+_NO_IDS = "This run has no token ids (or none that occurs ten times), so experts cannot be related to tokens."
 
 
 def figures(subject: Subject) -> list[Figure]:
@@ -40,8 +40,8 @@ def _vocabulary_by_layer(subject: Subject) -> Figure:
     )
     common = Figure(
         name="vocabulary-by-layer", section=EXPERTS, title="Vocabulary specialization over depth",
-        text="How much of a token's occurrences its favourite expert gets, mean over the vocabulary: 1, the layer "
-        "routes by token identity alone.",
+        text="The share of a token's occurrences that choose its favourite expert, mean over the vocabulary: at 1 the "
+        "layer routes by token identity alone.",
     )  # fmt: skip
     if len(rows) == 0:
         return dataclasses.replace(common, text=_NO_IDS)
@@ -70,8 +70,8 @@ def _vocabulary(subject: Subject) -> Figure:
     shown = rows.only(rows["_row"] <= SHOWN_EXPERTS)
     return dataclasses.replace(
         common,
-        text="For each expert the tokens whose favourite it is, and the mean share of their occurrences that it gets; "
-        "the dashed line is chance. Behind it the most specialised of these tokens; ␣ is a space, and pieces of "
+        text="For each expert, the mean share that it gets of the occurrences of tokens whose favourite it is; the "
+        "dashed line is chance. Next to it the most specialised of these tokens; ␣ is a space, and pieces of "
         "characters are left out.",
         draw=functools.partial(
             curves.bars_with_words,

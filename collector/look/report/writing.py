@@ -125,7 +125,7 @@ def _warnings(cards: Sequence[card.Card], subject: Subject, labels: int) -> list
     found = [
         {
             "head": f"{each.name}: incomplete.",
-            "text": f"{each.shards[0]:,} of {each.shards[1]:,} shards are committed; all numbers are of these.",
+            "text": f"{each.shards[0]:,} of {each.shards[1]:,} shards are committed; all numbers come from these.",
         }
         for each in cards
         if not each.complete

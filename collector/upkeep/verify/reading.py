@@ -125,4 +125,4 @@ def each_once(counts: NDArray[Any], what: str) -> Problems:
     if (missing := np.flatnonzero(counts == 0)).size:
         yield f"{what} {missing[0]} is missing, with {missing.size - 1:,} others"
     if (repeated := np.flatnonzero(counts > 1)).size:
-        yield f"{what} {repeated[0]} is there more than once, with {repeated.size - 1:,} others"
+        yield f"{what} {repeated[0]} occurs more than once, with {repeated.size - 1:,} others"

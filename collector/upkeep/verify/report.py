@@ -55,7 +55,7 @@ class Report:
             yield f"incomplete: {len(self.missing):,} of {self.shards:,} shards are not committed ({named})"
         if self.sound:
             also = ", and so is the rollup" if self.rollup is not None else ""
-            yield f"sound: all of {checked:,} committed shards are what they must be{also}"
+            yield f"sound: all of {checked:,} committed shards are correct{also}"
 
 
 class Ticker:

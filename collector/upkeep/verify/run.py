@@ -143,7 +143,7 @@ def _check_marks(run: RunDirectory, plan: Plan, report: Report) -> None:
     if stored is None or hashlib.sha256(stored).hexdigest() != said[2]:
         report.run.append(f"{MANIFEST} is {'missing' if stored is None else 'not the one that _SUCCESS names'}")
     elif not report.wrong and not _lists_the_records(stored, run):
-        report.run.append(f"{MANIFEST} says other things than the commit records")
+        report.run.append(f"{MANIFEST} differs from the commit records")
 
 
 def _lists_the_records(stored: bytes, run: RunDirectory) -> bool:
@@ -178,7 +178,7 @@ def _check_shard(
     except DamagedRecordError as error:
         return [f"its commit record is damaged ({_first_line(error.__cause__ or error)})"]
     if commit is None:
-        return ["its commit record has gone meanwhile"]
+        return ["its commit record has disappeared"]
     wrong = list(_check_record(commit, shard, plan_hash))
     with tempfile.TemporaryDirectory(prefix="collector-verify-") as folder:
         paths: dict[str, Path] = {}

@@ -90,7 +90,7 @@ def _check_rejects(path: Path, commit: Commit, card: Card) -> Problems:
     for group in groups(path, REJECTS, commit, card.schemas[REJECTS], wrong):
         rows.update(zip(group["source"].to_pylist(), group["row"].to_pylist(), strict=True))
         reasons.update(group["reason"].to_pylist())
-    wrong["rejects: a row is there twice"] = len(rows) - list(rows.values()).count(1)
+    wrong["rejects: a row occurs twice"] = len(rows) - list(rows.values()).count(1)
     yield from told(wrong)
     if reasons != Counter({reason: skipped.count for reason, skipped in commit.skipped.items()}):
         yield "rejects holds other reasons, or other numbers of rows, than the commit record says"
@@ -145,7 +145,7 @@ def _check_tokens(
         tok, of = numbers(group["tok"]), numbers(group["doc"])
         nulls = group["token_id"].null_count
         wrong["tokens.token_id is null"] += 0 if card.drops_token_ids else nulls
-        wrong["tokens.token_id is there, which the run drops"] += len(group) - nulls if card.drops_token_ids else 0
+        wrong["tokens.token_id is set, but the run drops it"] += len(group) - nulls if card.drops_token_ids else 0
         stacks = codes(group["stack"], {name: code for code, name in enumerate(STACKS)})
         wrong["tokens.stack is neither encoder nor decoder"] += int((stacks < 0).sum())
         wrong["tokens.tok is beyond the shard's tokens"] += int((tok >= count).sum())
