@@ -100,22 +100,20 @@ class CaptureConfig:
     The forward pass stops after the last of them."""
     stacks: tuple[Stack, ...] | None = None
     """Which routers to record: `encoder`, `decoder` or both.
-    By default only the encoder of an encoder–decoder model is recorded and its decoder never runs. Other models have
-    a single stack."""
+    By default only the encoder of an encoder–decoder model is recorded, and its decoder never runs.
+    Other models have a single stack."""
     max_length: int = 512
     """Longest document, and longest decoder text, in tokens. Longer texts are truncated and counted."""
     tokens_per_batch: int | None = None
     """Padded tokens per forward pass, encoder and decoder together (default: 4096 on a CPU, 32768 on a GPU).
     A document longer than this is a batch of its own. Lower it if the device runs out of memory."""
     store: tuple[Store, ...] = ()
-    """Also store `text` (each document's text and target) or `probabilities` (of all experts, for every token and
-    layer).
-    Probabilities take 4 bytes each before compression."""
+    """Also store `text` (each document's text and target) or `probabilities` (of all experts).
+    Probabilities are stored for every token and layer, at 4 bytes each before compression."""
     token_ids: TokenIds = "keep"
-    """How token ids are recorded: `keep` stores them, `drop` leaves them out, and `hash` permutes the vocabulary with
-    the key in the environment variable COLLECTOR_TOKEN_KEY, without which the ids cannot be recovered.
-    Neither `hash` nor `drop` protects the text: most of it can be recovered from the chosen experts alone
-    (arXiv 2602.04105)."""
+    """How token ids are recorded: `keep` stores them, `drop` leaves them out, `hash` permutes the vocabulary.
+    `hash` reads its key from the environment variable COLLECTOR_TOKEN_KEY; without the key nobody can recover the ids.
+    Neither protects the text: most of it can be recovered from the chosen experts alone (arXiv 2602.04105)."""
 
     def __post_init__(self) -> None:
         """Rejects impossible layers, stacks and sizes."""
@@ -151,7 +149,7 @@ class LaunchConfig:
     """GPUs per replica. A fraction lets several replicas share a GPU; 2 or more split a model too large for one.
     Ignored on CPUs."""
     offload: Literal["none", "cpu", "disk"] = "none"
-    """Where to keep weights that do not fit on the replica's devices. They are copied in every forward pass: slow.
+    """Where to keep weights that do not fit on the replica's devices. Copying them in every forward pass is slow.
     `cpu` uses the host memory beside a GPU, `disk` also local disk."""
     host_memory: str | None = None
     """Host memory for a replica's weights with --offload, for example 24GB (default: all that is free)."""

@@ -73,7 +73,7 @@ class Report:
     labels: tuple[str, ...] | None = None
     """Labels whose curves are coloured, up to 8 (default: the 6 with the most tokens)."""
     resamples: int = 200
-    """Bootstrap samples for intervals, and permutations for the test of specialization; use 1,000 for a paper.
+    """Bootstrap samples for intervals, and permutations for the test of specialization; use 1000 for a paper.
     0 omits both, which is much faster."""
 
     def __post_init__(self) -> None:

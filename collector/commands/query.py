@@ -1,4 +1,4 @@
-"""SQL over a run: `collector query` runs a query of `queries/`, `collector sql` any other, `collector views` a script.
+"""SQL over a run: `collector query` runs a query of `queries/`, `sql` runs any statement, `views` writes a script.
 
 Each query has its own parameters, and reading them takes DuckDB, so they are not declared as flags of the command.
 They are taken out of the command line before it is parsed, and checked where the query runs.
@@ -32,8 +32,8 @@ class Query:
     """Another run of the same tokens, for example of the quantized or the untrained model.
     Queries that compare two runs need it; for any other query, both runs' rows are put side by side."""
     list: bool = False
-    """List the queries. With --format markdown the list is complete documentation; given RUN and --beside OTHER, two
-    runs of the demo, it also contains example rows of each query."""
+    """List the queries. With --format markdown the list is their complete documentation.
+    Given RUN and --beside OTHER, two runs of the demo, it also contains example rows of each query."""
     by: str = "label"
     """What to group by: label (as recorded), source, script, length, position or token_class."""
     format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
@@ -150,8 +150,8 @@ class Sql:
 class Views:
     """Write the SQL script that creates the run's views in any DuckDB: `duckdb -init <(collector views RUN)`.
 
-    The script names every file by its full path or URL. For a run on an object store, DuckDB needs its extension httpfs
-    (azure for az://) and the credentials; `collector query` and `sql` need neither.
+    The script names every file by its full path or URL. To read a run on an object store, DuckDB needs its extension
+    httpfs (azure for az://) and the credentials; `collector query` and `sql` need neither.
     """
 
     run_: RunPath

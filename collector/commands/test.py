@@ -13,9 +13,9 @@ from collector.commands.arguments import RowFormat, RunPath
 class Test:
     """Test which experts specialize in which label, by a permutation test over documents.
 
-    For every router, label and expert it asks: does a larger share of the label's tokens choose the expert than of all
-    documents' tokens together? Tokens of a document are correlated, so whole documents are shuffled. q values control
-    the false discovery rate over all rows (Benjamini-Hochberg). The most certain rows come first.
+    For every router, label and expert it tests whether a larger share of the label's tokens chooses the expert than of
+    all documents' tokens. Tokens of a document are correlated, so labels are shuffled between whole documents. q values
+    control the false discovery rate over all rows (Benjamini-Hochberg). The most certain rows come first.
     """
 
     run_: RunPath

@@ -17,8 +17,8 @@ class Verify:
 
     Checks the size and SHA-256 of files and the contents of tables: every token of every document occurs once, and each
     recorded router has a decision for each token of its stack. Run it after copying a run, before publishing it, or
-    when you suspect a disk. A run that only lacks shards is incomplete, not unsound. A rollup is compared with counts
-    that are computed from the tables in an independent way.
+    when you suspect a failing disk. A run that only lacks shards is incomplete, not unsound. A rollup is compared with
+    counts that are computed from the tables by independent code.
     """
 
     run_: RunPath
@@ -81,8 +81,8 @@ class Gc:
     run_: RunPath
     """The run directory."""
     older_than: str = "1d"
-    """Remove only files last written at least this long ago: 90m, 12h, 2d. The minimum of an hour protects shards in
-    progress. 0 removes all orphans and is safe only while nothing collects into the run."""
+    """Remove only files last written at least this long ago: 90m, 12h, 2d.
+    The minimum is an hour, to protect shards in progress. 0 is safe only while nothing collects into the run."""
     dry_run: bool = False
     """Only print what would be removed."""
 

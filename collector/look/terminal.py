@@ -272,7 +272,7 @@ def uncertain(table: pa.Table, style: str) -> None:
     import pyarrow.compute as pc
 
     relation(duckdb.from_arrow(table), style)
-    counted = "available" if "available" in table.column_names else "documents"  # a curve has both columns
+    counted = "available" if "available" in table.column_names else "documents"  # of a curve: the sample size
     few = pc.sum(pc.less(table[counted], FEW_DOCUMENTS)).as_py() or 0
     if few:
         sys.stderr.write(f"{few:,} of {table.num_rows:,} rows rest on fewer than {FEW_DOCUMENTS} documents of a label "

@@ -1,4 +1,4 @@
-"""Computes the memory of a model before it is loaded, and reports it afterwards.
+"""Computes the memory that a model needs before it is loaded, and reports what it takes afterwards.
 
 The computation before loading uses an empty model of the same architecture and is exact for the
 parameters. Activations depend on `--tokens-per-batch` and are not counted.

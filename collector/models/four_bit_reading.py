@@ -1,7 +1,7 @@
 """Reads parameters that may be quantized to 4 bits: as a whole, or one slice at a time.
 
-The same functions read parameters that are not quantized, without importing bitsandbytes: only `four_bit`, which
-quantizes, imports it at once.
+The same functions read parameters that are not quantized, without importing bitsandbytes; `four_bit` imports it to
+quantize.
 """
 
 from __future__ import annotations

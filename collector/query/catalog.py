@@ -37,7 +37,7 @@ class Param:
 
     name: str
     type: str
-    """integer, double, boolean, varchar or varchar[]."""
+    """SQL type: integer, double, boolean, varchar or varchar[]."""
     default: Value
     """None means the query's own default, described in `help`."""
     help: str

@@ -174,7 +174,7 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
 
 
 def _committed_files(run: RunDirectory, *, rollup: bool = False) -> dict[str, dict[str, int]]:
-    """Returns bytes by path in the run directory by relation, including the current rollup if wanted and present."""
+    """Returns relation -> path in the run directory -> bytes, with the current rollup if it is wanted and exists."""
     files: dict[str, dict[str, int]] = {table: {} for table in (*TABLES, REJECTS, "vocab")}
     covered = rollups.Covered()
     for commit in run.commits():

@@ -59,7 +59,7 @@ def _effective(subject: Subject) -> Figure:
         ),
         name="effective-experts",
         title="Effective number of experts",
-        text="The number of equally loaded experts with the same entropy as a language's load. It grows with the sample "
+        text="The number of equally loaded experts with the same entropy as a language's load. It grows with sample "
         "size, so compare languages with similar numbers of tokens. The dashed line is the number of experts.",
         panels={"effective_experts": "effective experts"},
     )

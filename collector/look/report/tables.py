@@ -172,7 +172,7 @@ def span(numbers: np.ndarray, words: Callable[[float], str] = "{:,}".format) -> 
 
 
 def extent(table: Table, metric: str, *columns: str, zero: bool = True) -> tuple[float, float]:
-    """Returns the range of a metric, its baseline, and other columns if the table has them.
+    """Returns the minimum and maximum over a metric, its baseline, and other columns if the table has them.
 
     Args:
         table: with a column `metric`.

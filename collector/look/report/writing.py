@@ -1,4 +1,4 @@
-"""Assembles a report: opens the runs, runs the queries, writes the page and the figures."""
+"""Assembles a report: opens the runs, executes the queries, writes the page and the figures."""
 
 from __future__ import annotations
 

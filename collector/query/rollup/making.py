@@ -172,7 +172,7 @@ class _Labels:
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Opens a writer with the encodings that measure best, as for `routing`: dictionaries for names, byte streams."""
+    """Opens a writer with encodings chosen by measurement, as for `routing`: dictionaries for names, byte streams."""
     return pq.ParquetWriter(
         path, schema, compression=tables.COMPRESSION, compression_level=tables.COMPRESSION_LEVEL,
         use_dictionary=["stack", "layer", "shard", "label", "tokens", "expert", "experts.list.element",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collector.store.tables import Layer
 
     Problems = Generator[str, None, None]
-    """One line each."""
+    """Yields one line per problem."""
 
 STACKS = ("encoder", "decoder")
 
