@@ -4,7 +4,7 @@ The model is the base model (`AutoModel`), because routing needs no language-mod
 model of the same architecture reveals errors before anything is downloaded or allocated: a dense
 model, a tokenizer that does not fit, too little memory. Random weights are drawn from a seed on the
 host, directly in the target dtype, so every replica of a run has the same weights, whatever its
-device. `fingerprint` verifies that.
+device. `fingerprint` makes it possible to check that.
 """
 
 from __future__ import annotations
