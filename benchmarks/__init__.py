@@ -1,1 +1,1 @@
-"""Measurements, each with its floor beside it in the same run. Nothing here is a test."""
+"""Benchmarks, each measured against a baseline or lower bound in the same process. Nothing here is a test."""

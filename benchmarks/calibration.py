@@ -1,22 +1,21 @@
-"""Are intervals and tests as honest as they say? Simulated runs whose truth is known.
+"""Measures the calibration of intervals and tests on simulated runs whose truth is known.
 
     python -m benchmarks.calibration                    # 200 runs of each kind: some minutes
-    python -m benchmarks.calibration --runs 20          # a look
-    python -m benchmarks.calibration --parts tests      # false discoveries alone
+    python -m benchmarks.calibration --runs 20          # a quick look
+    python -m benchmarks.calibration --parts tests      # false discoveries only
 
-A simulated document has preferences of its own: in each of k groups of experts, of which a token takes one, its
-probabilities are drawn from a Dirichlet distribution around its label's, so that the tokens of a document are
-correlated and a label's domain specialization is known exactly. Its router entropy too is drawn around the label's
-(gamma), and that of its tokens around the document's (exponential). Lengths vary (log-normal).
+A simulated document has its own preferences. Experts form k groups, and a token takes one expert from each; the
+document's probabilities in a group are drawn from a Dirichlet distribution around its label's. So the tokens of a
+document are correlated, and a label's domain specialization is known exactly. The document's router entropy is drawn
+around its label's (gamma), and that of its tokens around the document's (exponential). Lengths vary (log-normal).
 
-(tests) kinds of runs: labels that say nothing; labels that differ in number, length and uniformity of documents but
-not in domain specialization; labels of which half have one expert more than the others. Tests: the one of
-`collector test`, the same without its standard error, and a z test that takes tokens for independent. For each: how
-many runs have a false discovery, the mean share of false ones among the discoveries, the share of p <= 0.05 where
-nothing is to be found (over all labels, and for the label where it is largest), and the share of the planted effects
-that are found.
-(coverage) how often intervals hold the true value, by metric and number of documents per label: where labels are alike
-but for planted effects, and where each has preferences of its own. Of pairs of labels only those that differ count: a
+(tests) Kinds of runs: labels without any effect; labels that differ in number, length and uniformity of documents but
+not in domain specialization; half of the labels with an increased share of one expert. Tests: the one of `collector
+test`, the same without its standard error, and a z test that treats tokens as independent. For each it prints the
+share of runs with a false discovery, the mean share of false discoveries, the share of p <= 0.05 among true nulls
+(over all labels, and for the worst label), and the share of the planted effects that are found.
+(coverage) How often intervals contain the true value, by metric and number of documents per label: for labels that
+are equal except for planted effects, and for labels that all differ. Only pairs of labels that differ count, because a
 divergence of 0 lies at the end of its range.
 """
 
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 EXPERTS, TOP_K = 16, 4
 ENTROPY = STATISTICS.index("router_entropy")
-"""The statistic that is simulated, with a mean of 1 for every label; the others are NaN."""
+"""Index of the simulated statistic, with a mean of 1 for every label; the others are NaN."""
 LEVEL = 0.05
 
 
@@ -54,21 +53,21 @@ LEVEL = 0.05
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
-    """Where simulated runs come from: L labels, E experts of which a token takes one in each of k groups."""
+    """Distribution of simulated runs with L labels, and E experts in k groups, of which a token takes one each."""
 
     documents: tuple[int, ...] = (40,) * 8
     tokens: tuple[float, ...] = (60.0,) * 8
     """Mean length of a label's documents."""
     concentration: tuple[float, ...] = (8.0,) * 8
-    """Of the Dirichlet distributions: two tokens of a document agree by 1 / (1 + it) more than by chance."""
+    """Concentration c of the Dirichlet distributions: two tokens of a document agree 1 / (1 + c) above chance."""
     effect: float = 0.0
-    """What labels of the first half have more of one expert each, in domain specialization."""
+    """Increase in domain specialization for one expert in each label of the first half."""
     all_differ: bool = False
-    """Give each label preferences of its own."""
+    """Whether each label has its own preferences."""
 
     @property
     def truth_LE(self) -> NDArray[np.float64]:
-        """[L, E] domain specialization of each label; sums to k."""
+        """Domain specialization of each label, of shape [L, E]; sums to k."""
         base_GX = np.random.default_rng(0).dirichlet(np.full(EXPERTS // TOP_K, 4.0), size=TOP_K)
         truth_LGX = np.tile(base_GX, (len(self.documents), 1, 1))
         if self.all_differ:
@@ -83,14 +82,14 @@ class World:
 
     @property
     def nothing_LE(self) -> NDArray[np.bool_]:
-        """[L, E] where a label does not choose an expert more than the others do."""
+        """Whether a label chooses an expert no more than the other labels do, of shape [L, E]."""
         tokens_L1 = np.multiply(self.documents, self.tokens)[:, None]
         picks_LE = self.truth_LE * tokens_L1
         others_LE = (picks_LE.sum(axis=0) - picks_LE) / (tokens_L1.sum() - tokens_L1)
         return self.truth_LE <= others_LE + 1e-12
 
     def run(self, rng: np.random.Generator) -> DocumentCounts:
-        """Counts of one run."""
+        """Simulates the counts of one run."""
         label_D = np.repeat(np.arange(len(self.documents)), self.documents)
         spread = 0.5
         lengths_D = np.take(self.tokens, label_D) * rng.lognormal(-(spread**2) / 2, spread, len(label_D))
@@ -127,22 +126,22 @@ WORLDS = {
 
 
 def studentized(counts: DocumentCounts, resamples: int) -> NDArray[np.float64]:
-    """[L, E] p values of `collector test`."""
+    """Returns the p values of `collector test`, of shape [L, E]."""
     return p_values(counts, resamples=resamples, seed=0)[1]
 
 
 def difference_alone(counts: DocumentCounts, resamples: int) -> NDArray[np.float64]:
-    """[L, E] p values of the same shuffles, by the difference without its standard error."""
+    """Returns p values from the same shuffles, for the difference without its standard error, of shape [L, E]."""
     return p_values(counts, resamples=resamples, seed=0, statistic=difference)[1]
 
 
 def difference(sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]) -> NDArray[np.float64]:  # noqa: ARG001
-    """[S, L, E] domain specialization beyond the pooled share."""
+    """Returns domain specialization minus the pooled share, of shape [S, L, E]."""
     return np.split(sums_SLC[:, :, 2:], 3, axis=2)[0] / sums_SLC[:, :, :1]
 
 
 def independent_tokens(counts: DocumentCounts, resamples: int) -> NDArray[np.float64]:  # noqa: ARG001
-    """[L, E] p values of a z test of two proportions, label against the others, as if each token were drawn alone."""
+    """Returns p values [L, E] of a z test of two proportions, label against others, as if tokens were independent."""
     labels = len(counts.labels)
     picks_LE = group_sums(counts.label_D[None], counts.picks_DE.astype(np.float64), labels)[0]
     n_L1 = np.bincount(counts.label_D, counts.tokens_D)[:, None]
@@ -162,22 +161,22 @@ TESTS: dict[str, Callable[[DocumentCounts, int], NDArray[np.float64]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Errors:
-    """What a test did over simulated runs."""
+    """Error rates of a test over simulated runs."""
 
     any_false: float
     """Share of runs with a false discovery."""
     false_share: float
-    """Mean share of false ones among the discoveries of a run."""
+    """Mean share of false discoveries among the discoveries of a run."""
     small_p: float
-    """Share of p <= 0.05 among cells where nothing is to be found."""
+    """Share of p <= 0.05 among true nulls."""
     small_p_worst: float
-    """The same for the label where it is largest."""
+    """The same for the worst label."""
     found: float
-    """Share of the planted effects that are discoveries; NaN where there are none."""
+    """Share of the planted effects that are found; NaN if there are none."""
 
 
 def false_discoveries(world: World, test: Callable, runs: int, resamples: int) -> Errors:
-    """Simulates runs and tests each."""
+    """Simulates runs, tests each, and returns the error rates."""
     nothing_LE = world.nothing_LE
     planted_LE = world.truth_LE - dataclasses.replace(world, effect=0.0).truth_LE > world.effect / 2
     p_RLE = np.array([test(world.run(np.random.default_rng([1, run])), resamples) for run in range(runs)])
@@ -216,11 +215,11 @@ CASES: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
     ("all differ", {"all_differ": True}, 20, QUERIES),
     ("all differ", {"all_differ": True}, 50, QUERIES),
 ]
-"""Labels, how their world is made, documents of each, queries."""
+"""Name of the labels, arguments of their world, documents per label, queries."""
 
 
 def true_sums(world: World) -> Sums:
-    """Sums of documents without end, as one sample."""
+    """Returns the expected sums, scaled to 1e9 tokens per label, as one sample."""
     tokens = 10**9
     picks_SLE = np.rint(world.truth_LE * tokens)[None]
     labels = tuple(f"label {i}" for i in range(len(world.documents)))
@@ -234,13 +233,13 @@ def true_sums(world: World) -> Sums:
 
 
 def ours(values_RS: NDArray, documents_R: NDArray, estimate_R: NDArray) -> tuple[NDArray, NDArray]:
-    """What `collector query --interval 95` gives."""
+    """Computes the interval of `collector query --interval 95`."""
     found = interval(values_RS.copy(), documents_R, 100 * (1 - LEVEL), estimate_R)
     return found.low_R, found.high_R
 
 
 def percentile(values_RS: NDArray, documents_R: NDArray, estimate_R: NDArray) -> tuple[NDArray, NDArray]:  # noqa: ARG001
-    """Quantiles of the samples as they are."""
+    """Computes the plain quantiles of the samples."""
     low_R, high_R = np.quantile(values_RS, [LEVEL / 2, 1 - LEVEL / 2], axis=1)
     return low_R, high_R
 
@@ -249,7 +248,7 @@ METHODS = {"ours": ours, "percentile": percentile}
 
 
 def coverage(world: World, query: str, runs: int, resamples: int) -> dict[tuple[str, str], float]:
-    """(metric, method) -> share of intervals that hold the true value."""
+    """Returns the share of intervals that contain the true value, by (metric, method)."""
     asked = SampledQuery(find_query(query), {})
     exemplar = world.run(np.random.default_rng(0))
     rows = asked.answer(exemplar, true_sums(world))
@@ -274,7 +273,7 @@ def coverage(world: World, query: str, runs: int, resamples: int) -> dict[tuple[
 
 
 def pairs_that_differ(rows: pa.Table) -> NDArray[np.bool_]:
-    """Each pair of labels once, and only where they differ; all rows of other queries."""
+    """Selects each pair of labels once, and only if they differ; for other queries, all rows."""
     if "label_a" not in rows.column_names:
         return np.ones(rows.num_rows, bool)
     names = rows.select(["metric", "label_a", "label_b", "value"]).to_pylist()
@@ -295,7 +294,7 @@ def measure_coverage(runs: int, resamples: int) -> None:
 
 
 def main() -> None:
-    """Parses the command line."""
+    """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--shuffles", type=int, default=2999)

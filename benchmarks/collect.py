@@ -1,26 +1,26 @@
-"""How fast the collector is, beside the loops it replaces and the forward pass it cannot beat.
+"""Measures the throughput of the collector against the loops it replaces and against the bare forward pass.
 
     python -m benchmarks.collect                 # both models, then memory
     python -m benchmarks.collect --parts wide    # an OLMoE cut to 4 layers at full width, random weights
     python -m benchmarks.collect --parts demo    # the demo model
     python -m benchmarks.collect --parts memory  # peak memory and bytes per token at 1x and 10x the data
 
-All variants see the same texts with the same weights in one process (e in an actor of its own), in
-turns; medians over the rounds are compared. Tokens are real tokens, padding not counted. a, b and c
-run the model as transformers loads it; f, d and e as the collector loads it, which multiplies in
+All variants process the same texts with the same weights in one process (e in an actor of its own),
+taking turns; medians over the rounds are compared. Only real tokens count, not padding. a, b and c
+run the model as loaded by transformers; f, d and e as loaded by the collector, which multiplies in
 float32 on a CPU that only emulates bfloat16.
 
 (a) notebook: one sentence at a time, `AutoModelForCausalLM`, a hook that keeps the logits, argmax
 (b) transformers: arrival order, same padded-token budget, `output_router_logits=True`, then top-k
-(c) bare: the base model on the collector's own batches, no hooks, all of it
-(f) floor: the collector's forward cut exactly where it stops, no hooks, no output, padding everywhere
+(c) bare: the whole base model on the collector's own batches, without hooks
+(f) floor: the collector's forward pass, stopped at the last router, without hooks, output or padding removal
 (d) collector, in process, files written and committed
-(e) collector through Ray, one replica; counted from the replica's being ready
+(e) collector through Ray, one replica; measured from when the replica is ready
 
-Of d and e the table also says how long the model waited for a shard, as a share of its time.
+For d and e it also prints the share of time in each stage, including how long the model waited for a shard.
 
-Everything that computes does so in a thread that ends with it: OpenMP keeps a team of threads for each thread
-that ever computed, and slows all of them down once there are more than the machine has cores.
+Each computation runs in its own short-lived thread: OpenMP keeps a team of threads for every thread that ever
+computed, and all of them slow down once there are more threads than cores.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ class Bench:
     parts: tuple[Part, ...] = ("wide", "demo", "memory")
     """What to measure."""
     wide_documents: int = 60
-    """Documents for the wide model, spread over all languages; some CPUs do but 50 of its tokens a second."""
+    """Documents for the wide model, spread over all languages; some CPUs process only 50 of its tokens per second."""
     wide_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the wide model; on a CPU without bfloat16 arithmetic, float32 shows what others see."""
+    """Precision of the wide model; float32 is the fair choice on a CPU without bfloat16 arithmetic."""
     demo_documents: int = 1800
     """Documents for the demo model."""
     variants: tuple[Literal["a", "b", "c", "f", "d", "e"], ...] = ("a", "b", "c", "f", "d", "e")
-    """Which variants; ratios need both of their sides."""
+    """Variants to run; a ratio is printed only if both of its variants run."""
     rounds: int = 3
-    """Rounds; every variant runs once in each, but a and b on the wide model only in the first."""
+    """Rounds; every variant runs once per round, except a and b on the wide model, which run only in the first."""
     memory_documents: int = 3000
     """Documents at 1x; ten times as many at 10x."""
 
@@ -88,7 +88,7 @@ class Bench:
 
 
 def notebook_loop(lm: Any, tokenizer: Any, texts: list[str], max_length: int) -> None:
-    """(a): what researchers run today."""
+    """(a): the usual notebook loop, one sentence at a time."""
     kept: dict[str, torch.Tensor] = {}
     counts: list[tuple[int, int, int]] = []
 
@@ -144,7 +144,7 @@ class GateOnly(torch.nn.Module):
 
 @torch.inference_mode()
 def forward_all(model: Any, prepared: list[batches.Batch]) -> None:
-    """(c) and (f): forward passes, results dropped."""
+    """(c) and (f): forward passes whose results are discarded."""
     for batch in prepared:
         model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask),
               use_cache=False)  # fmt: skip
@@ -166,15 +166,15 @@ class CutAfterLastRouter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What a collector took, by its own clock."""
+    """Time that a collector took, by its own clock."""
 
     seconds: float
     stages: Counter[str]
-    """Of all shards."""
+    """Seconds by stage, summed over all shards."""
 
     @classmethod
     def of(cls, seconds: float, commits: Iterable[Commit]) -> Collected:
-        """Adds up what the commit records say."""
+        """Sums the stages of the commit records."""
         stages: Counter[str] = Counter()
         for commit in commits:
             stages.update(commit.seconds)
@@ -191,7 +191,7 @@ def collect_in_process(loaded: loading.LoadedModel, config: RunConfig, made: pla
 
 
 def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
-    """(e): from the replica's being ready to the last commit."""
+    """(e): measured from when the replica is ready to the last commit."""
     from collector.fleet import driver
     from collector.fleet.dispatch import Job
     from collector.fleet.placement import Need
@@ -211,7 +211,7 @@ def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
 
 
 def apart(function: Callable[[], Any]) -> Any:
-    """What `function` returns, in a thread of its own."""
+    """Runs a function in its own thread and returns its result."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(function).result()
 
@@ -220,7 +220,7 @@ def apart(function: Callable[[], Any]) -> Any:
 
 
 def prepare(loaded: loading.LoadedModel, config: RunConfig, made: plan.Plan) -> list[batches.Batch]:
-    """The batches that a replica makes of the same shards."""
+    """Returns the batches that a replica would make of the same shards."""
     prepared = []
     for shard in made.shards:
         texts = [row.text for row in plan.read_shard(shard, config.data) if isinstance(row, Document)]
@@ -234,7 +234,7 @@ def compare(
     title: str, lm: Any, model_config: ModelConfig, *, documents: int, rounds: int, chosen: tuple[str, ...],
     once: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
-    """Times all variants in turns and prints the table; those in `once` run in the first round only."""
+    """Times all variants in turns and prints the table; variants in `once` run in the first round only."""
     tokenizer = loading.load_tokenizer(model_config)
     data = DataConfig(per_label=max(1, documents // 60))
     config = resolve(data=data, model=model_config, capture=CaptureConfig(), device="cpu")
@@ -279,14 +279,14 @@ def compare(
 def print_table(
     title: str, subtitle: str, tokens: int, seconds: dict[str, list[float]], stages: dict[str, Counter[str]]
 ) -> None:
-    """Tokens per second of each variant, the ratios that matter, paired by round, and where the collector's time went.
+    """Prints tokens per second of each variant, their main ratios, paired by round, and the collector's time by stage.
 
     Args:
         title: of the model.
-        subtitle: what all variants were given.
-        tokens: that is, in tokens.
-        seconds: variant -> time of each round.
-        stages: variant -> stage -> seconds in all rounds.
+        subtitle: description of the input.
+        tokens: number of tokens of the input.
+        seconds: time of each round, by variant.
+        stages: seconds in all rounds, by variant and stage.
     """
     names = {"a": "one sentence at a time, hook, argmax", "b": "transformers, batched, arrival order",
              "c": "bare base model, our batches", "f": "floor: cut after the last router",
@@ -308,7 +308,7 @@ def print_table(
 
 
 def wide_model(dtype: Literal["bfloat16", "float32"]) -> tuple[Any, ModelConfig, tempfile.TemporaryDirectory[str]]:
-    """OLMoE-1B-7B's width with 4 of its layers, random weights; saved as config and tokenizer only."""
+    """Builds a model of OLMoE-1B-7B's width with 4 layers and random weights; saves only config and tokenizer."""
     from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
     folder = tempfile.TemporaryDirectory()
@@ -324,7 +324,7 @@ def wide_model(dtype: Literal["bfloat16", "float32"]) -> tuple[Any, ModelConfig,
 
 
 def measure_memory(documents: int) -> None:
-    """Child process: collects in process, prints peak memory, and where the bytes are."""
+    """Runs in a child process: collects, and prints peak memory and bytes by group of columns."""
     import pyarrow.parquet as pq
 
     data = DataConfig(data=("demo:all",), per_label=max(1, documents // 60))
@@ -354,7 +354,7 @@ def measure_memory(documents: int) -> None:
 
 
 def column_group(table: str, column: str) -> str:
-    """Groups the columns of the routing table by what they hold."""
+    """Returns the group of a column, by its content."""
     if table != "routing":
         return table
     if column[0] in "ew" and column[1:].isdigit():
@@ -363,7 +363,7 @@ def column_group(table: str, column: str) -> str:
 
 
 def order0_entropy(root: Path, parts: list[str]) -> float:
-    """Bytes per token that the expert ids need at least if each is coded by its column's frequencies."""
+    """Returns the minimum bytes per token for the expert ids, if coded by the frequencies in their column."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(root / parts[0])
@@ -385,7 +385,7 @@ def order0_entropy(root: Path, parts: list[str]) -> float:
 
 
 def memory(documents: int) -> None:
-    """Peak memory and bytes per token at 1x and 10x the data, each in a process of its own."""
+    """Prints peak memory and bytes per token at 1x and 10x the data, each measured in its own process."""
     print("\n### Memory and size (demo model, in process)\n")
     print(
         "| documents | tokens | after loading | peak | bytes/token | of these: ids (entropy) / weights / statistics |"
@@ -402,7 +402,7 @@ def memory(documents: int) -> None:
 
 
 def machine() -> str:
-    """Names the hardware and the software that count."""
+    """Describes the hardware and software relevant for speed."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -413,7 +413,7 @@ def machine() -> str:
 
 
 def main(bench: Bench) -> None:
-    """Runs the parts asked for."""
+    """Runs the chosen parts."""
     from transformers import AutoModelForCausalLM
 
     print(f"python -m benchmarks.collect {' '.join(sys.argv[1:])}\n{machine()}", flush=True)

@@ -1,10 +1,10 @@
-"""How long a step in the explorer takes, from the action in the browser until each part of the page has changed.
+"""Measures the latency of the explorer, from an action in the browser until each part of the page has changed.
 
-    python -m benchmarks.explore                    # ten million generated tokens, rolled up
+    python -m benchmarks.explore                    # ten million generated tokens, with a rollup
     python -m benchmarks.explore --run runs/demo
 
-In headless Chromium (Debian's), on a server of `collector explore`. The median of some steps, after one that nobody
-counts.
+It uses headless Chromium (Debian's) and a server of `collector explore`, and prints the median of several steps after
+one warm-up step.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class Bench:
     """Measure steps in the explorer."""
 
     run: Path | None = None
-    """A run (default: a generated one)."""
+    """Run to explore (default: a generated one)."""
     folder: Path = Path("runs/generated")
-    """Where generated runs are, or go."""
+    """Folder of the generated runs; a missing one is created."""
     tokens: int = 10_000_000
     """Tokens of the generated run."""
     steps: int = 5
-    """Steps of each kind that count."""
+    """Measured steps of each kind."""
 
 
 def prepared(bench: Bench) -> str:
-    """The run, with a rollup."""
+    """Returns the run directory, after making a rollup if necessary."""
     root = str(bench.run) if bench.run else generated(bench.folder, bench.tokens)
     run = RunDirectory(root)
     if not files.current(run):
@@ -58,11 +58,11 @@ def prepared(bench: Bench) -> str:
 
 
 def milliseconds(page: Any, act: Callable[[], object], parts: Sequence[str]) -> dict[str, float]:
-    """Part -> what passes from the action until it has changed."""
+    """Returns the time from the action until each part has changed."""
     page.evaluate("window.changed = {}; window.started = performance.now()")
     act()
     page.wait_for_function(f"{list(parts)}.every(part => part in window.changed)", timeout=60_000)
-    page.wait_for_timeout(500)  # whatever still follows
+    page.wait_for_timeout(500)  # for later updates of the same step
     return page.evaluate("window.changed")
 
 

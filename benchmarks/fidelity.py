@@ -1,13 +1,13 @@
-"""What quantization changes of a model's routing: the same tokens through 16 bits and through fewer.
+"""Measures how quantization changes a model's routing: the same tokens in 16 bits and quantized.
 
     python -m benchmarks.fidelity                     # the demo model and a wide random one, nf4 against bfloat16
     python -m benchmarks.fidelity --against fp4 int8-linear
 
-Two runs are collected and compared by the query `quantization_fidelity`, all languages together: for the tenths, the
-Jaccard by the margin of the bfloat16 run (between the last expert chosen and the first left out), the flips by its lead
-(between the two highest weights).
+Two runs are collected and compared with the query `quantization_fidelity`, all languages together. It groups tokens
+into tenths of the bfloat16 run: the Jaccard index by the margin (between the last chosen expert and the first left
+out), the top-1 flips by the lead (between the two highest weights).
 
-The wide model has random weights, whose routing no training has made decided: a worst case.
+The wide model has random weights, so its routing is undecided: a worst case.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Bench:
     """Compare quantized routing with that of bfloat16."""
 
     models: tuple[Literal["demo", "wide"], ...] = ("demo", "wide")
-    """Which models."""
+    """Models to measure."""
     against: tuple[Literal["nf4", "fp4", "int8-linear"], ...] = ("nf4",)
-    """Which quantizations."""
+    """Quantizations to compare with bfloat16."""
     demo_documents: int = 6000
     """Documents for the demo model."""
     wide_documents: int = 60
@@ -44,7 +44,7 @@ class Bench:
 
 
 def collect(root: str, model: ModelConfig, data: DataConfig) -> str:
-    """One run, in this process."""
+    """Collects one run in this process."""
     config = resolve(data=data, model=model, capture=CaptureConfig(), device="cpu")
     driver.collect_in_process(root, config)
     return root
@@ -81,13 +81,13 @@ def compare(title: str, plain: str, quantized: str) -> None:
 
 
 def values(pair: Comparison, by: str) -> dict[tuple[str, int, int], tuple[float, int]]:
-    """{(metric, layer, decile): (value, tokens)}, all languages together."""
+    """Returns (value, tokens) by (metric, layer, decile), all languages together."""
     rows = pair.query("quantization_fidelity", pooled=True, by=by).project("metric, layer, decile, value, n").fetchall()
     return {(metric, layer, decile): (value, n) for metric, layer, decile, value, n in rows}
 
 
 def mean_of_layers(cells: Sequence[tuple[float, int] | None]) -> float:
-    """Mean over the tokens of all layers; equal margins can leave a decile of a layer without any."""
+    """Averages over the tokens of all layers; ties in the margin can leave a decile of a layer empty."""
     present = [cell for cell in cells if cell is not None]
     return sum(value * n for value, n in present) / max(1, sum(n for _, n in present))
 

@@ -1,11 +1,11 @@
-"""Runs of any size without a model: random routing, written and committed as a replica writes.
+"""Generates runs of any size without a model: random routing, written and committed like a replica's.
 
     python -m benchmarks.generated runs/generated --tokens 1000000
 
-Every language has its own taste for experts in each layer, a document keeps to a part of it, and token ids follow
-Zipf's law: counts, entropies and compression are of the size that a real run has. Labels, lengths and routing are
-random under a seed. What each token gets is drawn from a pool of routings per language and layer, for the draws
-themselves would take longer than all queries together.
+Every language prefers certain experts in each layer, every document uses a part of these preferences, and token ids
+follow Zipf's law, so that counts, entropies and compression resemble those of a real run. Labels, lengths and routing
+are random under a seed. Each token's routing is drawn from a pool per language and layer, because drawing from the
+distributions themselves would take longer than all queries together.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 VOCABULARY = 50_000
 POOL = 4096
-"""Routings per language and layer that tokens draw from."""
+"""Routings per language and layer from which tokens draw."""
 NEIGHBOURHOOD = 512
-"""Of these a document draws from so many."""
+"""Routings of the pool from which a single document draws."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,21 +46,21 @@ class Geometry:
     """The size of a generated run."""
 
     tokens: int = 1_000_000
-    """Tokens in all, about."""
+    """Approximate total number of tokens."""
     layers: int = 16
     """Router layers."""
     experts: int = 64
-    """E, experts per layer."""
+    """Experts per layer, E."""
     top_k: int = 8
-    """k, experts chosen per token."""
+    """Experts chosen per token, k."""
     languages: int = 20
-    """Labels, in turns."""
+    """Number of labels, which documents take in turns."""
     mean_length: int = 500
-    """Tokens per document, as a mean."""
+    """Mean number of tokens per document."""
     docs_per_shard: int = 200
     """Documents per shard."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random draws."""
 
     @property
     def routers(self) -> list[Layer]:
@@ -74,13 +74,13 @@ class Geometry:
 
     @property
     def shards(self) -> int:
-        """How many shards that makes."""
+        """Number of shards."""
         return -(-self.tokens // (self.mean_length * self.docs_per_shard))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Routings of one layer that tokens draw from; D languages, P of each."""
+    """Routings of one layer from which tokens draw: P for each of D languages."""
 
     experts_dpk: NDArray[np.uint8 | np.uint16]
     weights_dpk: NDArray[np.float32]
@@ -88,7 +88,7 @@ class Pool:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, geometry: Geometry, layer: Layer) -> Pool:
-        """Random routers' distributions, which depend on the language, and their k best experts."""
+        """Draws random router distributions, which depend on the language, and takes their top-k experts."""
         taste_de = rng.standard_gamma(0.5, (geometry.languages, layer.n_experts)) + 0.02
         p_dpe = rng.standard_gamma(taste_de[:, None, :], (geometry.languages, POOL, layer.n_experts)) + 1e-6
         p_dpe /= p_dpe.sum(-1, keepdims=True)
@@ -107,7 +107,7 @@ class Pool:
         )
 
     def routing(self, layer: Layer, language_t: NDArray[np.int64], place_t: NDArray[np.int64]) -> LayerRouting:
-        """The routing of T tokens, from a place of the pool of each one's language."""
+        """Returns the routing of T tokens, each from a position in the pool of its language."""
         return LayerRouting(
             geometry=layer,
             experts_tk=self.experts_dpk[language_t, place_t],
@@ -117,7 +117,7 @@ class Pool:
 
 
 def _as_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cut to the precision in which most models apply their weights."""
+    """Truncates to bfloat16, the precision in which most models apply their weights."""
     return (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
@@ -159,7 +159,7 @@ def generate(root: str, geometry: Geometry) -> RunDirectory:
 
 
 def generated(folder: Path, tokens: int) -> str:
-    """The run of so many tokens in a folder, made if it is not there whole."""
+    """Returns the run of this many tokens in a folder; generates it unless it is complete."""
     root = folder / str(tokens)
     if not (root / SUCCESS).exists():
         generate(str(root), Geometry(tokens=tokens))

@@ -1,10 +1,10 @@
-"""What uncertainty costs: seconds and memory for many documents, routers and experts.
+"""Measures time and memory of statistical inference for many documents, routers and experts.
 
     python -m benchmarks.inference                                  # 100,000 documents x 16 routers x 64 experts
-    python -m benchmarks.inference --documents 10000 --routers 2    # a look
+    python -m benchmarks.inference --documents 10000 --routers 2    # a quick look
 
-Counts are synthetic (20 labels, top-8, documents with their own preferences) and made router by router, outside of
-the time that is measured. 1,000 resamples of each: `intervals` of domain specialization, of all four frequencies, and
+Counts are synthetic (20 labels, top-8, documents with their own preferences) and generated router by router, outside of
+the measured time. With 1,000 resamples each it runs `intervals` of domain specialization, of all four frequencies, and
 of the overlap of all pairs of labels; `specialization_test`; `split_half`. Peak memory is that of the process, counts
 included.
 """
@@ -34,7 +34,7 @@ QUERIES = ("domain_specialization", "selection_frequency", "language_overlap")
 
 
 def synthetic(documents: int, experts: int, routers: int) -> Iterator[DocumentCounts]:
-    """Counts of documents whose preferences scatter around those of their label."""
+    """Yields counts of documents whose preferences vary around those of their label."""
     labels = tuple(f"l{i:02d}" for i in range(LABELS))
     label_D = np.arange(documents) % LABELS
     for layer in range(routers):
@@ -52,7 +52,7 @@ def synthetic(documents: int, experts: int, routers: int) -> Iterator[DocumentCo
 
 
 class Stopwatch:
-    """Seconds of the clock and of the processors inside a `with`, summed up over all of them."""
+    """Sums wall time and CPU time over all `with` blocks."""
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
@@ -66,7 +66,7 @@ class Stopwatch:
 
 
 def bootstrapped(query: str, routers: Iterable[DocumentCounts], resamples: int, watch: Stopwatch) -> int:
-    """Intervals of a query, as `intervals` makes them; how many rows."""
+    """Computes intervals of a query like `intervals`; returns the number of rows."""
     asked, rows = SampledQuery(find_query(query), {}), 0
     for counts in routers:
         with watch:
@@ -78,7 +78,7 @@ def bootstrapped(query: str, routers: Iterable[DocumentCounts], resamples: int, 
 
 
 def one_by_one(work: Callable, routers: Iterable[DocumentCounts], watch: Stopwatch) -> int:
-    """A test of each router by itself; how many rows."""
+    """Runs a test for each router separately; returns the number of rows."""
     rows = 0
     for counts in routers:
         with watch:
@@ -87,7 +87,7 @@ def one_by_one(work: Callable, routers: Iterable[DocumentCounts], watch: Stopwat
 
 
 def main() -> None:
-    """Parses the command line."""
+    """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--routers", type=int, default=16)

@@ -1,12 +1,12 @@
-"""What a plan costs: seconds and memory for many documents, many files, one huge file, and many shards.
+"""Measures time and memory of planning for many documents, many files, one huge file, and many shards.
 
     python -m benchmarks.planning                        # 10 M documents in 1,000 files of each kind: 7 GB of disk
     python -m benchmarks.planning --documents 1000000    # a tenth of that
-    python -m benchmarks.planning --parts shards         # a plan of a million shards alone
+    python -m benchmarks.planning --parts shards         # only a plan of a million shards
 
-Each case runs in a process of its own, whose peak memory (all of it, and beyond what importing the
-collector takes) is printed. Files were just written, so they lie in the page cache: seconds are those
-of the processor, and a disk or a network may take longer. Documents hold 100 to 300 characters.
+Each case runs in its own process and prints its peak memory, in total and beyond what importing the
+collector takes. Files were just written and are in the page cache, so the seconds are CPU-bound; a
+disk or a network may take longer. Documents have 100 to 300 characters.
 
 (documents) jsonl, csv, parquet, jsonl.gz, jsonl.zst: `make_plan` over `--documents` in `--files` files
 (selected) the same jsonl files with `--per-label`, which reads every row
@@ -50,14 +50,14 @@ PIECE = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one case took."""
+    """Time and memory of one case."""
 
     seconds: dict[str, float]
-    """By step."""
+    """Seconds by step."""
     peak: int
-    """Most memory of the process, in bytes."""
+    """Peak memory of the process, in bytes."""
     beyond: int
-    """Of that, what was not there before the case began."""
+    """Increase of the peak during the case, in bytes."""
     notes: str
 
 
@@ -65,7 +65,7 @@ class Cost:
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Documents of words that are made up, so that they compress as text does."""
+    """Returns documents of made-up words, which compress like text."""
     random_words = random.Random(seed)
     words = ["".join(random_words.choices("etaoinshrdlu", k=random_words.randint(2, 9))) for _ in range(2000)]
     texts = [" ".join(random_words.choices(words, k=random_words.randint(16, 48))) for _ in range(count)]
@@ -73,7 +73,7 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def encode(kind: str, documents: Sequence[dict[str, str]]) -> bytes:
-    """A file of one kind."""
+    """Encodes documents as a file of one kind."""
     if kind == "parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -91,7 +91,7 @@ def encode(kind: str, documents: Sequence[dict[str, str]]) -> bytes:
 
 
 def write_files(folder: Path, kind: str, documents: int, files: int) -> str:
-    """Files with the same number of rows each, and the glob that names them; ten contents take turns."""
+    """Writes files with equally many rows, cycling through ten contents; returns a glob that matches them."""
     target = folder / f"{kind}-{files}"
     target.mkdir(parents=True, exist_ok=True)
     contents = [encode(kind, rows(-(-documents // files), seed)) for seed in range(min(10, files))]
@@ -101,7 +101,7 @@ def write_files(folder: Path, kind: str, documents: int, files: int) -> str:
 
 
 def write_huge(folder: Path, documents: int) -> str:
-    """All documents in one file."""
+    """Writes all documents to one file and returns its path."""
     content = encode("jsonl", rows(PIECE, 0))
     with (folder / "huge.jsonl").open("wb") as file:
         for _ in range(-(-documents // PIECE)):
@@ -113,20 +113,20 @@ def write_huge(folder: Path, documents: int) -> str:
 
 
 def config(spec: str, **data: Any) -> RunConfig:
-    """Settings of a run over one source."""
+    """Returns the settings of a run over one source."""
     return RunConfig(data=DataConfig(data=(spec,), **data), model=ModelConfig(), capture=CaptureConfig(), device="cpu")
 
 
 def peak() -> int:
-    """Most memory that this process ever had, in bytes."""
+    """Returns the peak memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent had when it forked
+    if status.exists():  # getrusage would include the parent's memory at the fork
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def timed(seconds: dict[str, float], step: str, work: Callable[[], Any]) -> Any:
-    """What the work gives, its time noted."""
+    """Returns the result of the work, and records its time."""
     started = time.perf_counter()
     result = work()
     seconds[step] = time.perf_counter() - started
@@ -134,7 +134,7 @@ def timed(seconds: dict[str, float], step: str, work: Callable[[], Any]) -> Any:
 
 
 def plan_files(spec: str, data: dict[str, Any]) -> Cost:
-    """Makes a plan."""
+    """Makes a plan and returns its cost."""
     before, seconds = peak(), dict[str, float]()
     made = timed(seconds, "plan", lambda: plan.make_plan(config(spec, **data)))
     notes = f"{made.documents:,} documents, {len(made.shards):,} shards"
@@ -142,7 +142,7 @@ def plan_files(spec: str, data: dict[str, Any]) -> Cost:
 
 
 def synthetic_shards(count: int) -> Iterator[plan.Shard]:
-    """As a plan over files of 100 shards each has them."""
+    """Yields shards like those of a plan over files of 100 shards each."""
     for first in range(0, count, 100):
         name = f"part-{first // 100:06d}.jsonl"
         shared = {"source": f"/data/corpus/{name}", "name": name, "kind": "jsonl", "fingerprint": f"etag:{first:064x}"}
@@ -176,7 +176,7 @@ def measure(case: str, work: Callable[..., Cost], *arguments: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
-    """All parts that were asked for."""
+    """Measures all chosen parts."""
     documents, files, parts = arguments.documents, arguments.files, arguments.parts
     for kind in KINDS if "documents" in parts else ():
         measure(kind, plan_files, write_files(folder, kind, documents, files), {})
@@ -191,13 +191,13 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    """Parses the command line."""
+    """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=10_000_000)
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--shards", type=int, default=1_000_000)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--folder", type=Path, help="where the files are written, and stay (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="folder in which to keep the files (default: a temporary one)")
     arguments = parser.parse_args()
     if arguments.folder:
         run(arguments, arguments.folder)

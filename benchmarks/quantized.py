@@ -1,14 +1,14 @@
-"""A quantized replica of a real model's size: memory while loading, memory held, speed.
+"""Measures a quantized replica of a real model's size: memory while loading and afterwards, and speed.
 
-    python -m benchmarks.quantized                      # all of it; 30 GB of disk, 20 GB of memory, half an hour
+    python -m benchmarks.quantized                      # everything; 30 GB of disk, 20 GB of memory, half an hour
     python -m benchmarks.quantized --parts load         # memory and time of loading in 4 bits
     python -m benchmarks.quantized --parts speed        # 4 bits against 16, tokens per second
     python -m benchmarks.quantized --parts loop         # the collector against one sentence at a time, in 16 bits
 
-The checkpoint has the geometry of OLMoE-1B-7B (16 layers, hidden 2048, 64 experts of 1024, top-8,
+The checkpoint has the dimensions of OLMoE-1B-7B (16 layers, hidden 2048, 64 experts of 1024, top-8,
 vocabulary 50,304) in bfloat16 with random values, in the layout of the hub: one matrix per expert,
 in several safetensors files. It is written to a temporary folder first and deleted at the end.
-Every measurement of memory runs in a process of its own.
+Every measurement runs in its own process.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Bench:
     parts: tuple[Part, ...] = ("load", "speed", "loop")
     """What to measure."""
     folder: str | None = None
-    """A checkpoint that an earlier run kept (default: make one, and delete it)."""
+    """Folder of a checkpoint kept by an earlier run (default: write a temporary one)."""
     keep: str | None = None
-    """Make the checkpoint in this folder and keep it."""
+    """Write the checkpoint to this folder and keep it."""
     layers: int = 16
     """Layers of the checkpoint; fewer for a quick look."""
     tokens: tuple[int, ...] = (2048, 8192)
-    """Batch sizes for `speed`, in sequences of 256 tokens."""
+    """Batch sizes for `speed`, in tokens; sequences have 256 tokens."""
     rounds: int = 2
     """Rounds of `speed`; the models take turns."""
     sentences: int = 24
@@ -68,7 +68,7 @@ class Bench:
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
-    """Writes the checkpoint, a file per layer; returns its bytes."""
+    """Writes the checkpoint, one file per layer; returns its size in bytes."""
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, OlmoeConfig
 
@@ -115,7 +115,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
 
 
 def memory() -> dict[str, float]:
-    """GB: the most this process ever held, and what it holds."""
+    """Returns the peak and the current memory of this process, in GB."""
     held = psutil.Process().memory_info().rss
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"peak_gb": round(peak / 1e9, 2), "resident_gb": round(held / 1e9, 2)}
@@ -127,7 +127,7 @@ def router_capture(model: Any) -> Capture:
 
 
 def load(folder: str) -> dict[str, Any]:
-    """Loads in nf4 and says what it took."""
+    """Loads the model in nf4 and returns time and memory."""
     before = memory()
     started = time.perf_counter()
     loaded = loading.load(ModelConfig(model=folder, quantization="nf4"), "cpu")
@@ -148,7 +148,7 @@ def load(folder: str) -> dict[str, Any]:
 
 
 def speed(folder: str, tokens: list[int], rounds: int, compute: Any) -> dict[str, Any]:
-    """Tokens per second of nf4 and bfloat16, in turns, through the capture."""
+    """Measures tokens per second of nf4 and bfloat16, in turns, through the capture."""
     held = {
         how: loading.load(ModelConfig(model=folder, quantization=how, compute_dtype=compute), "cpu")
         for how in ("nf4", "none")
@@ -171,12 +171,12 @@ def speed(folder: str, tokens: list[int], rounds: int, compute: Any) -> dict[str
 
 
 def sentences(count: int) -> DataConfig:
-    """A few sentences of the demo's corpus."""
+    """Selects a few sentences of the demo's corpus."""
     return DataConfig(limit=count, per_label=1, docs_per_shard=count)
 
 
 def loop(folder: str, count: int) -> dict[str, Any]:
-    """One sentence at a time through transformers, hook and argmax, in bfloat16."""
+    """Measures the loop over single sentences through transformers, with hook and argmax, in bfloat16."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -193,7 +193,7 @@ def loop(folder: str, count: int) -> dict[str, Any]:
 
 
 def collector(folder: str, count: int, how: Any) -> dict[str, Any]:
-    """The same sentences through a replica, files written."""
+    """Measures the same sentences through a replica that writes files."""
     config = resolve(data=sentences(count), model=ModelConfig(model=folder, quantization=how),
                      capture=CaptureConfig(), device="cpu")  # fmt: skip
     made = plan.make_plan(config)
@@ -208,7 +208,7 @@ def collector(folder: str, count: int, how: Any) -> dict[str, Any]:
 
 
 def child(step: str, folder: str, **arguments: Any) -> dict[str, Any]:
-    """Runs one measurement in a process of its own."""
+    """Runs one measurement in its own process."""
     call = f"quantized.{step}({folder!r}, **{arguments!r})"
     code = f"import json; from benchmarks import quantized; print('RESULT' + json.dumps({call}))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)

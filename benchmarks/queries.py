@@ -1,17 +1,17 @@
-"""What queries cost: time and memory of each, against numpy and pandas, as runs grow, and with a rollup.
+"""Measures time and memory of queries, against numpy and pandas, as runs grow, and with a rollup.
 
     python -m benchmarks.queries --parts queries floor growth rollup
 
-Runs are generated (`benchmarks.generated`: 16 layers, top-8 of 64, 20 languages) into a folder that stays, and read
-from a warm page cache. Every measurement is in a process of its own, from opening the run to the last row; wall time,
-CPU time of all threads, and the most memory that the process ever held. Ratios are of both: of wall time, which is what
-one waits (a query has all cores, numpy and pandas use one), and of CPU time.
+Runs are generated (`benchmarks.generated`: 16 layers, top-8 of 64, 20 languages) into a folder that is kept, and read
+from a warm page cache. Every measurement runs in its own process, from opening the run to the last row, and gives wall
+time, CPU time of all threads, and peak memory. Ratios are given for wall time, which a user waits for (a query uses all
+cores, numpy and pandas use one), and for CPU time.
 
-- `queries`: each query with its defaults; those whose time grows with pairs of texts or ids on one layer.
-- `floor`: the counts of the frequency family by numpy's `bincount`, in one thread, over columns that are in memory; and
-  by pandas as notebooks do it, an exploded frame and `value_counts` per language, on one layer and times the layers.
-- `growth`: some queries on runs of several sizes, with DuckDB's memory limited.
-- `rollup`: the largest of these runs once it is counted: `collector rollup`, then each query of labels.
+- `queries`: each query with its defaults; queries whose time grows with pairs of texts or ids run on one layer.
+- `floor`: the counts of the frequency family with numpy's `bincount`, in one thread, over columns in memory; and with
+  pandas as in notebooks, an exploded frame and `value_counts` per language, on one layer, multiplied by the layers.
+- `growth`: some queries on runs of several sizes, with limited memory for DuckDB.
+- `rollup`: the largest of these runs with a rollup: `collector rollup`, then each label-level query.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 Part = Literal["queries", "floor", "growth", "rollup"]
 FREQUENCY = ("domain_specialization", "selection_frequency", "top_experts", "effective_experts", "language_overlap",
              "mutual_information", "log_odds", "reference_difference")  # fmt: skip
-"""Queries that read nothing but counts by label: the frequency family."""
+"""The frequency family: queries that read only counts by label."""
 OF_WEIGHTS = ("selection_frequency", "top_experts")
-"""Those that also count weights, or who has the highest."""
+"""Queries of the family that also need weights or the expert with the highest weight."""
 GROWING = ("domain_specialization", "selection_frequency", "router_entropy", "router_entropy_quantiles", "coactivation",
            "repetition")  # fmt: skip
 ONE_LAYER = {name: {"layer": 0} for name in ("routing_divergence", "expert_token_overlap", "expert_profile",
@@ -58,35 +58,35 @@ class Bench:
     parts: tuple[Part, ...] = ("queries", "floor")
     """What to measure."""
     folder: Path = Path("runs/generated")
-    """Where the runs are, or go."""
+    """Folder of the generated runs; missing ones are created."""
     tokens: int = 1_000_000
     """Tokens of the run for `queries` and `floor`."""
     growth: tuple[int, ...] = (100_000, 1_000_000, 10_000_000)
-    """Tokens of the runs for `growth`; the last is that of `rollup`."""
+    """Tokens of the runs for `growth`; `rollup` uses the last one."""
     growing: tuple[str, ...] = GROWING
     """Queries for `growth`."""
     memory_limit: str = "4GB"
-    """What DuckDB may take for `growth`."""
+    """Memory limit of DuckDB for `growth`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one measurement took."""
+    """Result of one measurement."""
 
     seconds: float
     cpu: float
-    """Seconds of all threads."""
+    """CPU seconds of all threads."""
     megabytes: float
-    """Most memory of the process."""
+    """Peak memory of the process."""
     rows: int
 
     def cells(self) -> str:
-        """As cells of a Markdown table."""
+        """Returns cells of a Markdown table."""
         return f"{self.seconds:.2f} | {self.cpu:.2f} | {self.megabytes:,.0f}"
 
 
 def apart(work: Callable[..., int], *arguments: object) -> Cost:
-    """The cost of a function that returns a number of rows, in a process of its own."""
+    """Measures a function that returns a number of rows, in its own process."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_measured, work, *arguments).result()
@@ -104,25 +104,25 @@ def _cpu() -> float:
 
 
 def _peak() -> float:
-    """Megabytes; of this program alone, unlike getrusage's, which remembers what ran before exec."""
+    """Returns peak megabytes of this program alone; getrusage would include the process before exec."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def run_query(root: str, name: str, params: dict[str, object], memory_limit: str | None = None, *, rollup: bool) -> int:
-    """Opens a run and asks; how many rows there are."""
+    """Opens a run, runs a query, and returns the number of rows."""
     run = open_run(root, rollup=rollup, memory_limit=memory_limit)
     return run.query(name, **params).to_arrow_table().num_rows
 
 
 def make_rollup(root: str) -> int:
-    """Counts a run, as `collector rollup` does."""
+    """Makes the rollup of a run, as `collector rollup` does."""
     making.make(RunDirectory(root))
     return 0
 
 
 def read_columns(root: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.float32]]:
-    """[L, T] numbers of labels, [L, T, k] experts, [L, T, k] weights."""
+    """Returns label numbers [L, T], experts [L, T, k] and weights [L, T, k]."""
     geometry = Geometry()
     picks = ", ".join(f"{name}{i}" for name in "ew" for i in range(geometry.top_k))
     statement = f"select substr(label, 6)::integer as language, {picks} from routing where layer = $layer"
@@ -135,7 +135,7 @@ def read_columns(root: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArr
 
 
 def floor(root: str) -> dict[str, float]:
-    """CPU seconds of numpy for picks alone, and for picks, top-1 and weights."""
+    """Returns the CPU seconds of numpy for picks alone, and for picks, top-1 and weights."""
     languages_lt, experts_ltk, weights_ltk = read_columns(root)
     size = Geometry().languages * Geometry().experts
     seconds = {"picks": 0.0, "everything": 0.0}
@@ -153,7 +153,7 @@ def floor(root: str) -> dict[str, float]:
 
 
 def pandas_seconds(root: str) -> float:
-    """CPU seconds of one layer: explode the lists of experts, then value_counts language by language."""
+    """Returns the CPU seconds of pandas for one layer: explode the lists of experts, then value_counts by language."""
     import pandas as pd
 
     languages_lt, experts_ltk, _ = read_columns(root)
@@ -166,7 +166,7 @@ def pandas_seconds(root: str) -> float:
 
 
 def in_process(work: Callable[[str], object], root: str) -> object:
-    """What a function returns, from a process of its own."""
+    """Runs a function in its own process and returns its result."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, root).result()
 
@@ -183,12 +183,12 @@ def measure_queries(bench: Bench) -> None:
 
 
 def run_rows(root: str, name: str, params: dict[str, object]) -> int:
-    """Without a rollup."""
+    """Runs a query without a rollup."""
     return run_query(root, name, params, rollup=False)
 
 
 def measure_floor(bench: Bench) -> None:
-    """Prints what numpy and pandas take."""
+    """Prints the cost of counting with numpy and pandas, and of queries relative to them."""
     root = generated(bench.folder, bench.tokens)
     seconds = in_process(floor, root)
     slow = in_process(pandas_seconds, root)
@@ -209,7 +209,7 @@ def measure_floor(bench: Bench) -> None:
 
 
 def run_limited(root: str, name: str, memory_limit: str) -> int:
-    """Without a rollup, in little memory."""
+    """Runs a query without a rollup, in limited memory."""
     return run_query(root, name, {}, memory_limit, rollup=False)
 
 
@@ -225,12 +225,12 @@ def measure_growth(bench: Bench) -> None:
 
 
 def run_rolled_up(root: str, name: str) -> int:
-    """From the rollup."""
+    """Runs a query with the rollup."""
     return run_query(root, name, {}, rollup=True)
 
 
 def measure_rollup(bench: Bench) -> None:
-    """Prints what a rollup costs and what it saves."""
+    """Prints the cost of making a rollup, and of queries that use it."""
     tokens = bench.growth[-1]
     root = generated(bench.folder, tokens)
     print(f"\n| {tokens:,} tokens | seconds | CPU s | peak MB |\n|---|---|---|---|")
@@ -241,7 +241,7 @@ def measure_rollup(bench: Bench) -> None:
 
 
 def main(bench: Bench) -> None:
-    """Measures the parts asked for."""
+    """Measures the chosen parts."""
     print(f"load average when it began: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     measures = {"queries": measure_queries, "floor": measure_floor, "growth": measure_growth, "rollup": measure_rollup}
     for part in bench.parts:

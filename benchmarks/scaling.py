@@ -1,12 +1,12 @@
-"""How the collector scales: with actors, with shards, with cores.
+"""Measures how the collector scales with actors, shards and cores.
 
     python -m benchmarks.scaling --parts actors memory opening cores
 
-- `actors`: replicas whose model is a pause of fixed length, 1 to 64 of them on this machine. They load no torch, but
-  write a part and commit each shard for real, in the three stages of a replica. Counted from when all are ready:
-  shards per second against ideal (one per pause and actor), and CPU seconds of the driver per 1,000 shards.
-- `memory`: resident memory of plan and dispatcher, for so many shards, each in a process of its own.
-- `opening`: seconds until a finished run answers its first count, with its manifest and without.
+- `actors`: 1 to 64 replicas on this machine whose model only sleeps for a fixed time. They do not load torch, but
+  really write a part and commit each shard, in the three stages of a replica. Measured from when all are ready: shards
+  per second against the ideal (one per pause and actor), and CPU seconds of the driver per 1,000 shards.
+- `memory`: peak memory of plan and dispatcher for a number of shards, each in its own process.
+- `opening`: seconds until a finished run is open for queries, with its manifest and without.
 - `cores`: the demo model in two replicas of one core against one of two cores.
 """
 
@@ -45,36 +45,36 @@ CARD = {"memory": {"summary": "a pause"}, "model": {}, "layers": [], "tokenizer"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """How the collector scales: with actors, with shards, with cores."""
+    """Measure how the collector scales with actors, shards and cores."""
 
     parts: tuple[Part, ...] = ("actors", "memory", "opening", "cores")
     """What to measure."""
     actors: tuple[int, ...] = (1, 4, 16, 64)
     """Numbers of replicas."""
     pause: float = 1.0
-    """Seconds that a shard takes at a replica's device."""
+    """Seconds that a replica's device takes per shard."""
     window: float = 30.0
-    """Seconds that are counted, once all replicas are ready."""
+    """Seconds to measure, once all replicas are ready."""
     shards: int = 1_000_000
-    """Shards of the plan that `memory` holds."""
+    """Shards of the plan for `memory`."""
     finished_shards: int = 100_000
-    """Shards of the run that `opening` opens."""
+    """Shards of the run for `opening`."""
     documents: int = 6_000
-    """Of the demo, for `cores`."""
+    """Documents of the demo for `cores`."""
     child: Literal["plan", "dispatcher", "open"] | None = None
-    """Used by the benchmark itself, in a process of its own."""
+    """Internal: what a child process of the benchmark measures."""
     root: str = ""
-    """Of the run that a child opens."""
+    """Internal: the run that a child process opens."""
 
 
 # -- actors ------------------------------------------------------------------------------------------
 
 
 class PauseActor(Actor):
-    """A replica whose model is a pause; everything around it is real."""
+    """A replica whose model only sleeps; everything else is real."""
 
     def load(self, root: str, config: RunConfig, plan_hash: str, *_: Any) -> dict[str, Any]:
-        """Opens the run; the length of the pause comes as the model's name."""
+        """Opens the run; the model's name is the length of the pause."""
         assert "torch" not in sys.modules, "it is to be light"
         self.run, self.plan_hash = RunDirectory(root), plan_hash
         self.seconds = float(config.model.model)
@@ -86,11 +86,11 @@ class PauseActor(Actor):
         return CARD
 
     def collect(self, shard: Shard) -> Commit:
-        """One shard through the three stages."""
+        """Passes one shard through the three stages."""
         return self.pipeline.submit(shard).result()
 
     def pause(self, shard: Shard) -> Shard:
-        """What a model would do."""
+        """Sleeps in place of the model."""
         time.sleep(self.seconds)
         return shard
 
@@ -105,7 +105,7 @@ class PauseActor(Actor):
 
 
 def commit_of(shard: int, attempt: str, plan_hash: str, files: dict[str, Any]) -> Commit:
-    """A commit record of one document and ten tokens."""
+    """Returns a commit record of one document and ten tokens."""
     return Commit(
         shard=shard, attempt=attempt, plan_hash=plan_hash, files=files, documents=1, tokens=10, rows=1, characters=1,
         truncated=0, skipped={}, batches=1, padded_tokens=10, seconds={"forward": 1.0, "idle": 0.0}, node="here",
@@ -113,7 +113,7 @@ def commit_of(shard: int, attempt: str, plan_hash: str, files: dict[str, Any]) -
 
 
 def plan_of(shards: int) -> Plan:
-    """A plan of one document per shard."""
+    """Returns a plan with one document per shard."""
     return Plan(
         config={},
         shards=tuple(
@@ -125,11 +125,11 @@ def plan_of(shards: int) -> Plan:
 
 
 class WindowOver(Exception):  # noqa: N818 - not an error
-    """Enough was counted."""
+    """Raised when the measurement window is over."""
 
 
 class Window:
-    """Counts from when all replicas are ready, for so many seconds."""
+    """Measures for a number of seconds, from when all replicas are ready."""
 
     def __init__(self, replicas: int, seconds: float) -> None:
         self.replicas, self.seconds = replicas, seconds
@@ -137,7 +137,7 @@ class Window:
         self.found: tuple[float, float, int] = (0.0, 0.0, 0)
 
     def __call__(self, dispatcher: Dispatcher) -> None:
-        """Looks at the dispatcher after each of its rounds."""
+        """Observes the dispatcher after each of its rounds."""
         now = time.monotonic(), time.process_time(), dispatcher.view.tally.shards_done
         if self.began is None:
             if dispatcher.fleet.count("ready") == self.replicas:
@@ -149,7 +149,7 @@ class Window:
 
 @contextlib.contextmanager
 def local_ray(cpus: int) -> Iterator[None]:
-    """A Ray with so many cores, whatever the machine has."""
+    """Starts a local Ray with this many logical cores, regardless of the machine."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -162,7 +162,7 @@ def local_ray(cpus: int) -> Iterator[None]:
 
 
 def actors(bench: Scaling) -> None:
-    """Shards per second of 1 … 64 replicas, against ideal."""
+    """Prints shards per second for each number of replicas, against the ideal."""
     print(f"\n### Actors ({bench.pause:g} s per shard and actor, {bench.window:g} s each)\n")
     print("| actors | shards/s | ideal | of ideal | driver CPU s per 1,000 shards |")
     print("|---|---|---|---|---|")
@@ -175,7 +175,7 @@ def actors(bench: Scaling) -> None:
 
 
 def pauses(count: int, bench: Scaling) -> tuple[float, float, int]:
-    """Wall seconds, CPU seconds of the driver, and shards, in the window of `count` replicas."""
+    """Returns wall seconds, CPU seconds of the driver, and shards in the measurement window of `count` replicas."""
     from collector.config import CaptureConfig, DataConfig, ModelConfig, RunConfig
     from collector.fleet.dispatch import Dispatcher, Job
     from collector.fleet.placement import Need
@@ -184,7 +184,7 @@ def pauses(count: int, bench: Scaling) -> tuple[float, float, int]:
 
     config = RunConfig(data=DataConfig(), model=ModelConfig(model=str(bench.pause)), capture=CaptureConfig(),
                        device="cpu")  # fmt: skip
-    # More than can be done while replicas come and in the window.
+    # More shards than the replicas can finish while starting and in the window.
     made = plan_of(int(count * (bench.window + 30 + 3 * count) / bench.pause))
     window = Window(count, bench.window)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:  # actors that were killed may still write
@@ -202,7 +202,7 @@ def pauses(count: int, bench: Scaling) -> tuple[float, float, int]:
 
 
 def quiet_view(made: Plan) -> Any:
-    """Progress that nobody sees."""
+    """Returns a progress view without output."""
     from rich.console import Console
 
     from collector.fleet.progress import ProgressView, Tally
@@ -214,7 +214,7 @@ def quiet_view(made: Plan) -> Any:
 
 
 def memory(bench: Scaling) -> None:
-    """Resident memory of a driver by what it holds."""
+    """Prints the peak memory of a driver with a plan and with a dispatcher."""
     print(f"\n### Driver memory, {bench.shards:,} shards\n\n| process holds | peak memory | seconds |\n|---|---|---|")
     for child, shards in (("plan", 1), ("plan", bench.shards), ("dispatcher", bench.shards)):
         megabytes, seconds = in_child("--child", child, "--shards", str(shards))
@@ -222,7 +222,7 @@ def memory(bench: Scaling) -> None:
 
 
 def in_child(*arguments: str) -> tuple[float, float]:
-    """Peak memory in MB, and the seconds, of this benchmark's child."""
+    """Runs a child process of this benchmark; returns its peak memory in MB, and seconds."""
     output = subprocess.run([sys.executable, "-m", "benchmarks.scaling", *arguments], check=True, capture_output=True,
                             text=True).stdout  # fmt: skip
     megabytes, seconds = output.splitlines()[-1].split()
@@ -230,7 +230,7 @@ def in_child(*arguments: str) -> tuple[float, float]:
 
 
 def child(bench: Scaling) -> None:
-    """Does one thing and prints peak memory in MB, and seconds."""
+    """Runs one measurement and prints peak memory in MB, and seconds."""
     if bench.child == "open":
         seconds = opened(bench.root)
     else:
@@ -239,13 +239,13 @@ def child(bench: Scaling) -> None:
         if bench.child == "dispatcher":
             dispatcher_over(made)
         seconds = time.perf_counter() - started
-    # Not ru_maxrss: it begins with what the parent held.
+    # Not ru_maxrss, which starts with the parent's memory.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(int(status["VmHWM"].split()[0]) / 1000, seconds)
 
 
 def dispatcher_over(made: Plan) -> Dispatcher:
-    """A dispatcher of a run that has not begun."""
+    """Returns the dispatcher of a run that has not started."""
     from collector.fleet.dispatch import Dispatcher, Job
 
     fleet: Any = None
@@ -257,7 +257,7 @@ def dispatcher_over(made: Plan) -> Dispatcher:
 
 
 def opening(bench: Scaling) -> None:
-    """Seconds until a run of many shards answers, with its manifest and without."""
+    """Prints the seconds until a run of many shards is open, with its manifest and without."""
     print(f"\n### Opening a finished run of {bench.finished_shards:,} shards\n")
     print("| commit records read from | seconds | peak memory |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -269,7 +269,7 @@ def opening(bench: Scaling) -> None:
 
 
 def finished_run(root: Path, shards: int) -> RunDirectory:
-    """A run of one real shard whose commit record is there so many times, under other numbers."""
+    """Creates a run with one real shard, whose commit record is repeated under other numbers."""
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
     from collector.fleet import driver
 
@@ -277,7 +277,7 @@ def finished_run(root: Path, shards: int) -> RunDirectory:
     run = driver.collect_in_process(str(root), config)
     run.reopen()
     (commit,) = run.commits()
-    for number in range(1, shards):  # without the care of a real commit, which is not what is measured
+    for number in range(1, shards):  # plain files, because committing is not measured here
         path = root / "commits" / f"{number:06d}.json"
         path.write_bytes(dataclasses.replace(commit, shard=number).to_json())
     made = plan_of(shards)
@@ -287,7 +287,7 @@ def finished_run(root: Path, shards: int) -> RunDirectory:
 
 
 def opened(root: str) -> float:
-    """Seconds from nothing to the number of commit records and open views."""
+    """Returns the seconds to read all commit records and create the views."""
     from collector import open_run
 
     started = time.perf_counter()
@@ -299,7 +299,7 @@ def opened(root: str) -> float:
 
 
 def cores(bench: Scaling) -> None:
-    """Two replicas of one core against one of two, through the whole collector."""
+    """Prints tokens per second of one and two replicas with one or two cores, through the whole collector."""
     from collector.config import LaunchConfig
 
     print(f"\n### Cores (demo model, {bench.documents:,} documents)\n\n| replicas | tokens/s |\n|---|---|")
@@ -309,7 +309,7 @@ def cores(bench: Scaling) -> None:
 
 
 def demo_rate(launch: LaunchConfig, documents: int) -> float:
-    """Tokens per second, counted from when the first replica is ready."""
+    """Returns tokens per second, measured from when the first replica is ready."""
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
     from collector.fleet import driver
     from collector.fleet.placement import Need
@@ -328,7 +328,7 @@ def demo_rate(launch: LaunchConfig, documents: int) -> float:
 
 
 def main(bench: Scaling) -> None:
-    """Runs the parts asked for."""
+    """Runs the chosen parts."""
     if bench.child:
         child(bench)
         return

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One run by many independent SLURM jobs, without a Ray cluster:
+# Collects one run in many independent SLURM jobs, without a Ray cluster:
 #
 #     sbatch --array=1-16 cluster/slurm-array.sh --out /shared/runs/olmoe --model … --data …
 #
-# Everything after the script's name goes to `collector collect`. Each task starts a Ray of its own on its node
-# and works on the same run directory, first on its part of the shards, then on what others have left. So the run
-# gets complete even if tasks never start or die; the last one marks it. `--array=3` with PARTS=16 starts one more.
-# Tasks may share a node. Settings by environment: VENV, HF_HOME, PARTS, MAX_RESTARTS.
+# All arguments are passed to `collector collect`. Each task starts its own Ray on its node and works on the same run
+# directory, first on its part of the shards, then on the shards that others have left. So the run is completed even
+# if tasks die or never start; the last one marks it complete. `--array=3` with PARTS=16 starts task 3 again.
+# Tasks may share a node. Environment variables: VENV, HF_HOME, PARTS, MAX_RESTARTS.
 
 #SBATCH --job-name=moe-routing
 #SBATCH --ntasks=1
@@ -27,7 +27,7 @@ if ((SLURM_ARRAY_TASK_ID < 1 || SLURM_ARRAY_TASK_ID > parts)); then
     exit 2
 fi
 
-# SLURM runs a copy of this file, so the checkout is where the job was submitted.
+# SLURM runs a copy of this file, so the checkout is the folder in which the job was submitted.
 export PATH="${VENV:-$SLURM_SUBMIT_DIR/.venv}/bin:$PATH"
 export HF_HOME="${HF_HOME:-/tmp/hf-$USER}"
 # A short path, as sockets need, and one per task: another user may own /tmp/ray.
@@ -35,7 +35,7 @@ export RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"
 # The local Ray listens on the node's address, where other users' jobs run.
 RAY_AUTH_TOKEN="$(head --bytes=32 /dev/urandom | od -An -vtx1 | tr -d ' \n')"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
-unset RAY_ADDRESS # of a cluster that this job must not join
+unset RAY_ADDRESS # this job must not join another cluster
 
 model=demo revision=
 arguments=("$@")
@@ -48,7 +48,7 @@ for ((i = 0; i < $#; i++)); do
     esac
 done
 if [[ "$model" == */* && ! -d "$model" && -z "${HF_HUB_OFFLINE:-}" ]]; then
-    # Once per node: of the tasks that share one, the first downloads and the others wait for its lock.
+    # Once per node: if tasks share a node, the first downloads and the others wait for its lock.
     hf download "$model" ${revision:+--revision "$revision"} > /dev/null
 fi
 

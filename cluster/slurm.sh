@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# One run on N whole nodes of a SLURM cluster, all GPUs of each, as one Ray cluster:
+# Collects one run on N whole nodes of a SLURM cluster, with all their GPUs, as one Ray cluster:
 #
 #     sbatch --nodes=4 --gpus-per-node=8 cluster/slurm.sh --out /shared/runs/olmoe --model … --data …
 #
-# Everything after the script's name goes to `collector collect`. The same command resumes a run; shortly before
-# the time limit the job stops cleanly and requeues itself. Settings by environment: VENV (with the pinned
-# packages, seen by all nodes), HF_HOME (model cache), HEAD_IP (if the first address of the first node is not
-# the one that the others reach), MAX_RESTARTS.
+# All arguments are passed to `collector collect`. The same command resumes a run; shortly before the time limit the
+# job stops cleanly and requeues itself. Environment variables: VENV (with the pinned packages, visible to all nodes),
+# HF_HOME (model cache), HEAD_IP (if the other nodes cannot reach the first address of the first node), MAX_RESTARTS.
 #
-# `ray symmetric-run` refuses a node on which a Ray runs already, and its `ray stop` would end the Ray of every
-# other job of the same user there, so nodes are exclusive. Jobs that share nodes take slurm-array.sh.
+# `ray symmetric-run` fails on a node where Ray is already running, and its `ray stop` would end the Ray of every
+# other job of the same user there, so nodes are exclusive. To share nodes with other jobs, use slurm-array.sh.
 
 #SBATCH --job-name=moe-routing
 #SBATCH --nodes=2
@@ -26,23 +25,23 @@
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?submit this script with sbatch}"
-# SLURM runs a copy of this file, so the checkout is where the job was submitted.
+# SLURM runs a copy of this file, so the checkout is the folder in which the job was submitted.
 export PATH="${VENV:-$SLURM_SUBMIT_DIR/.venv}/bin:$PATH"
 export HF_HOME="${HF_HOME:-/tmp/hf-$USER}"
-# Sockets lie below this folder, and their paths may have no more than 107 characters.
+# Ray creates sockets below this folder, and their paths must not exceed 107 characters.
 export RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"
 
-# Whoever reaches Ray's ports could otherwise run code in this job. In the environment, not on a command line:
-# other users of a node see the latter.
+# Without a token, anyone who can reach Ray's ports could run code in this job. It is in the environment, because
+# other users of a node can see command lines.
 RAY_AUTH_TOKEN="$(head --bytes=32 /dev/urandom | od -An -vtx1 | tr -d ' \n')"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT="${RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT:-300}"
-# srun takes the number of cores per task from nobody else.
+# srun does not inherit the number of cores per task from sbatch.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"
 
-# Ray's fixed ports, four per job: 20000 – 31999 lies below what Linux gives to outgoing connections.
+# Ray's fixed ports, four per job: 20000 – 31999 is below the ports that Linux uses for outgoing connections.
 port=$((20000 + 4 * (SLURM_JOB_ID % 3000)))
-# An address and not a name: on many nodes the own name means 127.0.1.1. The batch script runs on the first node.
+# An address, because on many nodes the own name resolves to 127.0.1.1. The batch script runs on the first node.
 head_ip="${HEAD_IP:-$(hostname -I | cut -d ' ' -f 1)}"
 
 state="$(mktemp -d)"
@@ -63,8 +62,8 @@ if [[ "$model" == */* && ! -d "$model" && -z "${HF_HUB_OFFLINE:-}" ]]; then
     srun --ntasks-per-node=1 hf download "$model" ${revision:+--revision "$revision"} > /dev/null
 fi
 
-# The first node starts the head and then this command, all others join. The driver's process number lets the
-# batch script, which runs on the same node, signal the driver alone.
+# The first node starts the head and then the command; the others join. The driver's process id lets the batch script,
+# which runs on the same node, signal only the driver.
 # shellcheck disable=SC2016  # expanded by the inner shell
 srun --ntasks-per-node=1 --no-kill \
     ray symmetric-run --address "$head_ip:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \

@@ -1,7 +1,7 @@
 """Collect the routing of Mixture-of-Experts models over whole datasets, and query it in SQL.
 
-The command line: names the commands, has tyro parse the arguments, runs the command, and turns what stops it into one
-line. Exit status: 0 done, 1 the run is incomplete or unsound, 2 unusable input, 130 interrupted.
+This is the entry point of the command line. It has tyro parse the arguments, runs the command, and reports an error in
+one line. Exit status: 0 done, 1 the run is incomplete or unsound, 2 unusable input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def parse(arguments: list[str]) -> Any:
-    """Command-line arguments -> the command, ready to run.
+    """Parses command-line arguments into a command that is ready to run.
 
     Raises:
-        ValueError: a query's parameter has no value.
-        SystemExit: help was asked for, or the arguments are not usable.
+        ValueError: a query parameter has no value.
+        SystemExit: the arguments ask for help or are invalid.
     """
     params: tuple[tuple[str, str], ...] = ()
     if arguments[:1] == ["query"]:
@@ -61,7 +61,7 @@ def parse(arguments: list[str]) -> Any:
 
 
 def _complain(command: Any, message: str, event: str) -> None:
-    """One line on standard error, in the form of the run's other lines."""
+    """Writes one line to standard error, in the format of the run's other messages."""
     if isinstance(command, Collect) and command.launch.log_format == "json":
         from collector.fleet.progress import json_line
 
@@ -71,7 +71,7 @@ def _complain(command: Any, message: str, event: str) -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command line and exits."""
     command = None
     try:
         command = parse(sys.argv[1:])

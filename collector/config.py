@@ -1,9 +1,9 @@
-"""What a run is: frozen settings, each with the text that `collector collect --help` shows.
+"""Settings of a run, as frozen dataclasses whose docstrings are the text of `collector collect --help`.
 
-A run has two kinds of settings. Those of `DataConfig`, `ModelConfig` and `CaptureConfig` decide
-what is recorded: they are part of the plan, and a resume with other values is refused. Those of
-`LaunchConfig` only decide where and how fast it happens, and may change from one launch to the
-next. Nothing here touches a file, a model or Ray; nothing changes after construction.
+`DataConfig`, `ModelConfig` and `CaptureConfig` decide what is recorded: they are part of the plan,
+and a resume with other values is refused. `LaunchConfig` only decides where and how fast the run
+executes, and may change from one launch to the next. This module touches no file, no model and no
+Ray; nothing changes after construction.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collector import token_ids
 from collector.token_ids import TokenIds
 
 DEMO = "demo"
-"""Names both the embedded model and the embedded corpus."""
+"""Name of both the embedded model and the embedded corpus."""
 
 Store = Literal["text", "probabilities"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -33,31 +33,31 @@ class DataConfig:
     """Which documents are read, and how they are cut into shards."""
 
     data: tuple[str, ...] = (DEMO,)
-    """Where the documents are; several are read one after the other:
+    """Documents to read. Several sources are read one after the other; each is one of:
     `demo` (real sentences in 60 languages);
     a file, glob or URL (.jsonl .csv .tsv .txt, also as .gz or .zst, and .parquet; local or s3:// gs:// az:// https://);
     `hf:NAME[:CONFIG][:SPLIT]` (a dataset of the Hugging Face hub, or a local folder of data files);
     a folder written by `Dataset.save_to_disk`."""
     text_column: str = "text"
     """Column with the text.
-    A number addresses a CSV/TSV column by position, from 0: the file has no header."""
+    Give a number, from 0, to address a CSV or TSV column by position in a file without a header."""
     label_column: str = "label"
-    """Column with the label that queries group by, as a rule the language.
-    `@file` takes the file's name, up to its first dot, as the label of all its documents."""
+    """Column with the label that queries group by, usually the language.
+    `@file` labels all documents of a file with the file's name up to its first dot."""
     id_column: str = "id"
-    """Column with the document's own id; without one a document is named FILE#ROW."""
+    """Column with the document's own id. Without such a column the id is FILE#ROW."""
     target_column: str | None = None
     """Column with the decoder's text, for encoder–decoder models with --stacks decoder.
-    Default: the document itself, teacher-forced."""
+    By default the decoder is teacher-forced with the document itself."""
     per_label: int | None = None
-    """Take only the first N documents of each label (reads all labels once, while planning)."""
+    """Take only the first N documents of each label. Planning then reads the label of every row once."""
     limit: int | None = None
     """Take only the first N documents."""
     docs_per_shard: int = 512
-    """Documents per shard: the unit of work, of commit and of repetition after a failure."""
+    """Documents per shard. A shard is processed, committed and, after a failure, repeated as a whole."""
 
     def __post_init__(self) -> None:
-        """Refuses what no plan can be made of."""
+        """Rejects settings from which no plan can be made."""
         if not self.data:
             raise ValueError("--data needs at least one source, for example --data demo")
         for name in ("per_label", "limit", "docs_per_shard"):
@@ -66,58 +66,57 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which router is asked."""
+    """Which model is run, and in what precision."""
 
     model: str = DEMO
-    """A Mixture-of-Experts model: id on the Hugging Face hub, local folder, or `demo`."""
+    """A Mixture-of-Experts model: its id on the Hugging Face hub, a local folder, or `demo`."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     dtype: Dtype = "auto"
-    """Precision of the weights and of the computation; `auto` is the checkpoint's own."""
+    """Precision of the weights and of the computation. `auto` uses the checkpoint's own."""
     weights: Literal["pretrained", "random"] = "pretrained"
-    """`random` gives the untrained baseline of the same architecture."""
+    """`random` initializes the same architecture at random, as an untrained baseline."""
     seed: int = 0
     """Seed of the random weights, the same in every replica."""
     quantization: Literal["none", "nf4", "fp4", "int8-linear"] = "none"
-    """`nf4` and `fp4` hold Linear layers and experts in 4 bits (bitsandbytes); routers, norms and embeddings stay.
-    `int8-linear` converts Linear layers only: experts that are fused parameters stay as they are.
-    A checkpoint that is quantized already stays so with `none`."""
+    """`nf4` and `fp4` store Linear layers and experts in 4 bits (bitsandbytes), but not routers, norms and embeddings.
+    `int8-linear` converts Linear layers only: experts that are fused parameters keep their precision.
+    `none` converts nothing; a checkpoint that is already quantized stays quantized."""
     double_quantization: bool = True
-    """Also quantize the scales of 4-bit blocks: 0.37 bits less per parameter."""
+    """Also quantize the scales of the 4-bit blocks, which saves 0.37 bits per parameter."""
     compute_dtype: Dtype = "auto"
-    """Precision in which matrices are multiplied.
-    `auto` is that of the weights, but float32 on a CPU that only emulates it (several times slower)."""
+    """Precision of matrix multiplications.
+    `auto` takes that of the weights, or float32 on a CPU that only emulates it (emulation is several times slower)."""
     unquantized_experts: bool = False
-    """Accept a quantized model whose experts are not."""
+    """Accept a quantized model whose experts are not quantized."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
-    """What is recorded of each token, and how documents are batched on the way."""
+    """What is recorded of each token, and how documents are batched."""
 
     layers: tuple[int, ...] | None = None
-    """Router layers to record, by the model's own numbers (default: all).
-    Nothing after the last of them is computed."""
+    """Router layers to record, numbered as in the model (default: all).
+    The forward pass stops after the last of them."""
     stacks: tuple[Stack, ...] | None = None
     """Which routers to record: `encoder`, `decoder` or both.
-    Default: the encoder of an encoder–decoder model, whose decoder is then never run; of any other model its only
-    stack."""
+    By default only the encoder of an encoder–decoder model is recorded, and its decoder never runs.
+    Other models have a single stack."""
     max_length: int = 512
-    """Longest document in tokens, and longest decoder's text. What is longer is cut there and counted."""
+    """Longest document, and longest decoder text, in tokens. Longer texts are truncated and counted."""
     tokens_per_batch: int | None = None
-    """Padded tokens per forward pass, those of encoder and decoder together (default: 4096 on a CPU, 32768 on a
-    GPU). A document longer than this is a batch of its own."""
+    """Padded tokens per forward pass, encoder and decoder together (default: 4096 on a CPU, 32768 on a GPU).
+    A document longer than this is a batch of its own. Lower it if the device runs out of memory."""
     store: tuple[Store, ...] = ()
-    """Also store `text` (each document's text and target) or `probabilities` (of all experts, for every token and
-    layer).
-    Probabilities are 4 bytes each before compression."""
+    """Also store `text` (each document's text and target) or `probabilities` (of all experts).
+    Probabilities are stored for every token and layer, at 4 bytes each before compression."""
     token_ids: TokenIds = "keep"
-    """What is recorded of each token's id: the id; `hash`, its place in a permutation of the vocabulary that only the
-    key in the environment variable COLLECTOR_TOKEN_KEY can undo; or nothing (`drop`).
-    Neither protects the text: the chosen experts alone give most of it back (arXiv 2602.04105)."""
+    """How token ids are recorded: `keep` stores them, `drop` leaves them out, `hash` permutes the vocabulary.
+    `hash` reads its key from the environment variable COLLECTOR_TOKEN_KEY; without the key nobody can recover the ids.
+    Neither protects the text: most of it can be recovered from the chosen experts alone (arXiv 2602.04105)."""
 
     def __post_init__(self) -> None:
-        """Refuses impossible geometry."""
+        """Rejects impossible layers, stacks and sizes."""
         _require_positive("max_length", self.max_length)
         _require_positive("tokens_per_batch", self.tokens_per_batch)
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
@@ -128,55 +127,55 @@ class CaptureConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Where the parts of a model go that one device has no room for."""
+    """How a model that is too large for one device is spread over devices, host memory and disk."""
 
     offload: Literal["none", "cpu", "disk"] = "none"
-    """What may also hold weights, which then travel to the device in every pass."""
+    """Where weights beyond the devices' memory are kept; they are copied to the device in every forward pass."""
     host_memory: str | None = None
-    """Host memory that weights may take, for example 20GB (default: what is free)."""
+    """Host memory that weights may take, for example 20GB (default: all that is free)."""
     folder: str | None = None
-    """Where weights offloaded to the disk lie (default: the system's folder for temporary files)."""
+    """Folder for weights offloaded to disk (default: the system's folder for temporary files)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Where the replicas run. Only the device has a part in what is recorded."""
+    """Where and how the replicas run. Of these settings only the device affects what is recorded."""
 
     replicas: int | str = "auto"
-    """Model replicas. `auto`: as many as the nodes hold, while nodes come and go; on CPUs one per node.
-    N: up to N. MIN:MAX: up to MAX, but refused if the nodes hold fewer than MIN when the run starts.
-    What the nodes do not hold is asked of the autoscaler; 0:16 waits for the first node."""
+    """Number of model replicas. `auto`: as many as fit, while nodes come and go; on CPUs one per node.
+    N: up to N. MIN:MAX: up to MAX, and an error if fewer than MIN fit when the run starts.
+    Replicas that do not fit are requested from the autoscaler; 0:16 waits for the first node."""
     gpus_per_replica: float = 1.0
-    """GPUs per replica; a fraction lets several share one, 2 and more hold a model that one has no room for.
+    """GPUs per replica. A fraction lets several replicas share a GPU; 2 or more split a model too large for one.
     Ignored on CPUs."""
     offload: Literal["none", "cpu", "disk"] = "none"
-    """Where weights may lie that the replica's devices have no room for; they travel in every pass, slowly.
-    `cpu` is the host memory beside a GPU, `disk` also local disk."""
+    """Where to keep weights that do not fit on the replica's devices. Copying them in every forward pass is slow.
+    `cpu` uses the host memory beside a GPU, `disk` also local disk."""
     host_memory: str | None = None
-    """Host memory for a replica's weights with --offload, for example 24GB (default: what is free)."""
+    """Host memory for a replica's weights with --offload, for example 24GB (default: all that is free)."""
     cpus_per_replica: int | None = None
-    """CPU cores per replica (default: 1 beside a GPU; on CPUs all cores of its node, which then holds the model once;
-    very small models are faster with 1)."""
+    """CPU cores per replica (default: 1 beside a GPU; on CPUs all cores of the node, which then loads the model once).
+    Very small models are faster with 1."""
     accelerator_type: str | None = None
-    """Only on nodes with this accelerator, by Ray's name: A100, H100, L4 …"""
+    """Use only nodes with this accelerator, by Ray's name: A100, H100, L4 …"""
     node_labels: tuple[str, ...] = ()
-    """Only on nodes whose Ray labels match all of these: KEY=VALUE, KEY='!VALUE' or KEY='in(A,B)'."""
+    """Use only nodes whose Ray labels match all of these: KEY=VALUE, KEY='!VALUE' or KEY='in(A,B)'."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes GPUs where Ray sees some."""
+    """Device of the replicas. `auto` takes GPUs if Ray sees any."""
     ray_address: str | None = None
-    """Cluster to join (`auto`, host:port, ray://…). Default: RAY_ADDRESS, else a local Ray is started."""
+    """Cluster to join (`auto`, host:port, ray://…). Default: RAY_ADDRESS; without it a local Ray is started."""
     max_attempts: int = 3
     """Attempts per shard, over all launches, before it is reported as failed and left out."""
     retry_failed: bool = False
-    """Try the shards again that earlier launches left out."""
+    """Retry the shards that earlier launches left out."""
     part: str | None = None
-    """Where this driver begins if several work on one run, for example 2/16: with every 16th shard from the second on.
-    After these it helps the others, so every part ends with the whole run complete."""
+    """This driver's share when several work on one run: 2/16 starts with every 16th shard from the second on.
+    When its share is done, the driver helps the others, so every part ends with the whole run complete."""
     log_format: Literal["text", "json"] = "text"
-    """How messages and progress go to standard error: for people, or one JSON object per line."""
+    """Format of messages and progress on standard error: text for people, or one JSON object per line."""
 
     def __post_init__(self) -> None:
-        """Refuses impossible placement."""
+        """Rejects impossible placement."""
         self.share()
         self.replica_range()
         self.labels()
@@ -190,7 +189,7 @@ class LaunchConfig:
             raise ValueError("--host-memory limits what --offload cpu or --offload disk may take: give one of them")
 
     def share(self) -> tuple[int, int]:
-        """`--part I/N` as (I - 1, N): the remainder of this driver's own shards modulo N.
+        """Returns `--part I/N` as (I - 1, N): this driver's own shards are those with remainder I - 1 modulo N.
 
         Raises:
             ValueError: it is not I/N with I from 1 to N.
@@ -203,7 +202,7 @@ class LaunchConfig:
         return int(number) - 1, int(parts)
 
     def replica_range(self) -> tuple[int, int | None]:
-        """`--replicas` as the fewest to start with and the most to ask for; None: what the nodes hold.
+        """Returns `--replicas` as a minimum and a maximum; a maximum of None means as many as the nodes hold.
 
         Raises:
             ValueError: it is not `auto`, N or MIN:MAX.
@@ -218,7 +217,7 @@ class LaunchConfig:
         return int(least), int(most)
 
     def labels(self) -> dict[str, str]:
-        """`--node-labels` as Ray's label selector.
+        """Returns `--node-labels` as Ray's label selector.
 
         Raises:
             ValueError: one is not KEY=VALUE.
@@ -229,10 +228,10 @@ class LaunchConfig:
         return {key: value for key, _, value in pairs}
 
     def spread(self, device: str) -> Spread | None:
-        """How a replica's weights are spread; None if one device holds them all.
+        """Returns how a replica's weights are spread, or None if one device holds them all.
 
         Raises:
-            ValueError: host memory is to help a CPU, which has nothing else.
+            ValueError: `--offload cpu` on a CPU, whose weights are in host memory anyway.
         """
         if self.offload == "none" and (device == "cpu" or self.gpus_per_replica <= 1):
             return None
@@ -243,7 +242,7 @@ class LaunchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides what a run contains, with device and batch size resolved."""
+    """All settings that decide what a run contains, with device and batch size resolved."""
 
     data: DataConfig
     model: ModelConfig
@@ -253,12 +252,12 @@ class RunConfig:
     """The key of `--token-ids hash`, for the replicas; never stored."""
 
     def __post_init__(self) -> None:
-        """Refuses to hash token ids without a key."""
+        """Rejects `--token-ids hash` without a key."""
         if self.capture.token_ids == "hash":
             token_ids.require_key(self.token_key)
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat dictionary of JSON values, as plan and run.json hold it."""
+        """Returns one flat dictionary of JSON values, as the plan and run.json store it."""
         sections = [dataclasses.asdict(section) for section in (self.data, self.model, self.capture)]
         flat = {key: value for section in sections for key, value in section.items()} | {"device": self.device}
         if self.token_key is not None:
@@ -269,10 +268,10 @@ class RunConfig:
 def resolve(
     *, data: DataConfig, model: ModelConfig, capture: CaptureConfig, device: Literal["cpu", "cuda"]
 ) -> RunConfig:
-    """Fills in what depends on the device, and the key of `--token-ids hash` from the environment.
+    """Fills in the settings that depend on the device, and takes the key of `--token-ids hash` from the environment.
 
     Raises:
-        ValueError: there is no such key.
+        ValueError: the environment has no usable key.
     """
     if capture.tokens_per_batch is None:
         capture = dataclasses.replace(capture, tokens_per_batch=32768 if device == "cuda" else 4096)

@@ -1,15 +1,15 @@
-"""Work in stages: each has a thread of its own, so that the stages of several pieces overlap.
+"""Runs pieces of work through stages, one thread per stage, so that the stages of several pieces overlap.
 
-A replica reads and tokenizes the next shard while its device computes this one, and encodes and publishes
-the one before meanwhile.
+A replica reads and tokenizes the next shard while its device computes the current one and the previous one
+is encoded and published.
 
 Guarantees:
 
-- a stage works on one piece at a time, in the order in which they were handed in, always in one thread;
-- at most so many pieces are in work as the pipeline has room for: whoever hands in another one waits;
-- an exception belongs to the piece that raised it; the others go on.
+- a stage works on one piece at a time, in the order of submission, always in the same thread;
+- the number of pieces in work never exceeds the pipeline's room: submitting one more blocks;
+- an exception affects only the piece that raised it; the others go on.
 
-Knows neither torch nor models; what the stages do is told by whoever builds the pipeline.
+The module knows neither torch nor models: the caller supplies the function of each stage.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 IN_WORK = 3
-"""Shards that a replica has in work at once: one being read, one on the device, one being written."""
+"""Shards that a replica processes at once: one is read, one is on the device, one is written."""
 
 
 class DeviceLost(RuntimeError):  # noqa: N818 - what happened, in the words of the log
-    """The device computes nothing more for this process, so the replica is of no use for any other shard."""
+    """The device is unusable for the rest of this process, so the replica cannot process any other shard."""
 
 
 class Stopwatch:
-    """Wall time by stage, and when it began to count."""
+    """Measures wall time by stage; `started` is when it was created."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -52,12 +52,12 @@ class Stopwatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step that every piece takes."""
+    """One step that every piece goes through."""
 
     name: str
-    """Of its thread."""
+    """Name of the stage and prefix of its thread's name."""
     step: Callable[[Any], Any]
-    """Takes what the stage before returned, the first one the piece itself."""
+    """Takes the result of the previous stage; the first stage takes the piece itself."""
     prepare: Callable[[], None] | None = None
     """Called in the stage's thread before its first piece."""
 
@@ -69,7 +69,7 @@ class Pipeline:
         """Prepares the threads.
 
         Args:
-            stages: in the order that a piece takes.
+            stages: the stages in execution order.
             room: how many pieces may be in work at once.
         """
         self.room = room
@@ -83,10 +83,10 @@ class Pipeline:
         self._closed = False
 
     def submit(self, piece: Any) -> Future[Any]:
-        """Hands in a piece, once there is room for it; may be called from any thread.
+        """Submits a piece, blocking until there is room for it; may be called from any thread.
 
         Returns:
-            What the last stage returns, or the exception of the stage that failed.
+            A future with the result of the last stage, or with the exception of the stage that failed.
         """
         self._free.acquire()
         result: Future[Any] = Future()
@@ -95,11 +95,11 @@ class Pipeline:
         return result
 
     def call(self, stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function in a stage's thread, between two pieces, and waits for what it returns."""
+        """Calls a function in a stage's thread, between two pieces, and returns its result."""
         return self._by_name[stage].submit(function, *arguments).result()
 
     def map(self, pieces: Iterable[Any]) -> Iterator[Any]:
-        """The results of all pieces, in order; the first exception is raised where its result would be."""
+        """Yields the results of all pieces in order; a failed piece raises its exception in its place."""
         waiting: deque[Future[Any]] = deque()
         for piece in pieces:
             if len(waiting) == self.room:
@@ -109,9 +109,9 @@ class Pipeline:
             yield waiting.popleft().result()
 
     def close(self) -> None:
-        """Ends the threads once the steps that they are at are done; pieces still in work fail."""
+        """Ends the threads after their current steps; pieces still in work fail."""
         self._closed = True
-        for thread in self._threads:  # in this order, for a stage hands on to the next one
+        for thread in self._threads:  # in stage order, because each stage submits to the next
             thread.shutdown()
 
     def _hand_on(self, number: int, piece: Any, result: Future[Any]) -> None:
@@ -120,7 +120,7 @@ class Pipeline:
             return
         try:
             self._threads[number].submit(self._run, number, [(piece, result)])
-        except RuntimeError as error:  # its thread has been ended
+        except RuntimeError as error:  # the thread was shut down
             result.set_exception(error)
 
     def _run(self, number: int, job: list[tuple[Any, Future[Any]]]) -> None:
@@ -129,9 +129,9 @@ class Pipeline:
             if self._closed:
                 raise RuntimeError("closed before the work was done")
             piece = self._steps[number](piece)
-        except BaseException as error:  # noqa: BLE001 - for whoever waits for the piece
+        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
             result.set_exception(error)
-            # The traceback holds this frame and those below: a result in them would keep itself and the piece.
+            # The traceback references this frame: if the frame kept `result` and `piece`, they would never be freed.
             del piece, result
         else:
             self._hand_on(number + 1, piece, result)

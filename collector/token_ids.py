@@ -1,12 +1,11 @@
-"""What is recorded of a token's identity: its id, its id under a secret permutation, or nothing.
+"""Pseudonymizes token ids with a secret permutation of the vocabulary, for `--token-ids hash`.
 
-`--token-ids hash` replaces ids by their rank among the keyed BLAKE2b hashes of all ids, a permutation of the
-vocabulary that only the holder of the key can undo: equal tokens stay equal, and the column keeps its type.
-The key comes from the environment and is stored nowhere; a run holds its fingerprint, so that no other key
-goes on with it.
+Each id is replaced by its rank among the keyed BLAKE2b hashes of all ids. Only the holder of the key can undo
+this permutation: equal tokens stay equal, and the column keeps its type. The key comes from the environment
+and is never stored; a run stores its fingerprint, so that it cannot be resumed with another key.
 
-This hides the ids, not the text. Token frequencies survive a permutation, and the chosen experts alone give
-back most of a text (arXiv 2602.04105 reports 91 % of the tokens): a run needs the protection of its text.
+This hides the ids, not the text. Token frequencies survive a permutation, and most of a text can be recovered
+from the chosen experts alone (arXiv 2602.04105 reports 91 % of the tokens): protect a run as you protect its text.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ TokenIds = Literal["keep", "hash", "drop"]
 KEY_VARIABLE = "COLLECTOR_TOKEN_KEY"
 """Environment variable that holds the key."""
 SHORTEST_KEY = 16
-"""Characters."""
+"""Minimum length of the key, in characters."""
 
 
 def require_key(key: str | None) -> str:
-    """The key of `--token-ids hash`.
+    """Returns the key if it is usable.
 
     Raises:
-        ValueError: there is none, or one that can be guessed.
+        ValueError: there is no key, or it is so short that it could be guessed.
     """
     if key is None or len(key) < SHORTEST_KEY:
         found = "it is not set" if key is None else f"it has {len(key)}"
@@ -41,12 +40,12 @@ def require_key(key: str | None) -> str:
 
 
 def fingerprint(key: str) -> str:
-    """16 hex digits that tell keys apart and do not tell the key."""
+    """Returns 16 hex digits that distinguish keys without revealing them."""
     return hashlib.blake2b(b"fingerprint of a token key", key=_secret(key), digest_size=8).hexdigest()
 
 
 def permutation(size: int, key: str) -> NDArray[np.uint32]:
-    """[size] what stands for each id: its rank among the keyed hashes of all ids."""
+    """Returns the replacement of each id, of shape [size]: its rank among the keyed hashes of all ids."""
     import numpy as np
 
     secret = _secret(key)

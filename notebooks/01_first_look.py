@@ -1,4 +1,4 @@
-"""One sentence in English, Korean and Japanese: which experts does the router choose for each token?"""
+"""Shows which experts the router chooses for each token of a sentence in English, Korean and Japanese."""
 
 import marimo
 
@@ -26,11 +26,11 @@ def _():
     mo.md("""
     # A first look at routing
 
-    A Mixture-of-Experts layer has many experts and a router, which chooses a few of them for each token. Here is one
-    sentence in three languages, and what the router of one layer makes of every token of it.
+    A Mixture-of-Experts layer has many experts and a router, which chooses a few of them for each token. This notebook
+    takes one sentence in three languages, and shows how the router of one layer routes every token.
 
-    The model is the embedded demo, a small OLMoE of 8 layers with 64 experts, 8 of them for each token. The real thing
-    takes the same notebook, on a GPU (in 4 bits it needs 5 GB of its memory):
+    The model is the embedded demo, a small OLMoE of 8 layers with 64 experts, 8 of them for each token. To use the real
+    OLMoE, run the same notebook on a GPU (in 4 bits it needs 5 GB of its memory):
 
     ```sh
     marimo edit notebooks/01_first_look.py -- --model allenai/OLMoE-1B-7B-0924 --quantization nf4
@@ -64,7 +64,7 @@ def _():
     mo.md("""
     ## Collect
 
-    The sentences become documents with their language as label, and a run records every router's decision about every
+    The sentences become documents with their language as label, and a run records every router's decision for every
     token. `probabilities` also stores each router's distribution over all its experts, which the heatmap below shows.
     """)
     return
@@ -100,8 +100,8 @@ def _():
     mo.md("""
     ## Token × expert
 
-    The router's probability of each expert, before it takes the best 8. Languages that share experts show the same
-    columns.
+    The heatmap shows the router's probability of each expert, before it takes the top 8. Languages that share experts
+    have the same bright columns.
     """)
     return
 
@@ -150,8 +150,8 @@ def _():
     mo.md("""
     ## The top expert of each token
 
-    `token_trace` tells what happened to each token of a document: the expert with the highest weight, all that were
-    chosen, and how decided the router was (entropy in nats; ln 64 = 4.16 would be no preference at all).
+    `token_trace` describes the routing of each token of a document: the expert with the highest weight, all chosen
+    experts, and how decided the router was (entropy in nats; ln 64 = 4.16 would mean no preference at all).
     """)
     return
 
@@ -185,8 +185,8 @@ def _(layer, top_experts):
 @app.cell(hide_code=True)
 def _():
     mo.md("""
-    Three sentences show what the data are, not what a language does: that takes many documents, and the untrained
-    model beside them. Go on with `02_languages.py`.
+    Three sentences show what the data look like, not how a language is routed: that takes many documents, and the
+    untrained model for comparison. Continue with `02_languages.py`.
     """)
     return
 

@@ -1,4 +1,4 @@
-"""Do languages have experts of their own? The trained model beside the untrained one, and the Korean question."""
+"""Shows whether languages have their own experts, by comparing the trained model with the untrained one."""
 
 import marimo
 
@@ -24,11 +24,11 @@ def _():
     mo.md(r"""
     # Languages and their experts
 
-    A router has favourite experts even before any training. What a language does to routing is the difference between
-    the trained model and the same model with random weights, on the same documents.
+    A router has favourite experts even before any training. What it has learned about a language is the difference
+    between the trained model and the same model with random weights, on the same documents.
 
-    Without arguments both are collected here: the demo model over a few sentences in each of 60 languages. For the real
-    thing collect two runs, and open them:
+    Without arguments this notebook collects both: the demo model over a few sentences in each of 60 languages. To study
+    a real model, collect two runs and open them:
 
     ```sh
     collector collect --out runs/olmoe --model allenai/OLMoE-1B-7B-0924 --data 'texts/*.jsonl' --label-column lang
@@ -102,8 +102,8 @@ def _():
     mo.md("""
     ## Specialization
 
-    The share of a language's tokens that choose each expert. Experts stand in the order of the language that uses them
-    most, so that a language with experts of its own has a block.
+    Domain specialization is the share of a language's tokens that choose each expert. Experts are ordered by the
+    language that uses them most, so a language with its own experts forms a block.
     """)
     return
 
@@ -138,7 +138,7 @@ def _():
     mo.md("""
     ## Top experts
 
-    How many of a language's tokens have each expert as their first choice, the ten most frequent.
+    For each language, the table lists the ten experts that are most often a token's first choice.
     """)
     return
 
@@ -158,8 +158,8 @@ def _():
     mo.md("""
     ## Do two languages use the same experts?
 
-    The Jensen–Shannon divergence between the experts of two languages, in bits, for all pairs that are chosen above: 0
-    where both use the same ones, 1 where they share none.
+    The Jensen–Shannon divergence compares the experts of two languages, here for all pairs of the languages chosen
+    above: 0 bits if both use the same experts equally often, 1 bit if they share none.
     """)
     return
 
@@ -185,9 +185,9 @@ def _():
 
     Does Korean use a smaller, more specific set of experts than English?
 
-    *Smaller*: the effective number of experts, exp of the entropy of a language's picks, out of the layer's E.
-    *More specific*: the lift of a language's most specialised expert, how many times more of its picks go there than of
-    an average language's.
+    *Smaller* is measured by the effective number of experts, the exponential of the entropy of a language's picks.
+    *More specific* is measured by the lift of a language's most specialised expert: how many times more often its
+    tokens choose that expert than the tokens of an average language do.
     """)
     return
 
@@ -254,9 +254,9 @@ def _(answer, top_experts):
 @app.cell(hide_code=True)
 def _():
     mo.md("""
-    A language is not only a language: its script, topics and tokenizer differ as well.
-    `conditional_mutual_information` asks what it says beyond the tokens themselves, `routing_divergence` compares the
-    same sentence in two languages, and `fertility` tells how many tokens each one needs.
+    Languages also differ in script, topics and tokenization. `conditional_mutual_information` measures what the
+    language adds beyond the tokens themselves, `routing_divergence` compares the same sentence in two languages, and
+    `fertility` gives the number of tokens that each language needs.
     """)
     return
 

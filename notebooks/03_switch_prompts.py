@@ -1,4 +1,4 @@
-"""A Switch encoder's routing of bare questions against the same questions behind a context."""
+"""Compares a Switch encoder's routing of bare questions with that of the same questions after a context."""
 
 import marimo
 
@@ -26,18 +26,18 @@ def _():
     mo.md("""
     # Prompts through a Switch encoder
 
-    Switch Transformers choose one expert per token, in every other layer, and give each expert a capacity: what exceeds
-    it is dropped. Does the encoder route a question differently once a context stands before it?
+    Switch Transformers choose one expert per token, in every other layer, and give each expert a capacity: tokens
+    beyond it are dropped. Does the encoder route a question differently if a context precedes it?
 
-    The real thing is `google/switch-base-8`, with your prompts as JSON lines of `text`, `label` (the prompt set) and
-    `parallel_id` (the question):
+    For a real answer use `google/switch-base-8`, with your prompts as JSON lines of `text`, `label` (the prompt set)
+    and `parallel_id` (the question):
 
     ```sh
     marimo edit notebooks/03_switch_prompts.py -- --model google/switch-base-8 --prompts prompts.jsonl
     ```
 
-    Without arguments the model is a tiny Switch encoder with **random weights**: every table and figure is real, but
-    says nothing about language.
+    Without arguments the model is a tiny Switch encoder with **random weights**: tables and figures are computed in the
+    same way, but say nothing about language.
     """)
     return
 
@@ -52,7 +52,7 @@ def _():
 @app.cell
 def _(given, scratch):
     def tiny_switch(folder):
-        """A Switch model of 4 + 4 layers with 8 experts, and the demo's tokenizer."""
+        """Saves a Switch model of 4 + 4 layers with 8 experts, and the demo's tokenizer; returns the folder."""
         torch.manual_seed(0)
         config = SwitchTransformersConfig(
             vocab_size=8192, d_model=32, d_kv=8, d_ff=32, num_heads=4, num_experts=8, expert_capacity=16,
@@ -101,8 +101,8 @@ def _():
     mo.md("""
     ## Collect
 
-    Only the encoder is recorded, and so the decoder never runs. Texts are stored, to show which prompt is which, and
-    the full probabilities, to compare the same question in both sets.
+    Only the encoder is recorded, so the decoder never runs. The run stores texts, to show which prompt is which, and
+    full probabilities, to compare the same question in both sets.
     """)
     return
 
@@ -147,9 +147,9 @@ def _():
     mo.md("""
     ## Token by token
 
-    The expert that each token chose, the probability that the router gave it (the softmax of its logits; it is also the
-    weight of the expert's output), the entropy of the router's whole distribution in nats (ln 8 = 2.08 would be no
-    preference at all), and whether the capacity dropped the token.
+    The table shows the expert that each token chose, its probability (the softmax of the logits, which is also the
+    weight of the expert's output), the entropy of the router's distribution in nats (ln 8 = 2.08 would mean no
+    preference at all), and whether the capacity limit dropped the token.
     """)
     return
 
@@ -169,7 +169,8 @@ def _():
     mo.md("""
     ## Base against context
 
-    The share of each prompt set's tokens that goes to each expert. The dashed line is 1/E, a router without preference.
+    The bars show the share of each prompt set's tokens that goes to each expert. The dashed line is 1/E, the share for
+    a router without preference.
     """)
     return
 
@@ -202,13 +203,13 @@ def _(run):
     divergence = run.query("routing_divergence", labels=["base", "context"]).df().query("label_a < label_b")
     mo.vstack(
         [
-            mo.md("How decided the router is: the mean over a set's tokens, beside what no preference would give."),
+            mo.md("How decided the router is: the mean over a set's tokens, and the baseline of no preference."),
             entropy[["metric", "layer", "label", "value", "baseline", "n"]].round(3),
-            mo.md("The median, and what the middle half of the tokens lie between:"),
+            mo.md("The median and the quartiles over tokens:"),
             quantiles[["metric", "layer", "label", "value", "first_quartile", "third_quartile"]].round(3),
-            mo.md("Tokens that the capacity kept from their expert:"),
+            mo.md("The share of tokens that the capacity limit dropped:"),
             drops[["layer", "label", "value", "n"]].round(3),
-            mo.md("The same question in both sets: 0 where it is routed alike, 1 where the two share no expert."),
+            mo.md("Divergence of the same question between the sets: 0 if routed alike, 1 if no expert is shared."),
             divergence[["metric", "layer", "value", "n"]].round(3),
         ]
     )

@@ -1,4 +1,4 @@
-"""The figures that a paper about routing wants: specialization, saturation, co-activation, vocabulary."""
+"""Draws the figures for a paper about routing: specialization, saturation, co-activation, vocabulary."""
 
 import marimo
 
@@ -25,16 +25,17 @@ def _():
     mo.md("""
     # Figures for a paper
 
-    The analyses of section 5 of OLMoE ([arXiv 2409.02060](https://arxiv.org/abs/2409.02060)), each one query.
+    These are the analyses of section 5 of OLMoE ([arXiv 2409.02060](https://arxiv.org/abs/2409.02060)), each one query.
 
-    Without arguments they are drawn of the demo model, trained and untrained, on a few sentences per language. For the
-    real thing give two runs (see `02_languages.py` for how they are collected), and a folder for the figures:
+    Without arguments they show the demo model, trained and untrained, on a few sentences per language. To study a real
+    model, give two runs (`02_languages.py` shows how to collect them) and a folder for the figures:
 
     ```sh
     python notebooks/04_paper_figures.py --run runs/olmoe --untrained runs/olmoe-random --layer 7 --figures figures
     ```
 
-    writes each one as SVG. `collector query runs/olmoe domain_specialization --layer 7 --format csv` gives the numbers.
+    This writes each one as SVG. `collector query runs/olmoe domain_specialization --layer 7 --format csv` gives the
+    numbers.
     """)
     return
 
@@ -106,8 +107,8 @@ def _():
     mo.md("""
     ## Specialization
 
-    Of all tokens of a language, the share that chooses each expert. The dashed line is k/E, a router without
-    preference.
+    The bars show the share of a language's tokens that chooses each expert. The dashed line is k/E, the share for a
+    router without preference.
     """)
     return
 
@@ -144,9 +145,9 @@ def _():
     mo.md("""
     ## Saturation
 
-    How many of a token's k experts two runs choose alike. Between a checkpoint and the last one it tells when routing
-    settles (`collector collect --revision` takes either); here the other run is the untrained model. The dashed line is
-    k/E, two routers that choose at random.
+    Router saturation is the share of a token's k experts on which two runs agree. Between an intermediate and the final
+    checkpoint it shows when routing settles (`collector collect --revision` selects a checkpoint); here the other run
+    is the untrained model. The dashed line is k/E, the value for two routers that choose at random.
     """)
     return
 
@@ -174,8 +175,8 @@ def _():
     mo.md("""
     ## Co-activation
 
-    How often expert j is chosen as well where expert i is. Experts that are chosen by chance would give (k − 1)/(E − 1)
-    everywhere.
+    The matrix shows how often expert j is chosen for a token if expert i is. Experts chosen at random would give
+    (k − 1)/(E − 1) everywhere.
     """)
     return
 
@@ -203,8 +204,8 @@ def _():
     mo.md("""
     ## Vocabulary specialization
 
-    How far the token's identity alone decides its expert: per token id the share of its occurrences that its most
-    frequent expert gets, averaged over the ids. The dashed line is what one expert gets by chance.
+    This measures how far a token's identity alone determines its expert: the share of a token id's occurrences that
+    choose its most frequent expert, averaged over ids. The dashed line is the share of an expert by chance.
     """)
     return
 
@@ -240,7 +241,7 @@ def _(layer, runs):
     )
     tokens = profiles.query("aspect == 'token'").groupby("expert", sort=False).item
     examples = tokens.agg("  ".join).reset_index(name="tokens")
-    mo.vstack([mo.md("The experts that know their tokens best, with the tokens that they get most often:"), examples])
+    mo.vstack([mo.md("The most specialised experts, with the tokens that choose them most often:"), examples])
     return (examples,)
 
 

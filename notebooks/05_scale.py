@@ -1,4 +1,4 @@
-"""From a launch on a cluster to a query: the commands, and the same ones in small on this machine."""
+"""Shows the way from a launch on a cluster to a query, with the same commands on a small scale on this machine."""
 
 import marimo
 
@@ -20,8 +20,8 @@ def _():
     mo.md("""
     # From a cluster to a query
 
-    A run is a command, a folder and questions to it. The command is the same on a laptop and on a hundred GPUs; only
-    where it is started changes. `cluster/README.md` has the whole of it.
+    One command collects a run into a folder, and queries read the folder. The command is the same on a laptop and on a
+    hundred GPUs; only the way to launch it differs. `cluster/README.md` has all details.
     """)
     return
 
@@ -31,13 +31,13 @@ def _():
     mo.md(r"""
     ## Launch
 
-    One machine, a replica per GPU; Ray starts by itself:
+    On one machine, with a replica per GPU; Ray starts automatically:
 
     ```sh
     collector collect --out runs/olmoe --model allenai/OLMoE-1B-7B-0924 --data 'texts/*.jsonl' --label-column lang
     ```
 
-    A cluster that Ray brings up in the cloud, whose nodes may come and go:
+    On a cluster that Ray launches in the cloud, whose nodes may come and go:
 
     ```sh
     ray up cluster/ray-cluster.yaml
@@ -46,16 +46,16 @@ def _():
         --data 's3://BUCKET/texts/*.jsonl' --label-column lang --device cuda --replicas 16
     ```
 
-    SLURM, four nodes of eight GPUs:
+    On SLURM, with four nodes of eight GPUs:
 
     ```sh
     sbatch --nodes=4 --gpus-per-node=8 cluster/slurm.sh --out /shared/runs/olmoe \
         --model allenai/OLMoE-1B-7B-0924 --data '/shared/texts/*.jsonl' --label-column lang
     ```
 
-    In all of them the documents are cut into shards before anything else, each replica takes a shard at a time, and a
-    shard counts once its commit record is there. So a killed replica, node or driver costs the shards in work: **the
-    same command again** goes on where it ended.
+    In each case the documents are first divided into shards. Each replica takes one shard at a time, and a shard counts
+    once its commit record exists. If a replica, node or driver is killed, only the shards in progress are lost: repeat
+    **the same command** to resume.
     """)
     return
 
@@ -63,9 +63,9 @@ def _():
 @app.cell(hide_code=True)
 def _():
     mo.md("""
-    ## Here, in small
+    ## On a small scale
 
-    The demo model, two replicas on this machine's cores, four shards.
+    This runs the demo model in two replicas on this machine's cores, over four shards.
     """)
     return
 
@@ -77,7 +77,7 @@ def _():
     out = given.get("out") or f"{scratch.name}/run"
 
     def collector(*arguments):
-        """Runs a command of the collector as a terminal would; returns what it wrote."""
+        """Runs a command of the collector as in a terminal; returns its output."""
         done = subprocess.run(
             [sys.executable, "-m", "collector", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, check=False,
@@ -95,11 +95,11 @@ def _(collector, out):
               "--cpus-per-replica", "1")  # fmt: skip
     first = collector(*launch)
     again = collector(*launch)
-    run_folder = out  # what follows waits for the run
+    run_folder = out  # makes the following cells wait for the run
     mo.vstack(
         [
             mo.plain_text(first),
-            mo.md("The same command again finds every shard committed, and has nothing to do:"),
+            mo.md("Repeating the command finds every shard committed, and does nothing:"),
             mo.plain_text(again),
         ]
     )
@@ -109,11 +109,11 @@ def _(collector, out):
 @app.cell(hide_code=True)
 def _():
     mo.md("""
-    ## Look after it
+    ## Monitor and verify
 
-    From anywhere that sees the folder or bucket: `collector status RUN --watch` follows it, `collector verify RUN`
-    reads everything again and compares it with what was committed, and `collector status RUN --summary` writes what a
-    paper says of it.
+    Anywhere with access to the folder or bucket, `collector status RUN --watch` follows the run, `collector verify RUN`
+    re-reads all files and compares them with the commit records, and `collector status RUN --summary` writes a summary
+    for a paper.
     """)
     return
 
@@ -129,10 +129,10 @@ def _(collector, run_folder):
 @app.cell(hide_code=True)
 def _():
     mo.md("""
-    ## Ask
+    ## Query
 
-    In a terminal `collector query RUN top_experts --layer 4`, in Python the same. A run on an object store is asked
-    where it lies: `open_run("s3://BUCKET/runs/olmoe")`.
+    In a terminal, `collector query RUN top_experts --layer 4`; in Python, the code below. A run on an object store is
+    queried in place: `open_run("s3://BUCKET/runs/olmoe")`.
     """)
     return
 
@@ -180,7 +180,8 @@ def _():
     hf upload USER/routing-olmoe routing-olmoe --repo-type dataset
     ```
 
-    writes a data set with its card for the Hugging Face hub (`docs/loading.md`). A run is as private as its text.
+    The first command writes a dataset with its card for the Hugging Face hub (`docs/loading.md`). A run is as private
+    as its text.
     """)
     return
 

@@ -1,4 +1,4 @@
-"""The explorer of a run: `collector explore RUN` starts it, `collector.look.explore` says what it is made of."""
+"""The explorer app: `collector explore RUN` starts it, and `collector.look.explore` contains its parts."""
 
 # /// script
 # [tool.marimo.display]
@@ -21,7 +21,7 @@ def _():
     from collector.look.trace import page, read
 
     def still(element):
-        """What a control looks like: a cell that names this, not the control, is not run again by a choice."""
+        """Returns a control's HTML: a cell that refers to it, not to the control, does not re-run on a choice."""
         return mo.Html(element.text)
 
     return Panel, advice, mo, open_run, page, read, still, terminal, views
@@ -31,7 +31,7 @@ def _():
 def _(advice, mo, open_run):
     _root = mo.cli_args()["run"]
     run, slow = open_run(_root), advice.slow(_root)
-    # What the link asks for; each choice is taken up once, and then belongs to whoever looks.
+    # The choices in the link; each is used once as the initial value of its control.
     asked = dict(mo.query_params().to_dict())
     return asked, run, slow
 
@@ -121,7 +121,7 @@ def _(asked, found, language, name, views, widget):
     widget.experts = views.experts(found, language.value, name)
     _own = [each for each in found if each.label == language.value]
     if not asked.pop("expert", None) and _own:
-        # Experts of different layers have nothing to do with each other: begin with the most chosen.
+        # Experts of different layers are unrelated, so start with the most chosen one.
         widget.expert = max(_own, key=lambda each: each.value).expert
     favourite = widget.expert
     return (favourite,)

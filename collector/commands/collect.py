@@ -1,6 +1,6 @@
-"""`collector collect` makes a run, `collector status` tells how far it is.
+"""`collector collect` makes a run and `collector status` reports its progress.
 
-Both answer 0 for a complete run and 1 for an incomplete one.
+Both exit with 0 for a complete run and 1 for an incomplete one.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collect:
-    """Run a model over documents and record what its routers decide.
+    """Run a model over documents and record the decisions of its routers.
 
-    Without arguments: the embedded demo model over held-out sentences of 60 languages, into
-    runs/demo. The same command resumes an interrupted run.
+    Without arguments it runs the embedded demo model over held-out sentences of 60 languages and
+    writes to runs/demo. To resume an interrupted run, repeat the same command.
     """
 
     out: str = "runs/demo"
-    """The run directory: a local path or an object store's URL."""
+    """The run directory: a local path or the URL of an object store."""
     data: tyro.conf.OmitArgPrefixes[DataConfig] = dataclasses.field(default_factory=DataConfig)
     model: tyro.conf.OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
     capture: tyro.conf.OmitArgPrefixes[CaptureConfig] = dataclasses.field(default_factory=CaptureConfig)
     launch: tyro.conf.OmitArgPrefixes[LaunchConfig] = dataclasses.field(default_factory=LaunchConfig)
 
     def run(self) -> int:
-        """Collects, then says what there is."""
+        """Collects the run and prints its status."""
         from collector.fleet import driver
         from collector.look import terminal
 
@@ -40,22 +40,22 @@ class Collect:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """Tell how far a run is, what it skipped and what failed."""
+    """Report a run's progress, the rows it skipped and the shards that failed."""
 
     run_: RunPath
     """The run directory."""
     watch: float | None = None
-    """Look again every so many seconds (5 if none are given), until the run is complete or all that is left failed."""
+    """Refresh every N seconds (5 if no number is given) until the run is complete or only failed shards are left."""
     summary: bool = False
     """Write a paragraph and a table for a paper's appendix instead, in Markdown."""
 
     def __post_init__(self) -> None:
-        """Refuses a look that never comes."""
+        """Rejects an interval that is not positive."""
         if self.watch is not None and self.watch <= 0:
             raise ValueError(f"--watch takes seconds, got {self.watch}")
 
     def run(self) -> int:
-        """Prints the status; 1 if the run is incomplete."""
+        """Prints the status; returns 1 if the run is incomplete."""
         from collector.look import summary, terminal
         from collector.store.run_directory import RunDirectory
 
@@ -69,7 +69,7 @@ class Status:
 
 
 def give_watch_its_seconds(arguments: list[str]) -> list[str]:
-    """Puts 5 behind a `--watch` without a number: parsers know options with a value and options without."""
+    """Inserts 5 after a `--watch` without a number, because an option of the parser cannot have an optional value."""
     given = []
     for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
         given.append(argument)

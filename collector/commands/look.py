@@ -1,4 +1,4 @@
-"""What shows routing on the screen: `collector show`, `collector trace`, `collector explore`."""
+"""Commands that show routing on the screen: `collector show`, `collector trace`, `collector explore`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Show:
     run_: RunPath
     """The run directory."""
     beside: str | None = None
-    """Another run, for example the same model with random weights."""
+    """Another run to show next to it, for example of the same model with random weights."""
     labels: tuple[str, ...] | None = None
-    """Which labels (default: all)."""
+    """Labels to show (default: all)."""
     by: str = "label"
-    """What labels are: label (as recorded), source, script, length, position or token_class."""
+    """What to group by: label (as recorded), source, script, length, position or token_class."""
 
     def run(self) -> int:
         """Prints the table."""
@@ -40,26 +40,26 @@ class Show:
 class Trace:
     """Run a model over one text and show which expert each router chose for each token.
 
-    The text appears once per router, each token in the colour of its expert and followed by its number; then, token by
-    token, the expert with the highest weight, that weight and the router's entropy.
+    The text is printed once per router, each token in the colour of its expert and followed by the expert's number.
+    A table then gives, token by token, the expert with the highest weight, that weight and the router's entropy.
     """
 
     text: tyro.conf.Positional[str]
     """The text; `-` reads it from standard input."""
     model: tyro.conf.OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
     layers: tuple[int, ...] | None = None
-    """Router layers to show, by the model's own numbers (default: all)."""
+    """Router layers to show, numbered as in the model (default: all)."""
     stacks: tuple[Stack, ...] | None = None
     """Which routers to show: `encoder`, `decoder` or both (default: as `collector collect` records them)."""
     max_length: int = 512
-    """Tokens that are read at most; the rest of a longer text is left out, and that is told."""
+    """Maximum number of tokens. A longer text is truncated, and the title says so."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes a GPU where torch sees one."""
+    """Device to run on. `auto` takes a GPU if torch sees one."""
     html: str | None = None
-    """Also write a page to this file, which loads nothing: all chosen experts of a token at the pointer."""
+    """Also write a self-contained page to this file; it shows all chosen experts of the token at the pointer."""
 
     def run(self) -> int:
-        """Prints the trace, and writes the page if one is asked for."""
+        """Prints the trace, and writes the page if requested."""
         from collector.look import terminal
         from collector.look.trace import collecting, page, printing, read
 
@@ -76,15 +76,15 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Explore:
-    """Look at a run in the browser: languages, layers, documents token by token, experts.
+    """Explore a run in the browser: languages, layers, documents token by token, experts.
 
-    A server on this machine alone; the URL that it prints holds the token that lets in.
+    The server listens on this machine only. The URL that it prints contains the access token.
     """
 
     run_: RunPath
     """The run directory."""
     port: int = 0
-    """Where the server listens (default: a port that is free)."""
+    """Port of the server (default: any free port)."""
     browser: bool = True
     """Open the page in the browser."""
 

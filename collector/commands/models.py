@@ -1,4 +1,4 @@
-"""What is about models and needs no run: `collector quantize`, `collector models`."""
+"""Commands about models, which need no run: `collector quantize`, `collector models`."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from collector.config import Dtype, ModelConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """Write a quantized copy of a model, so that each replica reads a quarter: `collector quantize MODEL OUT`.
+    """Write a quantized copy of a model, so that replicas read a quarter of the bytes: `collector quantize MODEL OUT`.
 
-    The copy loads with `collector collect --model OUT`.
+    Load the copy with `collector collect --model OUT`.
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="model")]
-    """A Mixture-of-Experts model: id on the Hugging Face hub, or local folder."""
+    """A Mixture-of-Experts model: its id on the Hugging Face hub, or a local folder."""
     out: tyro.conf.Positional[str]
     """The folder to write, new or empty."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     quantization: Literal["nf4", "fp4"] = "nf4"
-    """4-bit normal floats, or 4-bit floats."""
+    """`nf4`: 4-bit normal floats. `fp4`: 4-bit floats."""
     double_quantization: bool = True
     """Also quantize the scales of 4-bit blocks."""
     dtype: Dtype = "auto"
-    """Precision of what is not quantized."""
+    """Precision of the tensors that are not quantized."""
     unquantized_experts: bool = False
     """Accept a family whose experts cannot be quantized."""
 
     def run(self) -> int:
-        """Loads tensor by tensor, quantizes, writes."""
+        """Loads and quantizes the model tensor by tensor, and writes it."""
         from collector.models import checkpoints, footprint, loading
 
         config = ModelConfig(
@@ -53,10 +53,10 @@ class Quantize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Models:
-    """List the model families whose routing can be collected, and how each one's is read."""
+    """List the model families whose routing can be collected, and how it is read from each."""
 
     format: Literal["table", "markdown"] = "table"
-    """How the list is written to standard output."""
+    """Format of the list on standard output."""
 
     def run(self) -> int:
         """Reads the families from the installed transformers and prints them."""

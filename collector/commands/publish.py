@@ -1,4 +1,4 @@
-"""What writes a run for others: `collector export` its rows, `collector report` its figures."""
+"""Commands that publish a run: `collector export` writes its rows, `collector report` its figures."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run for other programs: `collector export RUN OUT --to hf`.
+    """Export a run for other programs: `collector export RUN OUT --to hf`.
 
-    hf: a folder to push to the Hugging Face hub, with a data set card. delta: a Delta table per table. csv: a CSV file
-    per table. A run is as private as its text: publish it only if you may publish that.
+    hf: a folder to push to the Hugging Face hub, with a dataset card. delta: a Delta table per table. csv: a CSV file
+    per table. A run is as private as its text: publish it only if you may publish the text.
     """
 
     run_: RunPath
-    """The run directory: a path or an object store's URL."""
+    """The run directory: a local path or the URL of an object store."""
     out: tyro.conf.Positional[str]
     """The folder to write, new or empty."""
     to: Literal["hf", "delta", "csv"]
-    """For whom."""
+    """Format of the export."""
     gzip: bool = False
     """Compress the CSV files."""
     partial: bool = False
-    """Also export an incomplete run, what is committed of it."""
+    """Also accept an incomplete run, and export the shards committed so far."""
 
     def __post_init__(self) -> None:
-        """Refuses to compress what is compressed."""
+        """Rejects `--gzip` for formats that are compressed already."""
         if self.gzip and self.to != "csv":
             raise ValueError(f"--gzip is for --to csv; the Parquet files of --to {self.to} are compressed")
 
     def run(self) -> int:
-        """Writes the folder, and tells what is in it."""
+        """Writes the folder and prints its contents."""
         from collector.look.export import export
         from collector.query import warehouse
         from collector.store.run_directory import RunDirectory
@@ -55,34 +55,34 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write a run's figures as one HTML page that opens from a disk, and as files for a paper.
+    """Write a run's figures as one self-contained HTML page, and as files for a paper.
 
-    Every figure carries its query, the command line that writes its numbers, and its data as CSV.
+    Every figure comes with its query, the command line that reproduces its numbers, and its data as CSV.
     """
 
     run_: RunPath
     """The run directory."""
     compare: str | None = None
-    """Another run beside it, for example the same model with random weights."""
+    """Another run to compare with, for example of the same model with random weights."""
     out: Path = Path("report.html")
     """The page to write."""
     figures: Path | None = None
-    """A folder for the same figures as PDF, SVG and PNG, in the size and font of a paper."""
+    """Also write the figures to this folder as PDF, SVG and PNG, in the size and font of a paper."""
     layer: int | None = None
-    """The layer that is shown first, and that figures of one layer are of (default: the one in the middle)."""
+    """Layer that the page shows first and that single-layer figures show (default: the one in the middle)."""
     labels: tuple[str, ...] | None = None
-    """Labels whose curves are in colour, up to 8 (default: the 6 with the most tokens)."""
+    """Labels whose curves are coloured, up to 8 (default: the 6 with the most tokens)."""
     resamples: int = 200
-    """Bootstrap samples for intervals, and shuffles for the test of specialization; a paper wants 1,000. 0: neither,
-    which is much faster."""
+    """Bootstrap samples for intervals, and permutations for the test of specialization; use 1000 for a paper.
+    0 omits both, which is much faster."""
 
     def __post_init__(self) -> None:
-        """Refuses too few resamples."""
+        """Rejects too few resamples."""
         if self.resamples < 0 or self.resamples == 1:
             raise ValueError(f"--resamples takes 0, or 2 and more, got {self.resamples}")
 
     def run(self) -> int:
-        """Writes the files and names them."""
+        """Writes the files and prints their names."""
         with _extra("report"):
             from collector.look import report
             from collector.query.warehouse import one_line_errors
@@ -95,7 +95,7 @@ class Report:
 
 @contextlib.contextmanager
 def _extra(name: str) -> Iterator[None]:
-    """Says which extra of this package brings what the block fails to import.
+    """Turns a failed import into an error that names the extra of this package to install.
 
     Raises:
         ValueError: a package is missing.

@@ -1,7 +1,7 @@
-"""SQL over a run: `collector query` asks what `queries/` asks, `collector sql` anything, `collector views` elsewhere.
+"""SQL over a run: `collector query` runs a query of `queries/`, `sql` runs any statement, `views` writes a script.
 
-A query's own parameters are no flags of the command: each query has others, and to read them takes DuckDB. They are
-taken out of the command line before it is parsed, and checked where the query runs.
+Each query has its own parameters, and reading them takes DuckDB, so they are not declared as flags of the command.
+They are taken out of the command line before it is parsed, and checked where the query runs.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ _FLAGS = ("list", "format", "by", "beside", "interval", "column", "resamples", "
 class Query:
     """Answer a question about a run, or about two: `collector query RUN NAME [--beside OTHER] [--param value …]`.
 
-    `collector query --list` tells every query's question, parameters and rows.
+    `collector query --list` shows the question, parameters and columns of every query.
     """
 
     run_: RunPath = ""
     """The run directory."""
     name: tyro.conf.Positional[str] = ""
-    """The query."""
+    """Name of the query."""
     beside: str | None = None
     """Another run of the same tokens, for example of the quantized or the untrained model.
-    A query that compares two runs needs it; of any other, the other run's rows stand beside the first's."""
+    Queries that compare two runs need it; for any other query, both runs' rows are put side by side."""
     list: bool = False
-    """Tell which queries there are; with --format markdown everything about them, and with RUN and --beside OTHER, runs
-    of the demo, also an example of each one's rows."""
+    """List the queries. With --format markdown the list is their complete documentation.
+    Given RUN and --beside OTHER, two runs of the demo, it also contains example rows of each query."""
     by: str = "label"
-    """What labels are: label (as recorded), source, script, length, position or token_class."""
+    """What to group by: label (as recorded), source, script, length, position or token_class."""
     format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
-    """How the rows are written to standard output."""
+    """Format of the rows on standard output."""
     interval: float | None = None
-    """Give each row an interval of this level, as 95: a bootstrap over documents."""
+    """Add a confidence interval of this level, for example 95, to each row, by a bootstrap over documents."""
     column: str = "value"
-    """What the interval is for, of the query's columns."""
+    """Column of the query for which the interval is computed."""
     resamples: int = 1000
     """Bootstrap samples."""
     seed: int = 0
-    """Of the bootstrap's draws."""
+    """Seed of the bootstrap."""
     params: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
 
     def run(self) -> int:
-        """Runs the query, or lists them."""
+        """Runs the query, or lists all queries."""
         from collector.look import terminal
         from collector.query import warehouse
 
         if self.list:
             return self._list()
         if not (self.run_ and self.name):
-            raise ValueError("collector query takes RUN and NAME; collector query --list tells the names")
+            raise ValueError("collector query takes RUN and NAME; collector query --list shows the names")
         params: dict[str, Any] = dict(self.params)
         with warehouse.one_line_errors():
             if self.beside is not None:
@@ -124,7 +124,7 @@ def split_query_params(arguments: list[str]) -> tuple[list[str], tuple[tuple[str
 class Sql:
     """Run one read-only SQL statement over a run's views.
 
-    It reads the run's committed files and nothing else: no other file, no network, no setting.
+    The statement can read the run's committed files only. It has no access to other files, the network or settings.
     """
 
     run_: RunPath
@@ -132,9 +132,9 @@ class Sql:
     statement: tyro.conf.Positional[str]
     """For example: select label, count(*) from documents group by all."""
     by: str = "label"
-    """What labels are: label (as recorded), source, script, length, position or token_class."""
+    """What to group by: label (as recorded), source, script, length, position or token_class."""
     format: RowFormat = "table"
-    """How the rows are written to standard output."""
+    """Format of the rows on standard output."""
 
     def run(self) -> int:
         """Runs the statement."""
@@ -150,8 +150,8 @@ class Sql:
 class Views:
     """Write the SQL script that creates the run's views in any DuckDB: `duckdb -init <(collector views RUN)`.
 
-    It names every file by its full path or URL. For a run on an object store, DuckDB needs its extension httpfs (azure
-    for az://) and the credentials; `collector query` and `sql` need neither.
+    The script names every file by its full path or URL. To read a run on an object store, DuckDB needs its extension
+    httpfs (azure for az://) and the credentials; `collector query` and `sql` need neither.
     """
 
     run_: RunPath

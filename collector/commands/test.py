@@ -1,4 +1,4 @@
-"""`collector test`: which experts specialize, and how far the answer can be trusted."""
+"""`collector test`: tests which experts specialize, and how reliable the answer is."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from collector.commands.arguments import RowFormat, RunPath
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Test:
-    """Test which experts specialize in which label, by shuffling the labels of documents.
+    """Test which experts specialize in which label, by a permutation test over documents.
 
-    For every router, label and expert: is the share of the label's tokens that choose the expert larger than that of
-    all documents together? Tokens of a document are correlated, so documents are what is shuffled; q values keep the
-    rate of false discoveries over all rows (Benjamini-Hochberg). Most certain first.
+    For every router, label and expert it tests whether a larger share of the label's tokens chooses the expert than of
+    all documents' tokens. Tokens of a document are correlated, so labels are shuffled between whole documents. q values
+    control the false discovery rate over all rows (Benjamini-Hochberg). The most certain rows come first.
     """
 
     run_: RunPath
     """The run directory."""
     alternative: Literal["greater", "less", "two-sided"] = "greater"
-    """Look for experts that a label chooses more than the pooled documents do, less, or either."""
+    """Find experts that a label chooses more often than the pooled documents do, less often, or either."""
     level: float = 0.05
-    """The rate of false discoveries among the significant rows."""
+    """False discovery rate among the significant rows."""
     resamples: int = 1000
-    """Shuffles of the labels; of the split halves, splits; of the curve, bootstrap samples at each size."""
+    """Number of permutations; with --split-half, of splits; with --sample-size-curve, of bootstrap samples per size."""
     seed: int = 0
-    """Of the shuffles."""
+    """Seed of the permutations, splits or samples."""
     by: str = "label"
-    """What labels are: label (as recorded), source, script or length; not groups of tokens."""
+    """What to group by: label (as recorded), source, script or length, but not a grouping of tokens."""
     stack: str | None = None
-    """Only the routers of this stack."""
+    """Test only the routers of this stack."""
     layer: int | None = None
-    """Only this layer, by the model's own number."""
+    """Test only this layer, numbered as in the model."""
     labels: tuple[str, ...] | None = None
-    """Only the documents with these labels."""
+    """Use only the documents with these labels."""
     include_special: bool = False
-    """Also count the tokens that the tokenizer added itself."""
+    """Also count the special tokens that the tokenizer adds."""
     split_half: bool = False
-    """Instead: do two random halves of each label's documents agree about the experts?"""
+    """Measure reliability instead: how well do two random halves of each label's documents agree about the experts?"""
     sample_size_curve: bool = False
-    """Instead: how do domain specialization and its 95 % interval change with the number of documents?"""
+    """Show instead how domain specialization and its 95 % interval change with the number of documents."""
     format: RowFormat = "table"
-    """How the rows are written to standard output."""
+    """Format of the rows on standard output."""
 
     def __post_init__(self) -> None:
-        """Refuses two questions at once."""
+        """Rejects two questions at once."""
         if self.split_half and self.sample_size_curve:
             raise ValueError("--split-half and --sample-size-curve are two questions: ask one at a time")
 

@@ -1,6 +1,6 @@
-"""What keeps a run sound, fast and small: `collector verify`, `collector rollup`, `collector gc`.
+"""Maintenance of a run: `collector verify` checks it, `collector rollup` speeds it up, `collector gc` cleans it up.
 
-None of them changes what was collected.
+None of them changes the collected data.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from collector.commands.arguments import RunPath
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Re-read everything that a run committed, and name each shard that is not what it must be.
+    """Re-read everything that a run committed, and name each shard with damaged or inconsistent data.
 
-    Checks files by size and SHA-256, and tables by what they must hold: every token of every document once, and for
-    each recorded router a decision about each token of its stack. Run it after a copy, before a publication, or when a
-    disk is in doubt. A run that only lacks shards is incomplete, not unsound. A rollup is compared with what the tables
-    give, counted by other means than those that made it.
+    Checks the size and SHA-256 of files and the contents of tables: every token of every document occurs once, and each
+    recorded router has a decision for each token of its stack. Run it after copying a run, before publishing it, or
+    when you suspect a failing disk. A run that only lacks shards is incomplete, not unsound. A rollup is compared with
+    counts that are computed from the tables by independent code.
     """
 
     run_: RunPath
-    """The run directory: a path or an object store's URL, which is read as a whole."""
+    """The run directory: a local path or the URL of an object store. All of it is read."""
     recollect: bool = False
     """Set the commit records of wrong shards aside, so that the same collect command collects these shards again."""
 
     def run(self) -> int:
-        """Prints the findings; 0 if the run is sound and complete, else 1."""
+        """Prints the findings; returns 0 if the run is sound and complete, else 1."""
         from collector.store.run_directory import RunDirectory
         from collector.upkeep import verify
 
@@ -43,26 +43,26 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollup:
-    """Count a run once, per document and per label, so that questions about labels and documents are answered at once.
+    """Aggregate a run once, per document and per label, so that queries about labels and documents answer quickly.
 
     Writes two files into the run's folder `rollup`; from then on `query`, `sql` and `show` read them instead of
-    counting tokens. A rollup of other commits than the run has now is not read: make it anew when shards were added.
+    counting tokens. A rollup is ignored once the run has other commits: make a new one after adding shards.
     """
 
     run_: RunPath
-    """The run directory: a path or an object store's URL, which is read as a whole."""
+    """The run directory: a local path or the URL of an object store. All of it is read."""
     again: bool = False
-    """Count again although there is a rollup of exactly these commits."""
+    """Recompute the rollup even if it is up to date."""
 
     def run(self) -> int:
-        """Makes the rollup, unless it is there."""
+        """Makes the rollup, unless it is up to date."""
         from collector.query.rollup import files, making
         from collector.store.run_directory import RunDirectory
         from collector.upkeep import verify
 
         run = RunDirectory(self.run_)
         if not self.again and (names := files.current(run)):
-            sys.stdout.write(f"{' and '.join(names.values())}: there already, and of all that is committed\n")
+            sys.stdout.write(f"{' and '.join(names.values())}: already there, and up to date\n")
             return 0
         made = making.make(run, verify.Ticker("counted"))
         sys.stdout.write(f"{' and '.join(made.files.values())}: {made.shards:,} shards, {made.tokens:,} tokens, "
@@ -74,20 +74,20 @@ class Rollup:
 class Gc:
     """Remove the orphans of a run: files that no commit record names, left by replicas that died, and old rollups.
 
-    They count for nothing and only take room. What is committed stays, whatever its age. On object stores the parts of
-    uploads that were cut are out of sight: give the bucket a lifecycle rule that aborts incomplete uploads.
+    Orphans are never read and only take space. Committed files stay, whatever their age. On object stores this command
+    cannot see incomplete multipart uploads: give the bucket a lifecycle rule that aborts them.
     """
 
     run_: RunPath
     """The run directory."""
     older_than: str = "1d"
-    """Only what was last written so long ago: 90m, 12h, 2d; an hour at least, so that shards in work are left alone.
-    0 takes everything, and is right only while nothing collects into the run."""
+    """Remove only files last written at least this long ago: 90m, 12h, 2d.
+    The minimum is an hour, to protect shards in progress. 0 is safe only while nothing collects into the run."""
     dry_run: bool = False
-    """Only tell what would be removed."""
+    """Only print what would be removed."""
 
     def run(self) -> int:
-        """Prints what goes, and removes it."""
+        """Prints the orphans and removes them."""
         from collector.store.run_directory import RunDirectory
         from collector.upkeep import orphans
 

@@ -1,1 +1,1 @@
-"""Documents: where they come from, how files are read, and the plan that cuts them into shards."""
+"""Finds documents, reads their files, and plans how they are cut into shards."""

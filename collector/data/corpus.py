@@ -1,16 +1,16 @@
-"""Real sentences in 60 languages, read in place from the installed package `eld` 1.0.6.
+"""Reads real sentences in 60 languages from the installed package `eld` 1.0.6.
 
 The text is the accuracy benchmark that the package ships (`eld/tests/data/big-test.txt`, one
-`iso639-1<TAB>sentence` a line, 60 languages x 1000 sentences); no copy of it is kept here.
-Labels are the codes of FLORES-200, with the corpus's own traps named honestly:
+`iso639-1<TAB>sentence` per line, 60 languages x 1000 sentences); this package contains no copy.
+Labels are FLORES-200 codes. Some languages of the corpus need care:
 
 - `zh` mixes simplified and traditional characters, so its label is `zho_Hani` (either script);
 - `no` mixes Bokmål and Nynorsk, so its label is the macrolanguage's, `nor_Latn`;
 - `ku` is Sorani in Arabic letters (`ckb_Arab`), not Kurmanji;
 - `lo` holds single words rather than sentences (12 bytes on average).
 
-Every tenth sentence of a language is held out: the demo model never saw it, and the demo run
-collects exactly those. What stops here: no tokenizing, no batching.
+Every tenth sentence of a language is held out: the demo model was not trained on it, and the demo
+run collects exactly those.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Sentence:
     """One line of the corpus."""
 
     iso: str
-    """The language as the file writes it (ISO 639-1)."""
+    """Language code in the file (ISO 639-1)."""
     index: int
-    """Its place among the sentences of that language, from 0."""
+    """Position among the sentences of that language, from 0."""
     text: str
 
     @property
     def heldout(self) -> bool:
-        """Whether the demo model was kept from seeing it."""
+        """Whether the sentence was held out from training the demo model."""
         return self.index % HELDOUT_EVERY == HELDOUT_EVERY - 1
 
     @property
@@ -66,12 +66,12 @@ class Sentence:
 
 
 def corpus_path() -> Path:
-    """Where the installed package keeps the text.
+    """Returns the path of the text in the installed package.
 
     Raises:
         FileNotFoundError: the package `eld` is missing or ships no such file.
     """
-    # find_spec does not import the package, whose import loads a large language model of its own.
+    # find_spec does not import the package, which would load a large language-detection model.
     spec = importlib.util.find_spec("eld")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "tests" / "data" / "big-test.txt"

@@ -1,1 +1,1 @@
-"""The embedded default: a small trained MoE and real text in 60 languages."""
+"""The embedded demo model, a small trained MoE, and the script that trained it on text in 60 languages."""

@@ -1,15 +1,15 @@
-"""Trains the demo model: a small OLMoE over 60 languages, with a tokenizer of its own.
+"""Trains the demo model: a small OLMoE over 60 languages, with its own tokenizer.
 
     python -m collector.demo.train --out collector/demo/model
 
-The result is what `collector collect` uses by default. It is an OLMoE in every respect that
-routing depends on (softmax router, 64 experts, the 8 highest chosen, weights not normalised),
-cut to hidden size 64 and 8 layers so that it trains on two CPU cores and fits into a wheel.
-Nothing in the collector depends on this module; it is here so that anybody can repeat the model.
+`collector collect` uses this model by default. It is an OLMoE in every respect that routing depends
+on (softmax router, top-8 of 64 experts, weights not normalised), reduced to hidden size 64 and
+8 layers so that it trains on two CPU cores and fits into a wheel. The collector does not depend on
+this module; it is included so that anyone can reproduce the model.
 
-Training packs sentences, each opened by `<|bos|>`, into rows of 256 tokens in random order, so
-that every batch mixes all languages and the load-balancing loss cannot punish an expert for
-serving one language. The load-balancing loss is taken per layer (Switch, arXiv 2101.03961,
+Training packs sentences, each starting with `<|bos|>`, into rows of 256 tokens in random order, so
+that every batch mixes all languages and the load-balancing loss does not penalize an expert for
+serving one language. The load-balancing loss is computed per layer (Switch, arXiv 2101.03961,
 eq. 4) and averaged; it is not pooled over layers.
 """
 
@@ -54,21 +54,21 @@ class TrainConfig:
     row_tokens: int = 256
     """Tokens per row: a step sees rows x row_tokens tokens."""
     learning_rate: float = 3e-3
-    """Peak learning rate: linear warm-up, constant, linear decay over the last 30 %."""
+    """Peak learning rate, after a linear warm-up; it decays linearly over the last 30 % of the steps."""
     warmup: int = 100
     """Warm-up steps."""
     weight_decay: float = 0.1
-    """AdamW decay, matrices only."""
+    """Weight decay of AdamW, applied to matrices only."""
     balance: float = 0.01
-    """Coefficient of the load-balancing loss (OLMoE's)."""
+    """Coefficient of the load-balancing loss (the default is OLMoE's)."""
     vocabulary: int = 8192
     """Entries of the tokenizer, special tokens included."""
     log_every: int = 50
-    """Steps between two lines of the log."""
+    """Steps between log lines."""
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`; every document is opened by `<|bos|>`."""
+    """Trains a byte-level BPE tokenizer on `texts`; it starts every document with `<|bos|>`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -89,7 +89,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
-    """A freshly initialised model of the demo's geometry, in float32."""
+    """Initializes a model with the demo's dimensions, in float32."""
     torch.manual_seed(config.seed)
     model = OlmoeForCausalLM(
         OlmoeConfig(
@@ -113,7 +113,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Olmo
 
 
 def packed_rows(documents: list[list[int]], config: TrainConfig) -> Iterator[torch.Tensor]:
-    """Yields batches [rows, row_tokens] of packed documents for ever, a new order each epoch."""
+    """Yields batches [rows, row_tokens] of packed documents without end, in a new order each epoch."""
     generator = torch.Generator().manual_seed(config.seed)
     size = config.rows * config.row_tokens
     stream: list[int] = []
@@ -126,7 +126,7 @@ def packed_rows(documents: list[list[int]], config: TrainConfig) -> Iterator[tor
 
 
 class BalanceLoss:
-    """Collects, by hooks on the routers, the load-balancing loss of each layer of a forward."""
+    """Collects the load-balancing loss of each layer in a forward pass, with hooks on the routers."""
 
     def __init__(self, model: OlmoeForCausalLM) -> None:
         self.losses: list[torch.Tensor] = []
@@ -141,21 +141,21 @@ class BalanceLoss:
         self.losses.append(n_experts * (load_e * probability_e).sum())
 
     def pop(self) -> torch.Tensor:
-        """The mean over layers of E x sum(f_e x P_e); k at perfect balance."""
+        """Returns and resets the mean over layers of E x sum(f_e x P_e), which is k at perfect balance."""
         mean = torch.stack(self.losses).mean()
         self.losses.clear()
         return mean
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Warm-up, constant, then linear decay to zero over the last 30 % of the steps."""
+    """Returns the learning rate of a step: warm-up, constant, then linear decay to zero over the last 30 %."""
     decay_from = int(config.steps * 0.7)
     down = (config.steps - step) / max(1, config.steps - decay_from)
     return config.learning_rate * min(1.0, (step + 1) / config.warmup, down)
 
 
 def train(model: OlmoeForCausalLM, documents: list[list[int]], config: TrainConfig) -> list[dict[str, float]]:
-    """Trains in place; returns the log, one entry per `log_every` steps."""
+    """Trains the model in place and returns the log, one entry per `log_every` steps."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -190,7 +190,7 @@ def train(model: OlmoeForCausalLM, documents: list[list[int]], config: TrainConf
 
 @torch.no_grad()
 def heldout_loss(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Mean next-token loss (nats) per label over the held-out sentences, one at a time."""
+    """Computes the mean next-token loss (nats) per label over the held-out sentences, one at a time."""
     model.eval()
     sums: dict[str, tuple[float, int]] = {}
     for sentence in read_sentences("heldout"):
@@ -205,9 +205,9 @@ def heldout_loss(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def save(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes the checkpoint in bfloat16, to be small, with a config that asks for float32.
+    """Writes the checkpoint in bfloat16 to keep it small, with a config that requests float32.
 
-    Most CPUs have no bfloat16 arithmetic; on them float32 is several times faster.
+    Most CPUs have no bfloat16 arithmetic, so float32 is several times faster on them.
     """
     model.bfloat16()
     model.save_pretrained(out)
@@ -218,8 +218,8 @@ def save(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def main(config: TrainConfig) -> None:
-    """Trains, evaluates and writes; a repeated call with one seed sees the same data in the same order."""
-    # A sentence may stand in both parts (18 words of Lao do); what is held out is not trained on.
+    """Trains, evaluates and writes the model; the same seed gives the same data in the same order."""
+    # Some sentences occur in both splits (18 words of Lao do); held-out ones are removed from training.
     heldout = {sentence.text for sentence in read_sentences("heldout")}
     texts = [sentence.text for sentence in read_sentences("train") if sentence.text not in heldout]
     tokenizer = train_tokenizer(texts, config.vocabulary)

@@ -1,1 +1,1 @@
-"""Pages, figures and terminal output: everything that a person looks at."""
+"""Produces everything that people look at: terminal output, pages, figures and exports."""

@@ -1,7 +1,7 @@
-"""Everything about every query, as the page docs/metrics.md: what the SQL headers say, and rows of real runs.
+"""Renders the page docs/metrics.md, which documents all queries with their SQL headers and rows of real runs.
 
-The page is a function of `queries/` and of the two runs that it is given, so it cannot tell what the queries do not.
-Writes nothing.
+The page depends only on `queries/` and the two given runs, so it always matches the queries. This module writes no
+files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _ROWS = 5
 """Rows of an example."""
 _DIGITS = 3
-"""Of numbers in examples: as many as agree between machines that round differently."""
+"""Significant digits in examples: few enough that machines which round differently agree."""
 
 _INTRODUCTION = """\
 # Metrics
@@ -60,10 +60,10 @@ other run's columns as `…_beside`, and `difference`, the other's value less th
 
 
 def page(runs: tuple[str, str] | None) -> str:
-    """The page, in Markdown.
+    """Renders the page in Markdown.
 
     Args:
-        runs: a run of the demo and its untrained twin, for the examples (None: no rows in them).
+        runs: a run of the demo and one of the untrained model, for the examples (None: examples without rows).
     """
     pair = None if runs is None else open_runs(*runs)
     single, double = list_queries(), list_comparisons()
@@ -86,7 +86,7 @@ def _contents(queries: Sequence[Query]) -> str:
 
 
 def _shared_params(queries: Sequence[Query]) -> list[Param]:
-    """Parameters that most queries have."""
+    """Returns the parameters that most queries have."""
     params = [param for query in queries for param in query.params]
     return [param for param in dict.fromkeys(params) if params.count(param) > len(queries) / 2]
 

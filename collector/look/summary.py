@@ -1,7 +1,7 @@
-"""A run in a paragraph and a small table, for the appendix of a paper.
+"""Summarizes a run in a paragraph and a small table, for the appendix of a paper.
 
-Everything comes from run.json, the plan and the commit records; the labels, which these do not
-hold, from the documents tables.
+Everything comes from run.json, the plan and the commit records, except the labels, which come from
+the documents tables.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from collector.store.run_directory import RunDirectory
 
 FEW_LABELS = 8
-"""So many labels are listed with their documents, more are counted."""
+"""Up to this many labels are listed with their documents; otherwise only their number is given."""
 
 
 def summarize(run: RunDirectory) -> tuple[str, bool]:
-    """What a paper says of a run.
+    """Summarizes a run for a paper.
 
     Returns:
         Markdown, and whether the run is complete.
@@ -41,7 +41,7 @@ def summarize(run: RunDirectory) -> tuple[str, bool]:
 
 
 def read(run: RunDirectory) -> tuple[dict[str, Any], Plan, Totals]:
-    """What run.json says, the plan, and the sums of the commit records.
+    """Returns the content of run.json, the plan, and the sums of the commit records.
 
     Raises:
         FileNotFoundError: there is no run, or no replica of it has loaded the model yet.
@@ -74,13 +74,13 @@ def _paragraph(
 
 
 def facts(card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The run's card: names and values, in words.
+    """Returns the facts about a run as names and formatted values.
 
     Args:
-        card: what run.json says.
+        card: content of run.json.
         plan: of the run.
         totals: of its commit records.
-        labels: label -> documents.
+        labels: documents by label.
     """
     model, versions = card["model"], card["versions"]
     rows = [
@@ -128,7 +128,7 @@ def _counts(labels: Mapping[str, int]) -> str:
 
 
 def _labels(run: RunDirectory) -> dict[str, int]:
-    """Label -> documents."""
+    """Returns the number of documents by label."""
     from collector.query.warehouse import open_run
 
     found = open_run(run.root).sql("select coalesce(label, '–'), count(*) from documents group by 1 order by 1")

@@ -1,7 +1,7 @@
-"""What people read in a terminal: a run's card, its totals, and query results.
+"""Prints for the terminal: a run's status and totals, query results, and lists of queries and models.
 
-Everything shown comes from the run directory or from the queries; nothing is computed here but
-sums of commit records.
+Everything shown comes from the run directory or from the queries; the only computation here is
+summing commit records.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
 MAX_ROWS = 40
 _WIDE = 200
 FEW_DOCUMENTS = 20
-"""Below it an interval rests on too little to be trusted."""
+"""Intervals from fewer documents are too uncertain to trust."""
 
 
 def console() -> Console:
-    """Standard output; not cut to 80 columns where there is no terminal."""
+    """Returns a console for standard output, not cut to 80 columns if that is not a terminal."""
     plain = Console(highlight=False)
     return plain if plain.is_terminal else Console(highlight=False, width=_WIDE)
 
 
 def status(run: RunDirectory, totals: Totals | None = None) -> bool:
-    """Prints how far a run is, what was left out and why; True if the run is complete.
+    """Prints a run's progress, what was left out and why; returns whether the run is complete.
 
     Args:
         run: the run.
-        totals: of its commit records, if they are read already.
+        totals: of its commit records, if they have been read already.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -77,11 +77,11 @@ def status(run: RunDirectory, totals: Totals | None = None) -> bool:
 
 
 def watch(run: RunDirectory, every: float) -> bool:
-    """Prints the status again and again, until the run is complete or nothing is left to do but what failed.
+    """Prints the status repeatedly, until the run is complete or only failed shards are left.
 
     Args:
         run: the run.
-        every: seconds between two looks; each reads the commit records that are new.
+        every: seconds between two updates; each reads only the new commit records.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -102,7 +102,7 @@ def watch(run: RunDirectory, every: float) -> bool:
 
 
 def read_plan(run: RunDirectory) -> Plan:
-    """The plan of a run.
+    """Reads the plan of a run.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -140,13 +140,13 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
 
 
 def model(card: Mapping[str, Any]) -> str:
-    """Which model a run asked, and how it was held, in words."""
+    """Describes the model of a run and how its weights were stored."""
     told = card["model"]
     return f"{told['id']} ({told['model_type']}, {told['weights']} weights, {card['memory']['summary']})"
 
 
 def routers(layers: Sequence[Mapping[str, Any]]) -> str:
-    """How many routers were recorded, and how many experts they choose from, in words."""
+    """Describes how many routers were recorded, and from how many experts they choose."""
     geometry = sorted({(layer["n_experts"], layer["top_k"]) for layer in layers})
     experts = ", ".join(f"top-{k} of {e}" for e, k in geometry)
     by_stack = Counter(layer["stack"] for layer in layers)
@@ -160,8 +160,8 @@ def top_experts_by_layer(run: Run, labels: Sequence[str] | None, beside: Run | N
 
     Args:
         run: the run to show.
-        labels: which labels (None: all).
-        beside: another run, shown behind the first in each cell (as a rule the untrained baseline).
+        labels: labels to show (None: all).
+        beside: another run, shown after the first in each cell (usually the untrained baseline).
     """
     tops = [_most_specialised(each, labels) for each in (run, *([beside] if beside else []))]
     routers = [(layer["stack"], layer["layer"]) for layer in run.info["layers"]]
@@ -180,7 +180,7 @@ def top_experts_by_layer(run: Run, labels: Sequence[str] | None, beside: Run | N
 
 
 def _most_specialised(run: Run, labels: Sequence[str] | None) -> dict[tuple[str, int, str], tuple[int, float]]:
-    """(stack, layer, label) -> the expert with the highest domain specialization, and that."""
+    """Returns the expert with the highest domain specialization, and its value, by (stack, layer, label)."""
     relation = run.query("domain_specialization", labels=labels)
     best = relation.aggregate("stack, layer, label, arg_max(expert, value), max(value)", "stack, layer, label")
     return {tuple(key): (expert, value) for *key, expert, value in best.fetchall()}
@@ -246,7 +246,7 @@ def models(descriptions: Sequence[Description], style: str) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of a table in Markdown."""
+    """Formats a table in Markdown."""
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
 
 
@@ -272,12 +272,12 @@ def relation(result: duckdb.DuckDBPyRelation, style: str) -> None:
 
 
 def uncertain(table: pa.Table, style: str) -> None:
-    """Writes intervals or tests like `relation`, and says on standard error how many rest on few documents."""
+    """Writes intervals or tests like `relation`, and warns on standard error of rows from few documents."""
     import duckdb
     import pyarrow.compute as pc
 
     relation(duckdb.from_arrow(table), style)
-    counted = "available" if "available" in table.column_names else "documents"  # a curve draws other numbers
+    counted = "available" if "available" in table.column_names else "documents"  # of a curve: the sample size
     few = pc.sum(pc.less(table[counted], FEW_DOCUMENTS)).as_py() or 0
     if few:
         sys.stderr.write(f"{few:,} of {table.num_rows:,} rows rest on fewer than {FEW_DOCUMENTS} documents of a label "
@@ -295,5 +295,5 @@ def _print_table(result: duckdb.DuckDBPyRelation) -> None:
 
 
 def cell(value: Any, digits: int = 4) -> str:
-    """A value as a table shows it, numbers with this many significant digits."""
+    """Formats a value for a table, floats with this many significant digits."""
     return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -1,1 +1,1 @@
-"""Models: which families the collector knows, what a checkpoint holds, and how it is loaded and quantized."""
+"""Finds, loads and quantizes models, and reads what their routers return."""

@@ -1,17 +1,17 @@
-"""In which precision and in which order matrices are multiplied, without changing what is stored.
+"""Chooses the precision and the order of matrix multiplications, without changing the stored weights.
 
-Two things make a forward pass needlessly slow, and both are mended here by transformers' and
-torch's own extension points, without touching a model's code:
+Two things make a forward pass needlessly slow. Both are fixed here through extension points of
+transformers and torch, without touching a model's code:
 
-- A CPU without 16-bit arithmetic emulates it, several times slower than float32. There matrices are
-  widened to float32 one at a time, multiplied, and the result rounded back: the memory of 16 bits at
-  the speed of 32, and sums no less exact.
-- A fused experts parameter in 4 bits would be dequantized as a whole, whatever part of it is used.
-  The experts implementation "per_expert" takes the experts that tokens chose one after the other, so
-  that each stays in the CPU's cache until it is multiplied.
+- A CPU without 16-bit arithmetic emulates it, several times slower than float32. There each matrix
+  is widened to float32, multiplied, and the result rounded back. This takes the memory of 16 bits at
+  the speed of 32, and the sums are no less exact.
+- A fused experts parameter in 4 bits would be dequantized as a whole, even if few experts are used.
+  The experts implementation "per_expert" processes the chosen experts one after the other, so that
+  each stays in the CPU's cache until it is multiplied.
 
 Everywhere else transformers' own implementation runs (grouped matrix multiplication). Routers are
-left alone: what they compute is what is recorded.
+not touched, because their results are what the collector records.
 
 Shapes: T tokens, k experts per token, H hidden size, I an expert's inner size.
 """
@@ -40,7 +40,7 @@ IMPLEMENTATION = "per_expert"
 
 
 def native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device multiplies in this precision, rather than emulating it."""
+    """Whether a device supports this precision in hardware, rather than emulating it."""
     if device.type != "cpu" or dtype == torch.float32:
         return True
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -51,18 +51,18 @@ def native(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def resolve(compute: Dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The precision to multiply in: the one asked for, else the stored one where the device has it."""
+    """Returns the precision for multiplications: the requested one, else the stored one if the device supports it."""
     if compute != "auto":
         return getattr(torch, compute)
     return stored if native(stored, device) else torch.float32
 
 
 def apply(model: PreTrainedModel, stored: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
-    """Makes a model multiply in `compute`, and its experts one at a time where that is faster.
+    """Makes a model multiply in `compute`, and run its experts one at a time where that is faster.
 
     Args:
-        model: loaded, in place.
-        stored: precision of its activations and of what is not quantized.
+        model: a loaded model, changed in place.
+        stored: precision of its activations and of its unquantized weights.
         compute: precision of its matrix products.
         device: where it runs.
     """
@@ -70,7 +70,7 @@ def apply(model: PreTrainedModel, stored: torch.dtype, compute: torch.dtype, dev
         routers = router_prefixes(model)
         for path, module in model.named_modules():
             if _is_plain_linear(module) and not f"{path}.".startswith(routers):
-                # a module that accelerate moves about keeps its own forward behind accelerate's
+                # accelerate wraps the forward of modules that it moves between devices
                 name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
                 setattr(module, name, functools.partial(_linear, module, compute))
     experts = [module for module in model.modules() if _matrices(module)]
@@ -82,20 +82,20 @@ def apply(model: PreTrainedModel, stored: torch.dtype, compute: torch.dtype, dev
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether a layer holds floats or our 4 bits; bitsandbytes' int8 layers multiply in their own way."""
+    """Whether a layer holds floats or our 4-bit values; bitsandbytes' int8 layers have their own multiplication."""
     if not isinstance(module, nn.Linear):
         return False
     return is_quantized(module, "weight") or module.weight.is_floating_point()
 
 
 def _linear(module: nn.Linear, dtype: torch.dtype, inputs: torch.Tensor) -> torch.Tensor:
-    """`nn.Linear` multiplied in `dtype`, rounded to the precision of its input."""
+    """Computes `nn.Linear` in `dtype` and rounds the result to the precision of its input."""
     bias = None if module.bias is None else module.bias.to(dtype)
     return functional.linear(inputs.to(dtype), dequantized(module, "weight", dtype), bias).to(inputs.dtype)
 
 
 def _matrices(module: nn.Module) -> list[str]:
-    """Names of the fused parameters of an experts module that has replaceable implementations."""
+    """Returns the names of the fused parameters, if the experts module has replaceable implementations."""
     if not hasattr(module, "_apply_gate"):
         return []
     return [name for name in ("gate_up_proj", "up_proj", "down_proj") if hasattr(module, name)]
@@ -104,12 +104,12 @@ def _matrices(module: nn.Module) -> list[str]:
 def per_expert(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """An experts module, one chosen expert after the other.
+    """Runs an experts module, one chosen expert after the other.
 
     Args:
         self: an experts module with fused parameters.
         hidden_states: [T, H].
-        top_k_index: [T, k]; an index that is no expert's is skipped.
+        top_k_index: [T, k]; an index beyond the experts is skipped.
         top_k_weights: [T, k].
 
     Returns:
@@ -139,7 +139,7 @@ def per_expert(
 
 
 def _projection(module: Any, name: str, dtype: torch.dtype) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """(expert, [n, inputs]) -> [n, outputs] by one of its two matrices."""
+    """Returns a function (expert, [n, inputs]) -> [n, outputs] that applies one of an expert's two matrices."""
     matrices = slices(module, name, dtype)
     biases = getattr(module, f"{name}_bias").to(dtype) if module.has_bias else None
 

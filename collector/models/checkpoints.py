@@ -1,10 +1,10 @@
-"""Checkpoints on disk: finding their files, reading them tensor by tensor, writing quantized ones.
+"""Finds checkpoint files, reads them tensor by tensor, and writes quantized checkpoints.
 
-Files are read with pread instead of a memory map: of a mapped checkpoint every page that was read
-counts as resident until the mapping is gone, so that a 14 GB file costs 14 GB beside the quantized
-model. A tensor that the model has and the checkpoint lacks is an error, never a random value.
+Files are read with pread instead of a memory map: every page read through a mapping counts as
+resident until the mapping is closed, so a 14 GB file would cost 14 GB on top of the quantized model.
+A tensor that the model has and the checkpoint lacks is an error, never a random value.
 
-Only safetensors: unpickling a stranger's weights runs their code.
+Only safetensors are read, because unpickling a stranger's weights runs their code.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _SHARD_BYTES = 4 * 2**30
 
 
 def weight_files(location: str, revision: str | None) -> list[str]:
-    """Local paths of a checkpoint's safetensors files; downloads them from the hub where needed.
+    """Returns the local paths of a checkpoint's safetensors files, downloading them from the hub if needed.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
         OSError: the repository is missing, gated or unreachable.
     """
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -57,7 +57,7 @@ def weight_files(location: str, revision: str | None) -> list[str]:
 
 
 def lazy_tensors(files: list[str]) -> dict[str, Any]:
-    """Slices by tensor name; `slice[...]` reads one into memory of its own."""
+    """Returns lazy slices by tensor name; `slice[...]` reads a tensor into its own memory."""
     tensors = {}
     for file in files:
         opened: Any = safe_open(file, framework="pt", device="cpu", backend="pread")
@@ -66,7 +66,7 @@ def lazy_tensors(files: list[str]) -> dict[str, Any]:
 
 
 def stored_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
-    """The precision of most values of a checkpoint."""
+    """Returns the precision of most values of a checkpoint."""
     names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     counts: dict[str, int] = {}
     for tensor in tensors.values():
@@ -80,7 +80,7 @@ def require_complete(location: str, info: Mapping[str, Any]) -> None:
     """Checks that every tensor of the model came from the checkpoint.
 
     Args:
-        location: for the message.
+        location: of the checkpoint, for the message.
         info: `loading_info` of `from_pretrained`.
 
     Raises:
@@ -107,19 +107,19 @@ def _some(names: list[str]) -> str:
 
 
 def require_empty(folder: Path) -> None:
-    """ValueError if a folder holds something already."""
+    """Raises ValueError if a folder is not empty."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another folder")
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> int:
-    """Writes a model as it is held, quantized tensors included, to a folder that `collector` loads.
+    """Writes a model with its weights as held in memory, quantized or not, to a folder that `collector` can load.
 
     Returns:
-        Bytes of its weights.
+        The size of its weights in bytes.
 
     Raises:
-        ValueError: the folder holds something already.
+        ValueError: the folder is not empty.
     """
     require_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> int:
 
 
 def _unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One name per storage: tied embeddings are written once and tied again on loading."""
+    """Keeps one name per storage: tied embeddings are written once and tied again on loading."""
     seen: set[tuple[int, int]] = set()
     kept = {}
     for name, tensor in state.items():
@@ -160,9 +160,9 @@ def _unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def sparing_memory() -> Iterator[None]:
-    """Loads one tensor at a time, and gives back what loading needed.
+    """Makes transformers load one tensor at a time, and afterwards returns freed memory to the system.
 
-    transformers would read ahead in threads, faster than tensors can be quantized.
+    By default transformers reads ahead in threads, faster than tensors can be quantized.
     """
     before = os.environ.get(_ONE_BY_ONE)
     os.environ[_ONE_BY_ONE] = "1"
@@ -173,6 +173,6 @@ def sparing_memory() -> Iterator[None]:
             del os.environ[_ONE_BY_ONE]
         else:
             os.environ[_ONE_BY_ONE] = before
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory to itself
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory for reuse
         if trim is not None:
             trim(0)

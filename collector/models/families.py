@@ -1,19 +1,19 @@
-"""The model families of transformers whose routers are captured, read from transformers at run time.
+"""Discovers the model families of transformers with routers, and builds tiny models of them.
 
 A family is a folder of `transformers.models` whose modeling module declares
-`_can_record_outputs["router_logits"]`. `family` names its text-only base model and its config, `tiny`
-builds that model with a handful of weights, and `describe` tells what its routers do.
+`_can_record_outputs["router_logits"]`. `family` finds its text-only base model and its config, `tiny`
+builds that model with few weights, and `describe` reports what its routers do.
 
 Guarantees:
 
-- nothing is listed by hand: a family that a later version of transformers brings is there, and one
-  that cannot be built or read raises an error that names it. What is known not to work is in
-  `NOT_CAPTURED`, with its reason;
-- a tiny model repeats under its seed, all its values are finite, and correction biases, groups and
-  dense layers are in effect where the family has them.
+- no list is kept by hand: families of later versions of transformers are found, and one that cannot
+  be built or read raises an error that names it. Families known not to work are in `NOT_CAPTURED`,
+  with the reason;
+- a tiny model is reproducible from its seed, all its values are finite, and correction biases, groups
+  and dense layers are in effect where the family has them.
 
 Tiny models are for tests and for inspection; they say nothing about a family's quality. Importing
-this module is cheap, calling `families` imports every modeling module (some seconds).
+this module is cheap, but calling `families` imports every modeling module (some seconds).
 
 Shapes: E experts, k chosen per token.
 """
@@ -86,9 +86,9 @@ _SMALL: dict[str, Any] = {
     ),
     **_each(2 * _HEAD, "qk_head_dim", "mamba_d_head", "mamba_head_dim"),
     "n_groups": 2,
-    "index_topk": 64,  # above the length of a test's texts: below it, ties of the indexer fall by the padded length
+    "index_topk": 64,  # longer than any test text: otherwise padding would decide ties of the indexer
 }  # fmt: skip
-"""Small values of the fields that configs have; a config takes those that it knows."""
+"""Small values for the fields of all configs; each config gets only the fields that it has."""
 
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_hidden_layers": 3, "layer_group_size": 2},
@@ -126,7 +126,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "unlimited_ocr": {"topk_method": "group_limited_greedy"},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-"""What a family needs beyond `_SMALL` for its experts, biases and groups to be in effect."""
+"""Fields that a family needs beyond `_SMALL` so that its experts, biases and groups are in effect."""
 
 _DECLARATION = '"router_logits":'
 _SELECTION_BIAS = re.compile(r"(^|\.)(e_score_correction_bias|expert_bias|balancing_biases)$")
@@ -138,15 +138,15 @@ class Family:
     """One folder of `transformers.models` with routers."""
 
     name: str
-    """The folder."""
+    """Name of the folder."""
     model_class: type[PreTrainedModel]
-    """The base model that takes text alone."""
+    """The text-only base model."""
     config_class: type[PreTrainedConfig]
 
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """The families with routers that the installed transformers declares; imports none of them."""
+    """Returns the names of the families with routers in the installed transformers, without importing them."""
     import transformers
 
     root = Path(transformers.__path__[0]) / "models"
@@ -155,7 +155,7 @@ def names() -> tuple[str, ...]:
 
 
 def families() -> tuple[Family, ...]:
-    """All families with routers, by name.
+    """Returns all families with routers, by name.
 
     Raises:
         ValueError: a family has no base model that takes its text config.
@@ -165,10 +165,10 @@ def families() -> tuple[Family, ...]:
 
 @functools.cache
 def family(name: str) -> Family:
-    """One family with routers.
+    """Returns the family of a name.
 
     Raises:
-        ValueError: there is none of this name, or it has no base model that takes its text config.
+        ValueError: there is no such family with routers, or it has no base model that takes its text config.
     """
     from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
@@ -185,7 +185,7 @@ def family(name: str) -> Family:
     mapped: Any = MODEL_MAPPING.get(text_config, None)
     if mapped is not None:
         return Family(name=name, model_class=mapped, config_class=text_config)
-    # Some text models of multimodal families can be built only by their class.
+    # Some text models of multimodal families are not registered with AutoModel.
     for candidate in _classes(f"{package}.modeling_{name}", PreTrainedModel):
         if candidate.config_class is text_config and candidate.__name__.endswith("TextModel"):
             return Family(name=name, model_class=candidate, config_class=text_config)
@@ -193,7 +193,7 @@ def family(name: str) -> Family:
 
 
 def _classes(module: str, base: type) -> Iterator[Any]:
-    """The subclasses of `base` that a module itself defines, in its order."""
+    """Yields the subclasses of `base` that a module itself defines, in its order."""
     for value in vars(importlib.import_module(module)).values():
         if inspect.isclass(value) and issubclass(value, base) and value.__module__ == module:
             yield value
@@ -208,10 +208,10 @@ def tiny(family: Family, seed: int = 0, **fields: Any) -> PreTrainedModel:
     Args:
         family: one of `families`.
         seed: of the weights.
-        fields: fields of the config to set otherwise.
+        fields: config fields to override.
 
     Raises:
-        ValueError: the model of this config cannot be built, or leaves a weight that is not finite.
+        ValueError: the model of this config cannot be built, or has a weight that is not finite.
     """
     config = _tiny_config(family, fields)
     with torch.random.fork_rng(devices=[]):
@@ -242,7 +242,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _randomize(model: nn.Module) -> None:
-    """Draws all weights anew, so large that routing has clear margins and biases change choices."""
+    """Redraws all weights, large enough that routing has clear margins and biases change choices."""
     for name, weight in model.named_parameters():
         if _KEPT.search(name):
             continue
@@ -254,13 +254,13 @@ def _randomize(model: nn.Module) -> None:
         if _SELECTION_BIAS.search(name):
             tensor.normal_(std=0.2)
         elif name.endswith("tid2eid"):
-            # A table token id -> experts; each token's experts are different ones.
+            # A table from token id to experts; each token gets distinct experts.
             tensor.copy_(torch.rand(len(tensor), _E).argsort(-1)[:, : tensor.shape[-1]])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Description:
-    """What the routers of a family do. E and k are those of the family's default config, None where it has none."""
+    """Describes the routers of a family; E and k come from its default config, None where that leaves them open."""
 
     family: str
     model: str
@@ -268,17 +268,17 @@ class Description:
     n_experts: int | None
     top_k: int | None
     rules: str
-    """What else decides: capacity, selection bias, groups."""
+    """What chooses experts besides the logits: capacity, selection bias, groups."""
     ids: str
-    """How the ids are obtained."""
+    """How the ids of the chosen experts are obtained."""
     experts: str
     """How the experts' weights are stored."""
     reason: str
-    """Why the family is not captured, or empty."""
+    """Why the family is not captured; empty if it is."""
 
 
 def describe(family: Family) -> Description:
-    """Tells what a family's routers do, from a tiny model and from the default config.
+    """Describes a family's routers, from a tiny model and from the default config.
 
     Raises:
         ValueError: the family is not in `NOT_CAPTURED` but cannot be built or has no router.
@@ -306,7 +306,7 @@ def describe(family: Family) -> Description:
 
 
 def geometry(name: str, config: PreTrainedConfig) -> tuple[int | None, int | None]:
-    """(E, k) of a family's config; None where the config leaves it open."""
+    """Returns (E, k) of a family's config, None where the config leaves it open."""
     config = getattr(config, "ffn_config", config)
     n_experts = _first(config, "n_routed_experts", "moe_num_experts", "num_experts", "num_local_experts")
     top_k = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k",
@@ -320,7 +320,7 @@ def geometry(name: str, config: PreTrainedConfig) -> tuple[int | None, int | Non
     if name == "doge":
         n_experts = int(n_experts**0.5) ** 2  # the experts are the pairs of two sets of keys
     elif name == "zaya":
-        n_experts += 1  # to skip the layer is an expert as well
+        n_experts += 1  # skipping the layer counts as an expert
     return n_experts + (getattr(config, "zero_expert_num", 0) or 0), top_k
 
 

@@ -1,7 +1,7 @@
-"""What a model takes on a device: counted before it is loaded, told once it is.
+"""Computes the memory that a model needs before it is loaded, and reports what it takes afterwards.
 
-The count before loading is exact for the parameters, by an empty model of the same architecture; what
-a forward pass needs beside them depends on `--tokens-per-batch` and is not counted.
+The computation before loading uses an empty model of the same architecture and is exact for the
+parameters. Activations depend on `--tokens-per-batch` and are not counted.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 _OFFLOAD = "collector-offload"
 _BITS_OF_SCALES = {True: 8 / 64 + 32 / (64 * 256), False: 32 / 64}
-"""Per 4-bit parameter, by whether the scales are quantized too."""
+"""Bits of the scales per 4-bit parameter, by whether the scales are quantized too."""
 
 
 # -- before ------------------------------------------------------------------------------------------
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on the host within the limit of its container."""
+    """Returns the free memory of a device; on the host, within the limit of the container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
@@ -45,7 +45,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def room(device: torch.device, spread: Spread | None) -> dict[Any, int]:
-    """Bytes that weights may take, by device."""
+    """Returns the bytes that weights may take, by device."""
     if device.type == "cuda":
         several = range(torch.cuda.device_count()) if spread is not None else [0]
         found: dict[Any, int] = {index: free_bytes(torch.device("cuda", index)) for index in several}
@@ -62,13 +62,13 @@ def room(device: torch.device, spread: Spread | None) -> dict[Any, int]:
 
 
 def told(room: dict[Any, int]) -> str:
-    """`room` in words."""
+    """Formats `room` for a message."""
     return ", ".join(f"{size(taken)} on {place if place == 'cpu' else f'GPU {place}'}"
                      for place, taken in room.items())  # fmt: skip
 
 
 def _required(empty: PreTrainedModel, dtype: torch.dtype, how: str, *, double: bool) -> int:
-    """Bytes of a model's parameters under a quantization."""
+    """Returns the bytes of a model's parameters under a quantization."""
     converted = quantization.targets(empty) if how != "none" else set()
     if how == "int8-linear":
         converted = {
@@ -84,7 +84,7 @@ def _required(empty: PreTrainedModel, dtype: torch.dtype, how: str, *, double: b
 def require_room(
     config: ModelConfig, empty: PreTrainedModel, dtype: torch.dtype, device: torch.device, spread: Spread | None
 ) -> None:
-    """Refuses what would fail after minutes of loading, and says what would fit.
+    """Rejects a model that is too large before minutes of loading, and suggests what would fit.
 
     Raises:
         ValueError: the weights are larger than the free memory.
@@ -112,7 +112,7 @@ def require_room(
 
 
 def offload_folder() -> str:
-    """A folder of this process; those of processes that were killed go first."""
+    """Creates this process's folder for offloaded weights, after removing those of processes that were killed."""
     root = Path(tempfile.gettempdir())
     for left in root.glob(f"{_OFFLOAD}-*"):
         if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
@@ -126,10 +126,10 @@ def offload_folder() -> str:
 
 
 def describe(model: PreTrainedModel, compute_dtype: torch.dtype) -> dict[str, Any]:
-    """What became of every parameter, for run.json.
+    """Describes how the parameters are stored, for run.json.
 
     Returns:
-        `treatments` (parameters and bytes by how they are held), `bytes` in all, `bytes_bfloat16` of
+        `treatments` (parameters and bytes by storage format), `bytes` in total, `bytes_bfloat16` of
         the same parameters in bfloat16, `compute_dtype`, and all of it in one line as `summary`.
     """
     held = quantization.treatments(model)
@@ -151,12 +151,12 @@ def _summary(description: dict[str, Any]) -> str:
 
 
 def size(number: int) -> str:
-    """Bytes in the unit that suits them."""
+    """Formats a number of bytes in MB or GB."""
     return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def count(number: int) -> str:
-    """A large number in three digits: 6.71 B, 105 M."""
+    """Formats a large number with three digits: 6.71 B, 105 M."""
     for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= unit:
             return f"{number / unit:.3g} {letter}"

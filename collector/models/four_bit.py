@@ -1,12 +1,12 @@
-"""4-bit tensors are made here, piece by piece; `unpacking` reads them.
+"""Quantizes tensors to 4 bits, piece by piece; `four_bit_reading` reads them.
 
-A quantized parameter is held in bitsandbytes' own way (its parametrization): any code that reads it
-gets the dequantized tensor, and a state dict has the keys that bitsandbytes writes. The values are
-those of `bitsandbytes.functional.quantize_4bit` on the whole tensor, but made in pieces, so that the
-scratch memory stays small, and of any shape, fused experts included. Which parameters deserve it is
-for `quantization` to say.
+A quantized parameter uses bitsandbytes' own parametrization: any code that reads it gets the
+dequantized tensor, and a state dict has the keys that bitsandbytes writes. The values are those of
+`bitsandbytes.functional.quantize_4bit` on the whole tensor, but computed in pieces, so that the
+scratch memory stays small. Any shape works, fused experts included. `quantization` selects the
+parameters.
 
-To import bitsandbytes takes more than a second: whoever quantizes imports this module, and only then.
+Importing bitsandbytes takes more than a second, so import this module only to quantize.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from collector.models.four_bit_reading import unpack
 BLOCK = 64
 """Values that share one scale."""
 _PIECE = 2**20
-"""Values quantized at a time. bitsandbytes' CPU kernel takes some 20 bytes of scratch for each, best in cache."""
+"""Values quantized at a time. bitsandbytes' CPU kernel takes some 20 scratch bytes each, which should fit in cache."""
 FourBit = Literal["nf4", "fp4"]
 
 
 def quantize(values: torch.Tensor, kind: FourBit, *, double: bool) -> tuple[torch.Tensor, bnb.QuantState]:
-    """Quantizes a tensor piece by piece to what bitsandbytes makes of it at once.
+    """Quantizes a tensor piece by piece, with the same result as bitsandbytes on the whole tensor.
 
     Args:
         values: any shape, float32, bfloat16 or float16.
@@ -57,31 +57,31 @@ def quantize(values: torch.Tensor, kind: FourBit, *, double: bool) -> tuple[torc
 
 
 class Unpacking(Bnb4bitParametrization):
-    """bitsandbytes' parametrization, reading through `unpack`."""
+    """bitsandbytes' parametrization, but dequantizing with `unpack`."""
 
     def forward(self, quantized_param: torch.Tensor) -> torch.Tensor:
-        """The parameter in its own shape and dtype."""
+        """Returns the parameter in its original shape and dtype."""
         return unpack(quantized_param, self.quant_state, self.quant_state.dtype)
 
 
 def replace(module: nn.Module, name: str, packed: torch.Tensor, state: dict[str, Any]) -> None:
-    """Puts packed values in the place of a parameter; reading the parameter dequantizes it.
+    """Replaces a parameter by packed values; reading the parameter dequantizes it.
 
     Args:
         module: the parameter's module.
         name: the parameter's name in it.
-        packed: what `quantize` returned.
+        packed: values from `quantize`.
         state: `QuantState.as_dict(packed=True)`.
     """
     setattr(module, name, nn.Parameter(packed, requires_grad=False))
     replace_parameter_4bit_prequantized(module, name, state, packed.device)
     parametrizations: Any = module.parametrizations
     parametrizations[name][0] = Unpacking(parametrizations[name][0].quant_state)
-    # transformers gives random values to every module that it does not know to be loaded
+    # transformers would reinitialize every module that is not marked as loaded
     module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def quantize_parameter(module: nn.Module, name: str, values: torch.Tensor, kind: FourBit, *, double: bool) -> None:
-    """Quantizes `values` into the place of a parameter."""
+    """Replaces a parameter by quantized `values`."""
     packed, state = quantize(values, kind, double=double)
     replace(module, name, packed, state.as_dict(packed=True))

@@ -1,7 +1,7 @@
-"""Reads parameters that may be held in 4 bits: as a whole, or one slice at a time.
+"""Reads parameters that may be quantized to 4 bits: as a whole, or one slice at a time.
 
-A parameter that is not quantized is read through the same functions, as it is, and without bitsandbytes: `fourbit`
-imports that, where tensors are quantized.
+The same functions read parameters that are not quantized, without importing bitsandbytes; `four_bit` imports it to
+quantize.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from torch import nn
 
-# Imported on some CPUs, it warns that a kernel which nothing here calls cannot be fetched from the hub.
+# On some CPUs, importing it warns that an unused kernel cannot be fetched from the hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is held in 4 bits."""
+    """Whether a parameter is quantized to 4 bits."""
     return parametrize.is_parametrized(module, name)
 
 
 def dequantized(module: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A parameter in `dtype`, quantized or not."""
+    """Returns a parameter in `dtype`, quantized or not."""
     if not is_quantized(module, name):
         return getattr(module, name).to(dtype)
     return unpack(*stored(module, name), dtype)
 
 
 def slices(module: nn.Module, name: str, dtype: torch.dtype) -> Callable[[int], torch.Tensor]:
-    """Reads a parameter of three dimensions matrix by matrix, in `dtype`, quantized or not.
+    """Returns a function that reads a three-dimensional parameter matrix by matrix, in `dtype`, quantized or not.
 
-    One expert dequantized at a time stays in the CPU's cache until it is multiplied.
+    An expert that is dequantized on its own stays in the CPU's cache until it is multiplied.
     """
     if not is_quantized(module, name):
         values = getattr(module, name)
@@ -46,7 +46,7 @@ def slices(module: nn.Module, name: str, dtype: torch.dtype) -> Callable[[int], 
     packed, state = stored(module, name)
     shape = state.shape[1:]
     size = math.prod(shape)
-    if size % state.blocksize:  # blocks reach over the border between two slices
+    if size % state.blocksize:  # blocks cross the boundaries of slices
         return dequantized(module, name, dtype).__getitem__
     bytes_, blocks, scales = size // 2, size // state.blocksize, _scales(state)
 
@@ -58,18 +58,18 @@ def slices(module: nn.Module, name: str, dtype: torch.dtype) -> Callable[[int], 
 
 
 def stored(module: nn.Module, name: str) -> tuple[torch.Tensor, QuantState]:
-    """Packed values and quantization state of a quantized parameter."""
+    """Returns the packed values and the quantization state of a quantized parameter."""
     parametrization: Any = module.parametrizations[name]  # type: ignore[index]
     return parametrization.original, parametrization[0].quant_state
 
 
 def unpack(packed: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
-    """A whole tensor, of packed values and their quantization state."""
+    """Dequantizes a whole tensor from packed values and their quantization state."""
     return _unpack(packed, _scales(state), state, state.shape, dtype)
 
 
 def _scales(state: QuantState) -> torch.Tensor:
-    """[blocks] float32 scales of a tensor, dequantized where they are quantized themselves."""
+    """Returns the [blocks] float32 scales of a tensor, dequantized if they are quantized themselves."""
     if not state.nested:
         return state.absmax
     import bitsandbytes.functional as bnb
@@ -80,8 +80,8 @@ def _scales(state: QuantState) -> torch.Tensor:
 def _unpack(
     packed: torch.Tensor, scales: torch.Tensor, state: QuantState, shape: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    # bitsandbytes' AVX-512 kernel takes wrong scales where a row is 16, 32 or 48 values longer than whole blocks:
-    # it is given rows of one block.
+    # bitsandbytes' AVX-512 kernel uses wrong scales if a row is 16, 32 or 48 values longer than whole blocks, so it
+    # gets rows of one block.
     kernel, values = torch.ops.bitsandbytes.dequantize_4bit.default, math.prod(shape)
     rows = (values // state.blocksize, state.blocksize) if values % state.blocksize == 0 else (1, values)
     return kernel(packed, scales, state.blocksize, state.quant_type, rows, dtype).reshape(shape)

@@ -1,10 +1,10 @@
-"""Tokenizer and model: pretrained or random weights, quantized or not, on one device, without a head.
+"""Loads tokenizer and model: pretrained or random weights, quantized or not, on one device or several.
 
-The model is the base model (`AutoModel`): routing needs no language-model head. What cannot work is
-refused before anything is downloaded or allocated, by an empty model of the same architecture: a
-dense model, a tokenizer that does not fit, too little memory. Random weights are drawn under a seed
-on the host straight in the target dtype, so every replica of a run holds the same ones, whatever
-its device. `fingerprint` tells whether two replicas do.
+The model is the base model (`AutoModel`), because routing needs no language-model head. An empty
+model of the same architecture reveals errors before anything is downloaded or allocated: a dense
+model, a tokenizer that does not fit, too little memory. Random weights are drawn from a seed on the
+host, directly in the target dtype, so every replica of a run has the same weights, whatever its
+device. `fingerprint` makes it possible to check that.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _FINGERPRINT_SAMPLES = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """What a replica runs."""
+    """A loaded model with its tokenizer and device."""
 
     model: PreTrainedModel
     tokenizer: Any
     device: torch.device
-    """Where inputs go."""
+    """Device of the inputs."""
     compute_dtype: torch.dtype
-    """In which matrices are multiplied."""
+    """Precision of matrix multiplications."""
 
     @property
     def pad_id(self) -> int:
-        """Any valid id: padding is masked, and no record shows it."""
+        """Token id for padding; any valid id will do, because padding is masked and never recorded."""
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if candidate is not None:
                 return int(candidate)
@@ -59,24 +59,24 @@ def load(config: ModelConfig, device: str, spread: Spread | None = None) -> Load
     Args:
         config: which model, in which precision.
         device: `cpu` or `cuda`.
-        spread: over which devices the weights go if one does not hold them (default: one device).
+        spread: how to spread the weights over several devices (default: one device holds them all).
 
     Raises:
         ValueError: the repository is missing or gated, the checkpoint does not fit the architecture,
             tokenizer and model do not fit together, the model has no router, there is not enough
-            memory for it, or the quantization would leave its experts as they are.
+            memory for it, or the quantization would leave its experts unquantized.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # what counts of its reports is checked here
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # the important warnings are errors here
         logging.set_verbosity_error()
     location = _location(config)
     with _telling_remedy(config):
         architecture = AutoConfig.from_pretrained(location, revision=config.revision, trust_remote_code=False)
     tokenizer = load_tokenizer(config)
-    # An index makes `cuda` the one GPU that Ray gave this process.
+    # Ray shows this process only its own GPUs, so index 0 is the right one.
     target = torch.device(device, 0) if device == "cuda" else torch.device(device)
     stored = _own_quantization(architecture)
     if stored is not None and config.weights == "random":
@@ -91,14 +91,14 @@ def load(config: ModelConfig, device: str, spread: Spread | None = None) -> Load
     if dtype is None:
         read = config.weights == "pretrained"
         dtype = checkpoints.stored_dtype(checkpoints.lazy_tensors(_files(config))) if read else torch.float32
-    if stored is None:  # what a quantized checkpoint takes is for its own quantizer to say
+    if stored is None:  # the size of a quantized checkpoint is known only to its own quantizer
         footprint.require_room(config, empty, dtype, target, spread)
     method = _method(config, stored, empty)
     if config.weights == "random":
         model = _random(config, architecture, dtype, method, target, spread)
     else:
         model = _pretrained(config, type(empty), architecture, dtype, method, target, spread)
-    if config.quantization in ("nf4", "fp4"):  # what a checkpoint quantized in part left
+    if config.quantization in ("nf4", "fp4"):  # completes a partly quantized checkpoint
         quantization.quantize_model(model, config.quantization, double=config.double_quantization)
     _check_experts(config, model)
     compute = arithmetic.resolve(config.compute_dtype, dtype, target)
@@ -107,7 +107,7 @@ def load(config: ModelConfig, device: str, spread: Spread | None = None) -> Load
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer; ValueError if there is none."""
+    """Loads the model's tokenizer; raises ValueError if there is none."""
     from transformers import AutoTokenizer
 
     with _telling_remedy(config):
@@ -123,7 +123,7 @@ def _location(config: ModelConfig) -> str:
 
 @contextlib.contextmanager
 def _telling_remedy(config: ModelConfig) -> Iterator[None]:
-    """Transformers answers a missing, gated or unreachable repository with an OSError."""
+    """Adds a remedy to the errors that transformers raises for a missing, gated or unreachable repository."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -139,7 +139,7 @@ def _files(config: ModelConfig) -> list[str]:
 
 
 def _empty(architecture: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights: every shape, no memory."""
+    """Builds the model on the meta device: all shapes, but no memory."""
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -149,10 +149,10 @@ def _empty(architecture: Any, dtype: torch.dtype) -> PreTrainedModel:
 def _random(
     config: ModelConfig, architecture: Any, dtype: torch.dtype, method: Any, device: torch.device, spread: Spread | None
 ) -> PreTrainedModel:
-    """The model's own initialisation, drawn on the host: the same numbers for every device.
+    """Initializes the model at random on the host, so that every device gets the same numbers.
 
     Raises:
-        ValueError: quantized weights are to be spread, which only a checkpoint's can be.
+        ValueError: quantized random weights are to be spread, which works for checkpoints only.
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from transformers import AutoModel
@@ -189,7 +189,7 @@ def _fill(
     kind: type[PreTrainedModel], architecture: Any, dtype: torch.dtype, method: Any, device: torch.device,
     tensors: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
-    """Loads tensors one by one to the device, each quantized before the next is read."""
+    """Loads tensors one by one to the device, quantizing each before the next is read."""
     build: Any = kind.from_pretrained
     with checkpoints.sparing_memory():
         return build(
@@ -202,10 +202,10 @@ def _spread_out(
     config: ModelConfig, kind: type[PreTrainedModel], dtype: torch.dtype, method: Any, device: torch.device,
     spread: Spread,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
-    """Loads over several GPUs, host memory and disk, as accelerate finds room.
+    """Spreads the model over several GPUs, host memory and disk, as accelerate finds room.
 
     Raises:
-        ValueError: accelerate needs the disk, which was not asked for.
+        ValueError: accelerate needs the disk, which is not allowed.
     """
     room = footprint.room(device, spread)
     build: Any = kind.from_pretrained
@@ -226,9 +226,9 @@ def _spread_out(
 
 
 def _own_quantization(architecture: Any) -> Any:
-    """What a checkpoint says of its own quantization, bitsandbytes' 4 bits in our terms.
+    """Returns a checkpoint's own quantization config; bitsandbytes' 4 bits are translated to `FourBitConfig`.
 
-    The usual recipe leaves fused experts out; ours reads what it wrote and can quantize the rest.
+    bitsandbytes' own config leaves fused experts out; ours reads its tensors and can quantize the rest.
     """
     found = getattr(architecture, "quantization_config", None)
     if found is None:
@@ -241,7 +241,7 @@ def _own_quantization(architecture: Any) -> Any:
 
 
 def _method(config: ModelConfig, stored: Any, empty: PreTrainedModel) -> Any:
-    """The quantization_config that transformers gets; None if the checkpoint brings its own, or none is wanted."""
+    """Returns the quantization_config for transformers; None without quantization, or if the checkpoint has its own."""
     if stored is not None or config.quantization == "none":
         return None
     if config.quantization == "int8-linear":
@@ -252,7 +252,7 @@ def _method(config: ModelConfig, stored: Any, empty: PreTrainedModel) -> Any:
 
 
 def _check_experts(config: ModelConfig, model: PreTrainedModel) -> None:
-    """Refuses a quantized model whose experts, its largest part, are not quantized."""
+    """Rejects a quantized model whose experts, its largest part, are not quantized."""
     quantized = config.quantization != "none" or getattr(model, "is_quantized", False)
     if not quantized or config.quantization == "int8-linear" or config.unquantized_experts:
         return
@@ -284,16 +284,16 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes, dtypes and 256 evenly spaced values of every parameter and buffer.
+    """Returns a SHA-256 of names, shapes, dtypes and 256 evenly spaced values of every parameter and buffer.
 
-    Tells replicas and runs with different weights apart without reading every byte; two models that
-    differ only between the sampled values are taken for the same.
+    It distinguishes replicas and runs with different weights without reading every byte. Two models
+    that differ only between the sampled values get the same fingerprint.
     """
     from accelerate.utils import align_module_device
 
     prints = {name: _print(tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta}
     for path, module in model.named_modules() if hasattr(model, "hf_device_map") else ():
-        with align_module_device(module, "cpu"):  # fetches what lies on the disk
+        with align_module_device(module, "cpu"):  # loads weights that are offloaded to disk
             own = module.state_dict(prefix=f"{path}." if path else "")
             prints |= {
                 name: _print(tensor) for name, tensor in own.items() if name not in prints and not tensor.is_meta
@@ -309,9 +309,9 @@ def _print(tensor: torch.Tensor) -> str:
 
 
 def readable_vocabulary(tokenizer: Any) -> list[tuple[int, str, bool]]:
-    """(token id, readable text, is special) of every entry, by id.
+    """Returns (token id, readable text, is special) of every entry, by id.
 
-    Byte-level pieces are decoded; a piece that is no whole UTF-8 sequence shows its bytes as
+    Byte-level pieces are decoded; a piece that is not valid UTF-8 on its own shows its bytes as
     `<E3><81>`.
     """
     special = set(tokenizer.all_special_ids)
@@ -322,7 +322,7 @@ def readable_vocabulary(tokenizer: Any) -> list[tuple[int, str, bool]]:
 def _readable(tokenizer: Any, token: str) -> str:
     text = tokenizer.convert_tokens_to_string([token])
     if "\ufffd" not in text:
-        # Some decoders swallow the space that opens a word.
+        # Some decoders drop the space at the start of a word.
         return " " + text if token[0] in "▁Ġ" and not text.startswith(" ") else text
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

@@ -1,12 +1,12 @@
-"""Quantization of a model: which parameters it converts, while loading or after, and what became of each.
+"""Selects the parameters to quantize, quantizes them while loading or afterwards, and reports the result.
 
-In transformers 5 the experts of most families are fused parameters of three dimensions, which the
-usual recipe (`load_in_4bit`) skips, because it converts `nn.Linear` only: of OLMoE-1B-7B it leaves
-95 % in 16 bits. Here both are converted. Routers, norms, embeddings and biases are never.
+In transformers 5 the experts of most families are fused three-dimensional parameters. The usual
+`load_in_4bit` skips them, because it converts `nn.Linear` only: it leaves 95 % of OLMoE-1B-7B in
+16 bits. This module converts both, but never routers, norms, embeddings and biases.
 
-`FourBitQuantizer` plugs this into transformers' loading, as the quantization method
-"bitsandbytes_experts" of a model's config: a tensor is quantized before the next is read, so that
-the peak is the quantized model plus one fused tensor.
+`FourBitQuantizer` plugs into transformers' loading as the quantization method "bitsandbytes_experts"
+of a model's config. Each tensor is quantized before the next is read, so that peak memory is the
+quantized model plus one fused tensor.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ METHOD = "bitsandbytes_experts"
 
 
 def targets(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that 4 bits are for: matrices of `nn.Linear`, and fused experts.
+    """Returns the names of the parameters to quantize to 4 bits: matrices of `nn.Linear`, and fused experts.
 
-    Never what belongs to a router, nor what the model's authors keep in float32.
+    Routers are excluded, and so are modules that the model's authors keep in float32.
     """
     kept = tuple({*(getattr(model, "_keep_in_fp32_modules", None) or ()),
                   *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())})  # fmt: skip
@@ -54,7 +54,7 @@ def targets(model: PreTrainedModel) -> set[str]:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """(module's path, module, name, parameter) by the names that the model's code uses, tied ones once."""
+    """Yields (module's path, module, name, parameter) under the names in the model's code, tied ones once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
@@ -72,12 +72,12 @@ def _is_fused(path: str, module: nn.Module, name: str, parameter: torch.Tensor) 
     """Whether a parameter holds the matrices of several experts."""
     if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or "bias" in name:
         return False
-    # DBRX lays its experts out below each other, in two dimensions
+    # DBRX stacks the matrices of its experts in two dimensions
     return parameter.ndim == 3 or (parameter.ndim == 2 and "experts" in path.split("."))
 
 
 def is_expert(name: str) -> bool:
-    """Whether a parameter, by its full name, is a routed expert's matrix."""
+    """Whether a parameter with this full name is a routed expert's matrix."""
     path, _, leaf = name.rpartition(".")
     return "bias" not in leaf and any(part == "experts" or part.startswith("expert_") for part in path.split("."))
 
@@ -95,15 +95,15 @@ def quantize_model(model: PreTrainedModel, kind: FourBit, *, double: bool) -> No
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Treatment:
-    """Parameters held in one way."""
+    """Number and size of the parameters that are stored in one format."""
 
     parameters: int
     bytes: int
-    """What they take on the device, scales included."""
+    """Size on the device, scales included."""
 
 
 def treatments(model: nn.Module) -> dict[str, Treatment]:
-    """Every parameter by how it is held: `nf4`, `fp4`, `int8`, `bfloat16` …; largest share first."""
+    """Counts all parameters by storage format: `nf4`, `fp4`, `int8`, `bfloat16` …; largest share first."""
     counts: dict[str, list[int]] = {}
     for _, module, name, parameter in _parameters(model):
         how, numel, size = _held(module, name, parameter)
@@ -128,7 +128,7 @@ def _held(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[str, i
 
 
 def unquantized_experts(model: PreTrainedModel) -> list[str]:
-    """Names of routed experts' matrices that are held in 16 or 32 bits."""
+    """Returns the names of routed experts' matrices that are stored in 16 or 32 bits."""
     routers = router_prefixes(model)
     return [
         f"{path}.{name}"
@@ -145,7 +145,7 @@ def unquantized_experts(model: PreTrainedModel) -> list[str]:
 
 @register_quantization_config(METHOD)
 class FourBitConfig(QuantizationConfigMixin):
-    """What config.json of a quantized checkpoint says."""
+    """The quantization config of a checkpoint, as stored in its config.json."""
 
     def __init__(self, kind: FourBit = "nf4", *, double: bool = True, **_: Any) -> None:
         self.quant_method: Any = METHOD
@@ -154,13 +154,13 @@ class FourBitConfig(QuantizationConfigMixin):
 
 
 class _Store(ConversionOps):
-    """Last step of loading a parameter: quantizes it, or takes over what a checkpoint holds of it in 4 bits."""
+    """The last step of loading a parameter: quantizes it, or restores it from a 4-bit checkpoint."""
 
     def __init__(self, quantizer: FourBitQuantizer) -> None:
         self.hf_quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *_patterns: Any, **context: Any) -> dict[str, Any]:
-        """Puts tensors in the place of their parameters; returns those that are left to be set."""
+        """Replaces parameters by quantized tensors; returns those that transformers still has to set."""
         from collector.models.four_bit import quantize_parameter, replace
 
         model, missing = context["model"], context.get("missing_keys")
@@ -198,27 +198,27 @@ class FourBitQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:  # noqa: ARG002
-        """Whether a tensor is to be quantized once it is read."""
+        """Whether to quantize a tensor after reading it."""
         return param_name in self.targets
 
     def get_quantize_ops(self) -> _Store:
-        """What quantizes a float."""
+        """Returns the operation that quantizes a float tensor."""
         return _Store(self)
 
     def get_load_operations(self) -> dict[str, Any]:
-        """What takes over a quantized tensor."""
+        """Returns the operation that restores a quantized tensor."""
         return {"deserialize": _Store}
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes per parameter, for the choice of devices."""
+        """Bytes per parameter, for the placement on devices."""
         return 0.5
 
     def is_serializable(self) -> bool:
-        """The state dict can be saved."""
+        """Returns True: the state dict can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Replicas only infer."""
+        """False: the collector only runs inference."""
         return False

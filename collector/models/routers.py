@@ -1,19 +1,19 @@
-"""Which modules of a model are its routers, and how to read what they return.
+"""Finds the routers of a model, and reads the values that they return.
 
 Routers are found through transformers' own declaration, `_can_record_outputs["router_logits"]` of
-the model class, so a family that transformers declares needs no entry here as long as its router
-returns `(logits [T, E], weights [T, k], experts [T, k])`, as most do. Those that return something
-else have a reader of their own in `_READERS`.
+the model class. A family that transformers declares needs no entry here if its router returns
+`(logits [T, E], weights [T, k], experts [T, k])`, as most do. Routers that return something else
+have their own reader in `_READERS`.
 
 Guarantees:
 
 - ids and weights are the router's own wherever it returns them. They are recomputed only where it
   does not, with the operations of the module on the values that the module used;
 - only routed experts count: shared experts are never chosen, so they have no id;
-- a return value of another shape is refused by name, never guessed at: with a routing bias or
-  grouped routing the top-k of raw logits is not what the model used.
+- a return value of another form raises an error that names the router. Nothing is guessed: with a
+  routing bias or grouped routing, the top-k of the raw logits is not what the model used.
 
-It reads one forward pass in eval mode; how the values leave the device is `capture`'s business.
+Routers are read in forward passes in eval mode; `capture` moves the values off the device.
 
 Shapes: B rows, S positions, T = B x S positions in row-major order, padding included, E experts,
 k chosen per token.
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 
 class Reading(NamedTuple):
-    """What a router decided about T tokens."""
+    """The decisions of a router for T tokens."""
 
     logits_te: torch.Tensor
-    """[T, E] before any softmax. p = softmax(logits), also where the family scores by sigmoid, adds a
-    bias or limits groups before it chooses; there p is the router's preference and not its weights."""
+    """[T, E] before any softmax. p = softmax(logits), also if the family scores by sigmoid, adds a bias
+    or limits groups before it chooses; there p is the router's preference and not its weights."""
     weights_tk: torch.Tensor
-    """[T, k] as the model multiplies each expert's output (or, in Llama 4, its input) with."""
+    """[T, k] factors with which the model multiplies each expert's output (or, in Llama 4, its input)."""
     experts_tk: torch.Tensor
     """[T, k] expert ids in the order of the weights."""
     dropped_tk: torch.Tensor | None = None
-    """[T, k] True where a capacity limit kept the pick from its expert; None: no capacity."""
+    """[T, k] True where a capacity limit kept the token from its expert; None without capacity limits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,12 @@ class Router:
     name: str
     """Dotted path in the model."""
     layer: int
-    """The model's own number of the layer."""
+    """Number of the layer in the model."""
     module: nn.Module
     stack: str = "decoder"
-    """'encoder' or 'decoder'; where several routers share a layer, what tells them apart behind a dot."""
+    """'encoder' or 'decoder'; if several routers share a layer, a dot and a distinguishing suffix follow."""
     owner: nn.Module | None = None
-    """The block that the router stands in."""
+    """The block that contains the router."""
 
     @property
     def token_stack(self) -> str:
@@ -69,13 +69,13 @@ class Router:
         return self.stack.partition(".")[0]
 
     def read(self, outputs: Any) -> Reading:
-        """Takes a router's return value apart.
+        """Extracts the decisions from a router's return value.
 
         Args:
-            outputs: what the module's forward returned, in eval mode.
+            outputs: return value of the module's forward, in eval mode.
 
         Raises:
-            ValueError: it is not what this module's class is known to return.
+            ValueError: the return value does not have the form known for this module's class.
         """
         reading = _READERS.get(type(self.module).__name__, _triple)(self, outputs)
         logits_te, weights_tk, experts_tk, dropped_tk = (
@@ -87,7 +87,7 @@ class Router:
         return Reading(logits_te, weights_tk, experts_tk, dropped_tk)
 
     def refused(self) -> ValueError:
-        """The error for a return value that no reader knows."""
+        """Returns the error for a return value that no reader understands."""
         return ValueError(
             f"router {self.name} ({type(self.module).__name__}) does not return (logits, weights, experts): "
             "this model family is not supported yet; collector models lists those that are"
@@ -122,8 +122,8 @@ def _gemma4(router: Router, outputs: Any) -> Reading:
 
 def _zaya(router: Router, outputs: Any) -> Reading:
     """Returned; the skip expert is the last id."""
-    # The last of the E classes skips the layer. The router hides that pick as expert 0 with weight 0, which no
-    # real pick has: a chosen expert's weight is its probability.
+    # The last of the E classes skips the layer. The router reports that pick as expert 0 with weight 0, which no real
+    # pick has, because a chosen expert's weight is its probability.
     logits, weights, experts = _triple(router, outputs[:3])[:3]
     skipped = (experts == 0) & (weights == 0)
     return Reading(logits, weights, experts.masked_fill(skipped, logits.shape[-1] - 1))
@@ -137,7 +137,7 @@ def _dbrx(router: Router, outputs: Any) -> Reading:
 
 def _llama4(router: Router, outputs: Any) -> Reading:
     """Recomputed: top-k of the logits."""
-    # The scores are those of the chosen experts at their places and 0 elsewhere; a chosen one may be 0 as well.
+    # The scores are 0 except for the chosen experts, but the score of a chosen expert may be 0 too.
     scores, logits = outputs
     experts = logits.topk(router.module.top_k, dim=-1).indices
     return Reading(logits, scores.gather(-1, experts), experts)
@@ -172,8 +172,8 @@ def _doge(router: Router, outputs: Any) -> Reading:
 
 def _switch(router: Router, outputs: Any) -> Reading:
     """Recomputed: argmax of the probabilities in the input's dtype; drops from the dispatch mask."""
-    # A token beyond the capacity has an empty row in the mask, so the choice itself must be made again; rounding to
-    # the input's dtype can make ties, therefore in the same dtypes.
+    # A token beyond the capacity has an empty row in the mask, so its choice must be recomputed. Rounding to the
+    # input's dtype can create ties, so the dtypes must be the same.
     dispatched, probability, logits = outputs
     probabilities = logits.softmax(-1, dtype=router.module.dtype).to(router.module.input_dtype)
     experts = probabilities.argmax(-1, keepdim=True)
@@ -193,7 +193,7 @@ def _nllb(router: Router, outputs: Any) -> Reading:
     second = logits.scatter(-1, first, float("-inf")).argmax(-1, keepdim=True)
     experts = torch.cat([first, second], -1)
     weights = combining.gather(-1, experts)
-    # The mask tells the first pick only. A second one is dropped if its weight is 0 though its probability is not.
+    # The mask covers the first pick only. The second is dropped if its weight is 0 but its probability is not.
     dropped_first = dispatched.gather(-1, first) == 0
     dropped_second = (weights[..., 1:] == 0) & (probabilities.gather(-1, second) > 0)
     return Reading(logits, weights, experts, torch.cat([dropped_first, dropped_second], -1))
@@ -214,19 +214,19 @@ _READERS: dict[str, Callable[[Router, Any], Reading]] = {
 """Readers of the router classes that do not return (logits, weights, experts)."""
 
 _INSIDE: dict[str, str] = {
-    "Ernie4_5_VLMoeMoeBlock": "text_moe.gate",  # beside it stand the image experts, which text never reaches
+    "Ernie4_5_VLMoeMoeBlock": "text_moe.gate",  # its sibling routes images, which do not occur in text
     "JetMoeAttention": "experts.router",
 }
-"""Declared blocks whose return value does not tell the choice: where the router is in them."""
+"""Path of the router inside declared blocks whose return value does not contain the choice."""
 
 _UNDECLARED: dict[str, str] = {
     "DeepseekV4TopKRouter": "DeepseekV4HashRouter",  # chooses by token id in the first layers; same return value
 }
-"""Router classes that stand in a declared one's place in some layers, by the declared one."""
+"""Undeclared router classes that replace a declared one in some layers, by the declared one."""
 
 
 def how_ids_are_obtained(router_class: str) -> str:
-    """Says for a router class, in one line, whether its ids are returned or recomputed, and from what."""
+    """Describes in one line, from the reader's docstring, how the ids of a router class are returned or recomputed."""
     said = _READERS.get(router_class, _triple).__doc__
     assert said is not None
     return said[0].lower() + said[1:].rstrip(".")
@@ -235,15 +235,15 @@ def how_ids_are_obtained(router_class: str) -> str:
 def find_routers(
     model: PreTrainedModel, layers: Sequence[int] | None = None, stacks: Sequence[str] | None = None
 ) -> list[Router]:
-    """The routers of a model in module order, all of them or those of some layers and stacks.
+    """Returns the routers of a model in module order, all of them or those of some layers and stacks.
 
     Args:
         model: any model of transformers.
-        layers: layer numbers as the model counts them; None: all.
-        stacks: 'encoder', 'decoder' or both; None: all.
+        layers: layer numbers as in the model; None means all.
+        stacks: 'encoder', 'decoder' or both; None means all.
 
     Raises:
-        ValueError: the model declares no router, has none, or has none in a layer or stack asked for.
+        ValueError: the model declares no router, has none, or has none in a requested layer or stack.
     """
     routers = _named_stacks(list(_declared_routers(model)))
     name = type(model).__name__
@@ -274,7 +274,7 @@ def find_routers(
 
 
 def router_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
-    """What the dotted path of everything in a router begins with, given a trailing dot: for `str.startswith`."""
+    """Returns the routers' dotted paths with a trailing dot, so that `startswith` finds everything inside a router."""
     return tuple(f"{router.name}." for router in find_routers(model))
 
 
@@ -322,7 +322,7 @@ def _declared_routers(model: PreTrainedModel) -> Iterator[Router]:
 
 
 def _matches(recorder: Any, path: str, module: nn.Module) -> bool:
-    """Whether a declaration (a module class, or an OutputRecorder with its filters) means this module."""
+    """Whether a declaration (a module class, or an OutputRecorder with its filters) matches this module."""
     target = getattr(recorder, "target_class", recorder)
     if not isinstance(target, type):
         return False
@@ -335,12 +335,12 @@ def _matches(recorder: Any, path: str, module: nn.Module) -> bool:
 def _layer_number(path: str) -> int:
     number = re.search(r"\.(\d+)\.", f".{path}.")
     if number is None:
-        raise ValueError(f"router {path} stands in no numbered layer")
+        raise ValueError(f"router {path} is not in a numbered layer")
     return int(number.group(1))
 
 
 def _named_stacks(routers: list[Router]) -> list[Router]:
-    """Tells routers of one layer apart by the first parts of their paths, behind the layer's number, that differ."""
+    """Distinguishes routers of one layer by the first differing parts of their paths after the layer's number."""
     groups: dict[tuple[str, int], list[Router]] = defaultdict(list)
     for router in routers:
         groups[router.stack, router.layer].append(router)

@@ -1,1 +1,1 @@
-"""Answers from a finished run: views and SQL over its tables, counts, intervals and tests."""
+"""Answers questions about a run: views and SQL over its tables, counts, intervals and tests."""

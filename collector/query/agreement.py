@@ -1,12 +1,12 @@
-"""Whether two runs are of the same tokens: what differs, field by field, and what could not be compared.
+"""Compares two runs field by field: whether they cover the same tokens and routers, and what could not be compared.
 
-Texts agree where the vocabularies are the same, both runs have the same documents under the same labels, and each
-document has the same tokens: as many, special at the same positions, and with the same ids. A run that stores no ids,
-or a permutation of them that the other does not share, leaves vocabulary and ids unchecked, which is told and is no
-difference. Documents are compared by a digest of their tokens, so that what is held grows with documents, not tokens.
+Texts agree if the vocabularies are the same, both runs have the same documents under the same labels, and each document
+has the same tokens: as many, special at the same positions, and with the same ids. If a run stores no ids, or a
+permutation of them that the other does not share, vocabulary and ids are reported as unchecked, not as different.
+Documents are compared by a digest of their tokens, so memory grows with the number of documents, not of tokens.
 
-Routers agree where both runs recorded the same ones; with `geometry`, of as many experts and as many chosen.
-This module reads views and writes nothing; what becomes of a difference is the caller's business.
+Routers agree if both runs recorded the same ones; with `geometry`, they also need the same numbers of experts and of
+chosen experts. This module only reads views and reports differences.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def compare_texts(run: Run, other: Run, names: tuple[str, str], labels: Sequence
 
     Args:
         run: the first run, in whose DuckDB the views of the second are in the schema `other`.
-        other: the second.
-        names: how messages call the two.
-        labels: of the documents that count (default: all).
+        other: the second run.
+        names: names of the two runs in messages.
+        labels: labels of the documents to compare (default: all).
 
     Returns:
-        The fields that differ, each with its first example; nothing if the texts are the same.
+        The fields that differ, each with its first example; an empty list if the texts are the same.
     """
     ids = not uncomparable(run, other, names)
     return [
@@ -91,10 +91,10 @@ def compare_routers(
 
     Args:
         run: the first run.
-        other: the second.
-        names: how messages call the two.
-        stack: only its routers count (default: all).
-        layer: only its routers count (default: all).
+        other: the second run.
+        names: names of the two runs in messages.
+        stack: compare only routers of this stack (default: all).
+        layer: compare only routers of this layer (default: all).
         geometry: whether E and k must be the same.
     """
     ours, theirs = (_routers(each, stack, layer) for each in (run, other))
@@ -126,12 +126,12 @@ def _router_names(routers: Sequence[tuple[str, int]] | set[tuple[str, int]]) -> 
 
 
 def uncomparable(run: Run, other: Run, names: tuple[str, str]) -> tuple[str, ...]:
-    """What cannot be compared of two runs' texts, and why, in words.
+    """Describes what cannot be compared of two runs' texts, and why.
 
     Args:
         run: the first run.
-        other: the second.
-        names: how messages call the two.
+        other: the second run.
+        names: names of the two runs in messages.
     """
     configs = [each.info["config"] for each in (run, other)]
     kinds = [config.get("token_ids", "keep") for config in configs]

@@ -1,16 +1,15 @@
-"""Reads the queries of `queries/`: their headers, and values for their parameters.
+"""Reads the queries of `queries/` with their headers, and binds their parameters.
 
-A query is one SQL file with one select, in the folder of the question that it belongs to (`GROUPS`). Those in
-`queries/comparison/` compare two runs; the views of the second run are in the schema `other`. Steps that many queries
-begin with are the table macros of `queries/macros/`. A query's header, the leading comments, tells the question, the
-formula with its denominators, the source, what a row is, the views it reads, parameters for an example, and its
-parameters:
+A query is one SQL file with one select, in the folder of its group (`GROUPS`). The queries in `queries/comparison/`
+compare two runs; they find the views of the second run in the schema `other`. The first steps that many queries share
+are the table macros of `queries/macros/`. The header, in leading comments, gives the question, the formula with its
+denominators, the source, the meaning of a row, the views it reads, parameters for an example, and its parameters:
 
     -- Params:
     --   m integer >= 1 = null: size of the sets (default: the layer's k)
 
 Guarantees: a query binds exactly the parameters that its statement uses, each with a value of the
-declared type. Which labels and layers there are is a run's business (`warehouse`).
+declared type. `warehouse` checks labels and layers against a run.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ GROUPS = {
 """Folder of `queries/` -> what its queries ask, in the order of every list."""
 COMPARISON = "comparison"
 OTHER = "other"
-"""The schema that has the views of the second run, in queries of two."""
+"""Schema of the second run's views, in queries of two runs."""
 
 _PARAM = re.compile(r"(?P<name>\w+) (?P<type>\S+?)(?: >= (?P<minimum>-?\d+))? = (?P<default>[^:]*): (?P<help>.*)")
 
@@ -50,23 +49,23 @@ class Param:
 
     name: str
     type: str
-    """integer, double, boolean, varchar or varchar[]."""
+    """SQL type: integer, double, boolean, varchar or varchar[]."""
     default: Value
-    """None: the query's own default, as `help` says."""
+    """None means the query's own default, described in `help`."""
     help: str
     minimum: int | None = None
     """Smallest value allowed."""
 
     def parse(self, value: object) -> Value:
-        """The value to bind.
+        """Converts a value to the one to bind.
 
         Args:
-            value: of the declared type, or its text: a list separated by commas; `all` or nothing
-                for null.
+            value: of the declared type, or its text: a list separated by commas; `all` or an empty
+                text for null.
 
         Raises:
-            ValueError: not a value of the declared type, below the minimum, or null where the
-                parameter has no such meaning.
+            ValueError: not a value of the declared type, below the minimum, or null although the
+                parameter does not allow it.
         """
         try:
             parsed = _PARSERS[self.type](value.strip() if isinstance(value, str) else value)
@@ -81,7 +80,7 @@ class Param:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Query:
-    """One file of `queries/`: what its header says, and its statement."""
+    """One file of `queries/`: the fields of its header, and its statement."""
 
     name: str
     group: str
@@ -90,11 +89,11 @@ class Query:
     formula: str
     source: str
     grain: str
-    """What a row is, and its keys."""
+    """Meaning of a row, starting with its keys."""
     reads: tuple[str, ...]
     """Views that the statement reads."""
     example: str
-    """Parameters, as a command line gives them, of a question to the demo run."""
+    """Parameters of an example on the demo run, as on a command line."""
     params: tuple[Param, ...]
     sql: str
 
@@ -104,12 +103,12 @@ class Query:
         return self.group == COMPARISON
 
     def keys(self, columns: Sequence[str]) -> list[str]:
-        """The columns that tell its rows apart, out of all columns: those that the grain begins with."""
+        """Returns those of the columns that identify a row: the ones with which the grain begins."""
         named = re.findall(r"(?<!\$)\b\w+", re.split(r"[;.]", self.grain)[0])
         return [column for column in columns if column in named]
 
     def bind(self, given: Mapping[str, object]) -> dict[str, Value]:
-        """Values for all parameters: what is given, else the defaults.
+        """Returns values for all parameters: the given ones, else the defaults.
 
         Raises:
             ValueError: unknown parameter or bad value.
@@ -121,20 +120,20 @@ class Query:
 
 
 def list_queries() -> list[Query]:
-    """All queries of one run, in the order of `GROUPS`, then by name."""
+    """Returns all queries of one run, in the order of `GROUPS`, then by name."""
     return [_read_query(path) for path in _paths() if path.parent.name != COMPARISON]
 
 
 def list_comparisons() -> list[Query]:
-    """All queries of two runs, by name."""
+    """Returns all queries of two runs, by name."""
     return [_read_query(path) for path in _paths() if path.parent.name == COMPARISON]
 
 
 def find_query(name: str) -> Query:
-    """The query of this name.
+    """Returns the query of this name.
 
     Raises:
-        ValueError: there is none; names what comes closest, or all.
+        ValueError: there is none; the message suggests the closest name, or lists all.
     """
     paths = {path.stem: path for path in _paths()}
     if name in paths:
@@ -145,13 +144,13 @@ def find_query(name: str) -> Query:
 
 
 def query_folder() -> Path:
-    """Where the SQL files are: `queries/` of an installed package, else of a checkout."""
+    """Returns the folder of the SQL files: `queries/` of an installed package, else of a checkout."""
     installed = Path(__file__).parents[1] / "queries"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "queries"
 
 
 def macros(relations: Collection[str] | None = None) -> str:
-    """Statements that create the macros of `queries/macros/`, which read the relations of the schema in use.
+    """Returns the statements that create the macros; they read the relations of the schema in use.
 
     Args:
         relations: only the macros that read no others (default: all macros).
@@ -164,12 +163,12 @@ def macros(relations: Collection[str] | None = None) -> str:
 
 
 def _paths() -> list[Path]:
-    """The files of all queries, in the order of `GROUPS`, then by name."""
+    """Returns the files of all queries, in the order of `GROUPS`, then by name."""
     return [path for group in GROUPS for path in sorted((query_folder() / group).glob("*.sql"))]
 
 
 def read_header(sql: str) -> dict[str, str]:
-    """Key -> text of the leading `-- Key: …` comments; continuation lines are indented."""
+    """Returns the text of the leading `-- Key: …` comments by key; continuation lines are indented."""
     fields: dict[str, list[str]] = {}
     key = ""
     for line in sql.splitlines():
@@ -202,12 +201,12 @@ def _read_query(path: Path) -> Query:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names separated by commas."""
+    """Splits names separated by commas."""
     return tuple(name.strip() for name in text.split(","))
 
 
 def _read_params(text: str) -> Iterator[Param]:
-    """Parameters from lines `name type [>= minimum] = default: help`; other lines continue the help."""
+    """Parses parameters from lines `name type [>= minimum] = default: help`; other lines continue the help."""
     joined: list[str] = []
     for line in text.splitlines():
         if _PARAM.fullmatch(line):

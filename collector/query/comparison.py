@@ -1,16 +1,16 @@
-"""Two runs of the same tokens, side by side in one DuckDB.
+"""Compares two runs of the same tokens, side by side in one DuckDB.
 
     pair = open_runs("runs/demo", "runs/demo-random")
     pair.query("router_saturation", layer=4).df()
     pair.query("domain_specialization", layer=4).df()  # of each run, with the difference
 
 The views of the first run have their bare names, those of the second are in the schema `other`, and the views of
-`queries/comparison/views/` find each document and token of the one in the other, whatever the shards. Queries of
-`queries/comparison/` read both; any other query runs over each, and rows with the same keys become one.
+`queries/comparison/views/` match each document and token of one run with the other, whatever the shards. Queries of
+`queries/comparison/` read both runs; any other query runs over each, and rows with the same keys are joined.
 
-Guarantees: what does not agree is not compared. Before a query runs, `agreement` has compared vocabulary, documents,
-labels, tokens and routers of what the query reads, and a difference is an error that names it. The DuckDB is locked
-as that of a single run is.
+Guarantees: only runs that agree are compared. Before a query runs, `agreement` compares vocabulary, documents, labels,
+tokens and routers as far as the query reads them, and a difference is an error that names it. The DuckDB is locked
+like that of a single run.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "list_comparisons", "list_queries", "open_runs"]
 
 _EXPERTS = ("expert", "other_expert", "next_expert")
-"""Keys of rows that are an expert's number."""
+"""Key columns that hold an expert's number."""
 
 
 class Comparison:
-    """Two opened runs, and the questions about both."""
+    """Two opened runs, and queries over both."""
 
     def __init__(self, run: Run, other: Run, names: tuple[str, str]) -> None:
         self.run = run
         """The first run."""
         self.other = other
-        """The second; `connection` is the same, and its views are in the schema `other`."""
+        """The second run; it shares the `connection`, and its views are in the schema `other`."""
         self.names = names
-        """How messages call the two."""
+        """Names of the two runs in messages."""
         self._differences: dict[tuple[str, ...] | None, list[str]] = {}
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
-        """Asks a question about both runs.
+        """Runs a query over both runs.
 
         Args:
-            name: of a query. One that compares two runs is run as it is. Of any other the rows of both runs: those
-                with the same keys in one row, the columns of the second as `…_beside`, and `difference`, the second's
-                value less the first's.
-            **params: values, or their text as a command line gives it.
+            name: of a query. One that compares two runs runs as it is. Any other runs over both: rows with the same
+                keys are joined, with the second run's columns as `…_beside`, and `difference`, the second's value
+                minus the first's.
+            **params: values, or their text as on a command line.
 
         Returns:
             The rows, ordered.
 
         Raises:
-            ValueError: the runs differ in what must agree; unknown query or parameter, a bad value, or a stack, layer
-                or label that a run does not have.
+            ValueError: the runs differ where they must agree; unknown query or parameter, a bad value, or a stack,
+                layer or label that a run does not have.
         """
         query = find_query(name)
         values = self.run.bind(query, params)
@@ -75,7 +75,7 @@ class Comparison:
         return self._beside(query, params)
 
     def unchecked(self) -> tuple[str, ...]:
-        """What cannot be compared of the two runs' texts, and why, in words; nothing if all can be."""
+        """Describes what cannot be compared of the two runs' texts, and why; empty if everything can be."""
         return uncomparable(self.run, self.other, self.names)
 
     def _text_differences(self, labels: Sequence[str] | None) -> list[str]:
@@ -85,13 +85,13 @@ class Comparison:
         return self._differences[key]
 
     def _require_agreement(self, query: Query, values: Mapping[str, Any]) -> None:
-        """Refuses runs that differ in what the query reads."""
+        """Raises if the runs differ in anything that the query reads."""
         grouping = find_grouping(self.run.by)
-        # Labels that are groups of tokens leave no document out.
+        # If labels are groups of tokens, choosing labels excludes no document.
         labels = None if grouping is not None and grouping.of == "token" else values.get("labels")
         differences = [*self._text_differences(labels)]
         if "stack" in values:
-            # An expert's number means something only among as many experts.
+            # Expert numbers are comparable only between routers of the same size.
             geometry = query.of_two_runs or bool(query.keys(_EXPERTS))
             differences += compare_routers(
                 self.run, self.other, self.names, stack=values["stack"], layer=values["layer"], geometry=geometry
@@ -119,18 +119,18 @@ class Comparison:
 def open_runs(
     root: str | os.PathLike[str], other: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True
 ) -> Comparison:
-    """Opens two runs side by side; each local or on an object store.
+    """Opens two runs side by side, each local or on an object store.
 
     Args:
         root: the first run's directory: a path, or the URL that it was collected to.
-        other: the second's.
+        other: the second run's directory.
         by: what `label` means in all views and queries, see `open_run`.
         rollup: whether to read counts from the runs' rollups, see `open_run`.
 
     Raises:
         FileNotFoundError: there is no run.
         StoreError: an object store refuses or does not answer.
-        ValueError: what `open_run` refuses.
+        ValueError: for the same reasons as `open_run`.
     """
     first = locate(root, by=by, rollup=rollup)
     second = locate(other, by=by, rollup=rollup, schema=OTHER, files_of=OtherRunFiles)

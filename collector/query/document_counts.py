@@ -1,8 +1,7 @@
-"""What each router did with each document, as arrays: what every resampling of documents works on.
+"""Counts the choices of each router per document, as arrays for the resampling of documents.
 
-Read from the view `document_counts`, and so from the run's rollup where there is a current one. Guarantees: one
-router is in memory at a time; documents come in the order of the run, only those with tokens to count. What becomes of
-the numbers is the caller's business.
+The counts come from the view `document_counts`, and so from the run's rollup if there is a current one. Guarantees: one
+router is in memory at a time; documents come in the order of the run, and only those with tokens to count.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from collector.query.warehouse import Run
 
 STATISTICS = (*rollups.STATISTICS, "dropped_picks", "dropped_tokens")
-"""What the views `document_counts` and `label_statistics` sum up over tokens, besides the tokens themselves."""
+"""Columns of the views `document_counts` and `label_statistics` that are sums over tokens, besides `tokens`."""
 _ROWS = f"""
 select shard, doc, label, tokens, {", ".join(STATISTICS)}, experts, picks, top1, weight_sums
 from document_counts
@@ -36,16 +35,16 @@ order by shard, doc, label, is_special
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentCounts:
-    """Counts of one router for a run's documents; D documents that have tokens there, E experts, M `STATISTICS`.
+    """Counts of one router for a run's documents. D documents with tokens there, E experts, M `STATISTICS`.
 
-    Where labels are groups of tokens (`by="position"` for example), a document has a row for each group of its
-    tokens: rows of the same `shard_D` and `doc_D` belong together.
+    If labels are groups of tokens (for example with `by="position"`), a document has a row for each group of its
+    tokens: rows with the same `shard_D` and `doc_D` belong together.
     """
 
     stack: str
     layer: int
     n_experts: int
-    """E."""
+    """Number of experts, E."""
     top_k: int
     labels: tuple[str, ...]
     """The names of labels, sorted."""
@@ -53,14 +52,14 @@ class DocumentCounts:
     """Index into `labels`."""
     shard_D: NDArray[np.int64]
     doc_D: NDArray[np.int64]
-    """The document's place in its shard."""
+    """The document's number in its shard."""
     tokens_D: NDArray[np.int64]
     statistics_DM: NDArray[np.float64]
     """Sums over the document's tokens, in the order of `STATISTICS`."""
     picks_DE: NDArray[np.uint32]
-    """Times each expert was chosen, dropped or not; a row sums to k times its tokens."""
+    """How often each expert was chosen, dropped or not; a row sums to k times its tokens."""
     top1_DE: NDArray[np.uint32]
-    """Tokens whose highest-weight expert it is; a row sums to its tokens."""
+    """For how many tokens each expert has the highest weight; a row sums to its tokens."""
     weight_sum_DE: NDArray[np.float32]
     """Sum of the weights that the model applied."""
 
@@ -73,14 +72,14 @@ def document_counts(
     labels: Sequence[str] | None = None,
     include_special: bool = False,
 ) -> Iterator[DocumentCounts]:
-    """Counts of a run's documents, router by router; without routers that have no token to count.
+    """Yields the counts of a run's documents, router by router; skips routers without tokens to count.
 
     Args:
         run: the run.
         stack: only the routers of this stack.
-        layer: only this layer, by the model's own number.
+        layer: only this layer, numbered as in the model.
         labels: only documents with these labels.
-        include_special: also count the tokens that the tokenizer added itself.
+        include_special: also count the special tokens that the tokenizer adds.
 
     Raises:
         ValueError: a stack, layer or label that the run does not have.
@@ -97,7 +96,7 @@ def document_counts(
 
 
 def _dense(rows: pa.Table, *, stack: str, layer: int, n_experts: int, top_k: int) -> DocumentCounts:
-    """Rows in the order of documents -> arrays over all experts; a document's special tokens are a row beside it."""
+    """Turns rows in document order into arrays over all experts; adds the separate row of special tokens, if any."""
     shard, doc = rows["shard"].to_numpy().astype(np.int64), rows["doc"].to_numpy().astype(np.int64)
     names, label = np.unique(rows["label"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
     keys = np.stack([shard, doc, label], axis=1)

@@ -1,10 +1,10 @@
-"""What `label` can mean in every query: the recorded label, or a group of documents or tokens.
+"""Chooses the meaning of `label` in all queries: the recorded label, or a group of documents or tokens.
 
 A grouping is one SQL file of `queries/groupings/`: a select that gives the group of each document (shard, doc, label)
-or of each token (shard, tok, label). Its header says which (`Groups:`), and which relations it can do nothing
-without (`Needs:`). Opened by a grouping, a run has other views in place of some: those of
-`queries/views/by_document/` or `by_token/`, in which the base relation of that name is called `recorded_…`. Where
-there is a rollup, those of `rollup/` and `label_rollup/` take the place of views that would count again.
+or of each token (shard, tok, label). Its header says which of the two (`Groups:`), and which relations it requires
+(`Needs:`). If a run is opened with a grouping, some views are replaced by those of `queries/views/by_document/` or
+`by_token/`, in which the base relation of the same name is called `recorded_…`. If there is a rollup, the views of
+`rollup/` and `label_rollup/` replace those that would count again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LABEL = "label"
-"""No grouping: the label as it was recorded."""
+"""Name for no grouping: the label as it was recorded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,17 +30,17 @@ class Grouping:
     name: str
     question: str
     of: str
-    """`document` or `token`: what it groups."""
+    """What it groups: `document` or `token`."""
     needs: tuple[str, ...]
-    """Base relations without which it has no meaning."""
+    """Base relations that it requires."""
     sql: str
 
 
 def find_grouping(name: str) -> Grouping | None:
-    """The grouping of this name, None for the recorded label.
+    """Returns the grouping of this name, None for the recorded label.
 
     Raises:
-        ValueError: there is none; names those that there are.
+        ValueError: there is none; the message lists all groupings.
     """
     if name == LABEL:
         return None
@@ -57,11 +57,11 @@ def find_grouping(name: str) -> Grouping | None:
 
 
 def derived_views(grouping: Grouping | None, *, rollup: bool) -> dict[str, str]:
-    """Name -> select of the views over the base relations, each after those that it reads.
+    """Returns the selects of the views over the base relations by name, each after those that it reads.
 
     Args:
         grouping: what `label` means.
-        rollup: whether the relations `document_rollup` and `label_rollup` are there.
+        rollup: whether the relations `document_rollup` and `label_rollup` exist.
     """
     selects: dict[str, str] = {} if grouping is None else {f"{grouping.of}_groups": grouping.sql}
     for folder in _variants(grouping, rollup=rollup):
@@ -70,25 +70,25 @@ def derived_views(grouping: Grouping | None, *, rollup: bool) -> dict[str, str]:
 
 
 def read_views(folder: Path) -> dict[str, str]:
-    """Name -> select of the files of a folder."""
+    """Returns the selects in the files of a folder, by name."""
     return {path.stem: path.read_text(encoding="utf-8").strip() for path in folder.glob("*.sql")}
 
 
 def in_order(selects: Mapping[str, str]) -> dict[str, str]:
-    """The views, each after those that it reads."""
+    """Sorts views so that each comes after those that it reads."""
     reads = {name: reads_of(select) for name, select in sorted(selects.items())}
     return {name: selects[name] for name in graphlib.TopologicalSorter(reads).static_order() if name in selects}
 
 
 def reads_of(select: str) -> tuple[str, ...]:
-    """The relations that a view reads, as its header says."""
+    """Returns the relations that a view reads according to its header."""
     return split_names(read_header(select)["reads"])
 
 
 def _variants(grouping: Grouping | None, *, rollup: bool) -> list[str]:
-    """Folders of views; those of a later one take the place of the earlier ones' of the same name."""
+    """Returns folders of views; views of later folders replace those of the same name in earlier ones."""
     folders = [""] if grouping is None else ["", f"by_{grouping.of}"]
-    if rollup and (grouping is None or grouping.of == "document"):  # it counts documents as a whole
+    if rollup and (grouping is None or grouping.of == "document"):  # a rollup counts whole documents
         folders.append("rollup")
     if rollup and grouping is None:
         folders.append("label_rollup")

@@ -1,11 +1,11 @@
-"""The views `label_tokens` and `label_counts` of a run without a rollup, counted when a query first needs them.
+"""Computes the views `label_tokens` and `label_counts` of a run without a rollup, when a query first needs them.
 
 DuckDB reads the columns and numpy counts them, several times as fast as a `group by` over every pick (docs/queries.md).
-What is counted is defined by the SQL of the two views, which any other statement still reads.
+The SQL of the two views defines the counts; statements other than queries still read the views themselves.
 
-Guarantees: the numbers of that SQL, sums of weights up to the order of addition; a router is counted once, when a
-query first asks about it, its weights when a query first reads them. Memory: a batch of rows, and a few numbers per
-label, router and expert.
+Guarantees: the counts equal those of the SQL, sums of weights up to the order of addition. A router is counted once,
+when a query first asks about it, and its weights when a query first reads them. Memory holds a batch of rows, and a few
+numbers per label, router and expert.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ if TYPE_CHECKING:
 
 _COUNTED = ("label_tokens", "label_counts")
 _OF_WEIGHTS = ("top1", "weight_sum")
-"""Columns that need the weights; a statement that names neither reads neither."""
+"""Columns that need the weights; a statement that names neither does without them."""
 _CELL = """
 ((layer::uinteger * (len($names) + 1) + coalesce(list_position($names, label), 0)) * 2 + is_special::uinteger)::uinteger
 """
-"""One number for layer, label (0: none) and whether a token is special."""
+"""Encodes layer, label (0: none) and whether a token is special as one number, the cell."""
 _NAMED = """
 cell // 2 // (len($names) + 1) as layer, $names[cell // 2 % (len($names) + 1)] as label, cell % 2 = 1 as is_special,
 columns(* exclude (cell))
 """
-"""The way back from a cell."""
+"""Decodes a cell."""
 _BATCH = 40_000
-"""Rows: the arrays of a batch fit the processor's cache."""
+"""Rows of a batch, so that its arrays fit the processor's cache."""
 
 
 class LabelCounts:
-    """Counts of an opened run by label, in a schema of their own beside that of its views."""
+    """Counts of an opened run by label, in a separate schema next to that of its views."""
 
     def __init__(
         self, connection: duckdb.DuckDBPyConnection, layers: Sequence[Layer], views: Mapping[str, str], schema: str
     ) -> None:
-        """Makes empty tables, and over them the views that read them.
+        """Creates empty tables, and the views that read them.
 
         Args:
-            connection: the DuckDB that has the views of the run.
+            connection: the DuckDB with the views of the run.
             layers: the run's routers.
-            views: name -> select of its derived views, each after those that it reads.
-            schema: where they are.
+            views: selects of its derived views by name, each after those that it reads.
+            schema: schema of the views.
         """
         self._connection, self._layers = connection, layers
         self._schema, self._own = schema, f"{schema}_counted"
         self._above = _readers(views)
         self._done: dict[bool, set[Layer]] = {False: set(), True: set()}
-        """Whether with weights -> routers."""
+        """Routers that are counted without and with weights."""
         self._lock = threading.Lock()
         tables = [f"create table {self._own}.{name} as from {schema}.{name} limit 0" for name in _COUNTED]
         above = [f"create view {self._own}.{name} as\n{views[name]}" for name in self._above]
@@ -70,7 +70,7 @@ class LabelCounts:
         return f"set search_path = '{self._own},{self._schema}'"
 
     def provide(self, cursor: duckdb.DuckDBPyConnection, query: Query, values: Mapping[str, Value]) -> None:
-        """Counts the routers that a query asks about, if it reads counts, and lets the cursor see them.
+        """Counts the routers that a query asks about, if it reads counts, and makes the counts visible to the cursor.
 
         Args:
             cursor: where the query will run.
@@ -87,7 +87,7 @@ class LabelCounts:
         cursor.execute(self._search())
 
     def _count(self, layers: set[Layer], *, weights: bool) -> None:
-        """Counts these routers, in place of what was counted of them without weights."""
+        """Counts these routers, replacing earlier counts without weights."""
         cursor = self._connection.cursor()
         cursor.execute(f"use {self._schema}")
         names = [name for (name,) in cursor.execute("select label from labels order by label").fetchall()]
@@ -107,12 +107,12 @@ class LabelCounts:
 
 
 def counts_tokens(views: Mapping[str, str]) -> bool:
-    """Whether these views of a run count its tokens, rather than read counts of documents or labels."""
+    """Whether these views count a run's tokens, rather than read counts of documents or labels from a rollup."""
     return reads_of(views["label_counts"]) == ("decisions",)
 
 
 def _readers(views: Mapping[str, str]) -> list[str]:
-    """The views that read counts, directly or through others, in their order."""
+    """Returns the views that read counts, directly or through others, in their order."""
     readers: list[str] = []
     for name, select in views.items():
         if not {*_COUNTED, *readers}.isdisjoint(reads_of(select)):
@@ -126,7 +126,7 @@ def _count_stack(
     """Counts routers of one stack, in one pass over the rows."""
     counts = _Counts(experts=max(layer.n_experts for layer in layers))
     top_k = max(layer.top_k for layer in layers)
-    # A layer with fewer picks than others has nulls beyond them, which arrays do not know.
+    # A layer with fewer picks than others has nulls beyond them, which arrays cannot represent.
     least = min(layer.top_k for layer in layers)
     experts = [f"e{i}" if i < least else f"coalesce(e{i}::usmallint, {counts.nobody})" for i in range(top_k)]
     weighed = [f"w{i}" if i < least else f"coalesce(w{i}, '-infinity')" for i in range(top_k) if weights]
@@ -142,22 +142,22 @@ def _count_stack(
 
 
 def _numbers(layers: Sequence[Layer]) -> str:
-    """A list of SQL, by whose constants DuckDB leaves out row groups."""
+    """Returns the layers as a list of SQL constants, with which DuckDB skips row groups."""
     return ", ".join(str(layer.layer) for layer in layers)
 
 
 class _Counts:
     """Counts by cell (see `_CELL`).
 
-    Axes: T rows of a batch, C cells of it, E experts and one more, who is nobody.
+    Axes: T rows of a batch, C cells of it, E experts plus one placeholder.
     """
 
     def __init__(self, experts: int) -> None:
         self.nobody = experts
-        """The expert of no pick."""
+        """Placeholder expert for missing picks."""
         self._tokens: dict[int, int] = {}
         self._sums: dict[int, NDArray[np.float64]] = {}
-        """Cell -> [3, E + 1] picks, top-1 and sums of weights; exact for counts."""
+        """Arrays [3, E + 1] of picks, top-1 and sums of weights by cell; counts are exact."""
 
     def add(self, cell_t: NDArray, experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> None:
         """Counts rows.
@@ -168,7 +168,7 @@ class _Counts:
             weights_kt: k arrays, [T] weights, or none.
         """
         first = cell_t.min()
-        cell_t = cell_t - first  # rows come router by router, so the rest is small
+        cell_t = cell_t - first  # rows come router by router, so the remainders are small
         tokens = np.bincount(cell_t)
         cells = np.flatnonzero(tokens)
         size = len(cells) * (self.nobody + 1)
@@ -189,11 +189,11 @@ class _Counts:
             self._sums[cell] = self._sums.get(cell, 0) + sums_3e
 
     def tokens(self) -> dict[str, NDArray]:
-        """Columns of `label_tokens`, a cell for the first of them."""
+        """Returns the columns of `label_tokens`, with the cell in place of layer, label and is_special."""
         return {"cell": np.array([*self._tokens], np.int64), "tokens": np.array([*self._tokens.values()], np.int64)}
 
     def picks(self) -> dict[str, NDArray]:
-        """Columns of `label_counts`, a cell for the first of them."""
+        """Returns the columns of `label_counts`, with the cell in place of layer, label and is_special."""
         cells = np.array([*self._sums], np.int64)
         sums = np.array([*self._sums.values()]).reshape(-1, 3, self.nobody + 1)[:, :, : self.nobody]
         place, expert = np.nonzero(sums[:, 0])
@@ -205,7 +205,7 @@ class _Counts:
 
 
 def _highest(experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> NDArray:
-    """[T] the expert with the highest weight of each token, the first among equals."""
+    """Returns the expert with the highest weight of each token, of shape [T], the first among equals."""
     top_t, highest_t = experts_kt[0], weights_kt[0]
     for expert_t, weight_t in zip(experts_kt[1:], weights_kt[1:], strict=True):
         higher_t = weight_t > highest_t

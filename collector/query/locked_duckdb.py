@@ -1,9 +1,9 @@
-"""A DuckDB that opens the files it is given and nothing else.
+"""Opens a DuckDB that can read the given files and nothing else.
 
-Guarantees: no statement reads another file, lists a folder, goes to the network, loads an extension, sees a variable of
-Python or changes a setting; what does not fit into memory goes to a folder of its own below the system's temporary one.
-Files of an object store are read through `objectfiles`, which cannot write. Of local files one thing is left to a
-statement that means harm: to write over the very files that it may read; `Run.sql` refuses such statements.
+Guarantees: no statement reads another file, lists a folder, accesses the network, loads an extension, sees a variable
+of Python or changes a setting; data that does not fit into memory spills to a separate folder below the system's
+temporary one. Files of an object store are read through `store.remote_files`, which cannot write. A malicious statement
+could still overwrite the local files that it may read; `Run.sql` rejects such statements.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 __all__ = ["connect", "one_line_errors"]
 
 _REMOTE_THREADS = 16
-"""At least: threads that read an object store wait most of the time."""
+"""Minimum number of threads for object stores, because they wait most of the time."""
 _mounted: weakref.WeakKeyDictionary[duckdb.DuckDBPyConnection, list[str]] = weakref.WeakKeyDictionary()
-"""Protocols of the file systems that a connection has."""
+"""Protocols of the file systems registered with each connection."""
 
 
 def connect(
     paths: Iterable[str], mounts: Sequence[RunFiles] = (), memory_limit: str | None = None
 ) -> duckdb.DuckDBPyConnection:
-    """A locked DuckDB in memory.
+    """Opens a locked in-memory DuckDB.
 
     Args:
-        paths: the files that it may open, spelled as statements spell them.
-        mounts: file systems of those that are on an object store, `PROTOCOL://NAME`.
-        memory_limit: what it may take, for example 4GB (default: 80 % of the machine's memory).
+        paths: the files that it may open, spelled as in statements.
+        mounts: file systems for files on an object store, `PROTOCOL://NAME`.
+        memory_limit: maximum memory, for example 4GB (default: 80 % of the machine's memory).
     """
     connection = _open(threads=_REMOTE_THREADS if mounts else 1)
     if memory_limit is not None:
@@ -47,7 +47,7 @@ def connect(
     if mounts:
         connection.execute(
             "set enable_external_file_cache = false"
-        )  # `objectfiles` has one that knows they never change
+        )  # `RunFiles` has its own cache, which knows that the files never change
         _mounted[connection] = [files.protocol for files in mounts]
     for files in mounts:
         connection.register_filesystem(files)
@@ -57,7 +57,7 @@ def connect(
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What DuckDB cannot do, as a ValueError of one line.
+    """Turns errors of DuckDB into a ValueError of one line.
 
     Raises:
         ValueError: any error of DuckDB, or of reading an object store inside it.
@@ -66,18 +66,18 @@ def one_line_errors() -> Iterator[None]:
         yield
     except duckdb.Error as error:
         lines = str(error).strip().splitlines()
-        # An error inside our file system arrives with its traceback, whose last line says what happened.
+        # An error inside our file system arrives with a traceback, whose last line is the message.
         raise ValueError(lines[-1 if lines[0].startswith("Traceback") else 0]) from error
 
 
 def _open(threads: int = 1) -> duckdb.DuckDBPyConnection:
-    """A DuckDB in memory, with this many threads at least."""
+    """Opens an in-memory DuckDB with at least this many threads."""
     config: dict[str, str | bool | int | float | list[str]] = {
         "python_enable_replacements": False,
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
         "allow_community_extensions": False,
-        # By default it is `.tmp` in the current folder. DuckDB makes it when it needs it, and removes it.
+        # The default is `.tmp` in the current folder. DuckDB creates the folder when needed, and removes it.
         "temp_directory": str(Path(tempfile.gettempdir(), f"collector-{uuid.uuid4().hex}")),
     }
     connection = duckdb.connect(":memory:", config=config)
@@ -87,7 +87,7 @@ def _open(threads: int = 1) -> duckdb.DuckDBPyConnection:
 
 
 def _lock(connection: duckdb.DuckDBPyConnection, paths: Iterable[str]) -> None:
-    """From here on these files can be opened and nothing else, and no statement can change that."""
+    """Restricts the connection to these files; no statement can change that afterwards."""
     connection.execute("set allowed_paths = $paths", {"paths": sorted(paths)})
     connection.execute("set enable_external_access = false")
     connection.execute("set lock_configuration = true")
@@ -95,7 +95,7 @@ def _lock(connection: duckdb.DuckDBPyConnection, paths: Iterable[str]) -> None:
 
 @atexit.register
 def _unmount_all() -> None:
-    """Else DuckDB's binding complains of leaks on standard error when the interpreter ends."""
+    """Unregisters all file systems at exit; otherwise DuckDB's binding reports leaks on standard error."""
     for connection, protocols in list(_mounted.items()):
         for protocol in protocols:
             with contextlib.suppress(duckdb.Error):

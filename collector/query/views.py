@@ -1,12 +1,12 @@
-"""Finds the committed files of a run, and writes the script that makes them views in a DuckDB.
+"""Finds the committed files of a run, and writes the SQL script that creates its views in a DuckDB.
 
 The base relations `routing`, `tokens`, `documents`, `rejects` and `vocab` read exactly the files that commit records
 name when the script is written, never a glob; `layers` comes from run.json. A run without a commit has the same
-columns and no rows. The views of `queries/views/` build on them; what `label` means there, and whether counts come from
-a rollup, is decided here.
+columns and no rows. The views of `queries/views/` build on them. This module decides what `label` means there, and
+whether counts come from a rollup.
 
-Guarantees: nothing is opened but commit records, run.json and the names of files. What runs the script is the
-business of `warehouse`, or of any other DuckDB.
+Guarantees: only commit records, run.json, the vocabulary and the names of files are read, never the tables. `warehouse`
+executes the script, and so can any other DuckDB.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ _SQL_TYPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Located:
-    """What it takes to open a run in a DuckDB."""
+    """The files of a run and the script that creates its views in a DuckDB."""
 
     info: dict[str, Any]
-    """What run.json says."""
+    """Content of run.json."""
     complete: bool
     """Whether every shard is committed."""
     paths: frozenset[str]
-    """The files that the script opens, as it spells them."""
+    """The files that the script opens, in its spelling."""
     mounts: tuple[RunFiles, ...]
-    """The file system that has them, if it is not the local one."""
+    """The file system of the files, if they are on an object store."""
     views: dict[str, str]
-    """Name -> select of the derived views."""
+    """Selects of the derived views, by name."""
     by: str
-    """What `label` means."""
+    """What `label` means: the recorded label, or the name of a grouping."""
     schema: str
-    """Where the views go."""
+    """Schema of the views."""
     script: str
-    """Creates the views."""
+    """SQL that creates the views."""
 
 
 def locate(
@@ -73,13 +73,13 @@ def locate(
         root: the run directory.
         by: what `label` means, see `open_run`.
         rollup: whether to read counts from the run's rollup, see `open_run`.
-        schema: where the views go; there they read one another.
-        files_of: the file system of a remote run.
+        schema: schema of the views.
+        files_of: class of the file system of a remote run.
 
     Raises:
         FileNotFoundError: there is no run.
         StoreError: the object store refuses or does not answer.
-        ValueError: what `open_run` refuses.
+        ValueError: for the same reasons as `open_run`.
     """
     grouping, run = find_grouping(by), RunDirectory(root)
     info = _read_info(run)
@@ -112,11 +112,11 @@ def _check_grouping(grouping: Grouping | None, info: dict[str, Any], files: Mapp
 
 
 def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
-    """The files of one shard, as if they were all of the run.
+    """Treats the files of one shard as a run of their own.
 
     Args:
-        paths: table -> local file.
-        info: what run.json says.
+        paths: local files by table.
+        info: content of run.json.
     """
     files: dict[str, dict[str, int]] = {table: {} for table in (*table_names(info), "vocab")}
     files |= {table: {_escape_glob(str(path)): 0} for table, path in paths.items()}
@@ -129,14 +129,14 @@ def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
 
 
 def committed_files(root: str | os.PathLike[str], table: str) -> list[str]:
-    """Where other programs find a table of a run: paths, or URLs on an object store.
+    """Returns the files of a table, for other programs: paths, or URLs on an object store.
 
     Args:
         root: the run directory.
         table: `routing`, `tokens`, `documents`, `rejects` or `vocab`.
 
     Returns:
-        The files that commit records name, by shard. A glob could find more: what replicas left that died.
+        The files that commit records name, by shard. A glob could also match leftovers of replicas that died.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -150,12 +150,12 @@ def committed_files(root: str | os.PathLike[str], table: str) -> list[str]:
 
 
 def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
-    """Script that creates the views of a run in any DuckDB.
+    """Returns the SQL script that creates the views of a run in any DuckDB.
 
     Args:
         run_directory: the run.
-        in_place: whether files have their full path or URL, so that DuckDB may start anywhere (its extension httpfs
-            reads s3:// and gs://, azure reads az://); else it is for a DuckDB that is started inside the run's folder.
+        in_place: whether to name files by full path or URL, so that DuckDB may start anywhere (its extension httpfs
+            reads s3:// and gs://, azure reads az://); otherwise DuckDB must be started inside the run's folder.
     """
     prefix = _escape_glob(run_directory.store.location("").rstrip("/") + "/") if in_place else ""
     start = "" if in_place else " Inside its folder: duckdb -init views.sql"
@@ -177,7 +177,7 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
 
 
 def _committed_files(run: RunDirectory, info: Mapping[str, Any], *, rollup: bool = False) -> dict[str, dict[str, int]]:
-    """Relation -> path relative to the run directory -> bytes; with the current rollup, if it is wanted and there."""
+    """Returns relation -> path in the run directory -> bytes, with the current rollup if it is wanted and exists."""
     files: dict[str, dict[str, int]] = {table: {} for table in (*table_names(info), "vocab")}
     covered = rollups.Covered()
     for commit in run.commits():
@@ -198,7 +198,7 @@ def _script(
     prefix: str,
     schema: str = "main",
 ) -> str:
-    """Statements that create the views of a schema, and the macros; `prefix` goes before the files' paths."""
+    """Returns the statements for the views of a schema, and the macros; `prefix` is put before the files' paths."""
     statements = {"layers": _layers_select(info["layers"])}
     for name, paths in files.items():
         select = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
@@ -211,17 +211,17 @@ def _script(
 
 
 def literal(text: str) -> str:
-    """The text as a string of SQL."""
+    """Quotes a text as an SQL string."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def _escape_glob(path: str) -> str:
-    """The path as DuckDB must read it to mean only itself."""
+    """Escapes a path so that DuckDB does not treat it as a glob."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in path)
 
 
 def _files_select(paths: list[str]) -> str:
-    # A folder called `layer=3` on the way would otherwise become a column.
+    # Otherwise a folder called `layer=3` in the path would become a column.
     names = ",\n    ".join(map(literal, paths))
     return f"select * from read_parquet([\n    {names}\n], hive_partitioning = false)"
 
@@ -236,7 +236,7 @@ def _layers_select(layers: list[dict[str, Any]]) -> str:
 
 
 def _empty_select(name: str, info: dict[str, Any]) -> str:
-    """A relation with the columns of `name` and no rows."""
+    """Returns a select with the columns of `name` and no rows."""
     columns = (f"null::{_SQL_TYPES[_arrow_type(field)]} as {field.name}" for field in _schema(name, info))
     return f"select {', '.join(columns)} where false"
 

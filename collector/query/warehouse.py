@@ -1,11 +1,11 @@
-"""Opens a run in DuckDB: its tables as views, and the questions of `queries/` over them.
+"""Opens a run in DuckDB: its tables as views, and the queries of `queries/` over them.
 
-Which files they read, and what `label` means in them, is written by `views`. Counts by label are made when a query
+`views` decides which files the views read and what `label` means in them. Counts by label are computed when a query
 first needs them (`label_counts`), unless the run has a rollup. A run on an object store is read by ranges, in place.
 
-Guarantees: a query runs with all its parameters bound; a label or router that the run does not have
-is an error, never an empty table; `Run.sql` runs reading statements only, in a DuckDB that is locked (see `locked`).
-Nothing here writes: results are DuckDB relations, and what becomes of them is the caller's business.
+Guarantees: a query runs with all its parameters bound; a label or router that the run does not have is an error, never
+an empty table; `Run.sql` runs read-only statements only, in a locked DuckDB (see `locked_duckdb`). Nothing here writes:
+results are returned as DuckDB relations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _READS_ONLY = "only a single statement that reads (SELECT …) can run here"
 
 
 class Run:
-    """An opened run: views over its committed files, in a DuckDB of its own."""
+    """An opened run: views over its committed files in an in-memory DuckDB."""
 
     def __init__(
         self,
@@ -50,22 +50,22 @@ class Run:
         self.connection = connection
         """In-memory DuckDB that holds the views."""
         self.info = info
-        """What run.json says."""
+        """Content of run.json."""
         self.complete = complete
         """Whether every shard was committed when the run was opened."""
         self.by = by
         """What `label` means: the recorded label, or the name of a grouping."""
         self.schema = schema
-        """Where in the connection the views are."""
+        """Schema of the views."""
         self._label_counts = label_counts
-        """Counts on demand; None: as the views say."""
+        """Counts on demand; None if the views read a rollup."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
-        """Asks a question of `queries/`.
+        """Runs a query of `queries/`.
 
         Args:
             name: of the query, see `list_queries`.
-            **params: values, or their text as a command line gives it.
+            **params: values, or their text as on a command line.
 
         Returns:
             The rows, ordered; computed when they are fetched (`.df()`, `.fetchall()`,
@@ -84,7 +84,7 @@ class Run:
         return cursor.sql(query.sql, params=values)
 
     def bind(self, query: Query, params: Mapping[str, object]) -> dict[str, Value]:
-        """Values for all parameters of a query, which make sense for this run.
+        """Returns values for all parameters of a query, checked against this run.
 
         Raises:
             ValueError: unknown parameter, a bad value, or a stack, layer or label that the run does not have.
@@ -94,25 +94,25 @@ class Run:
         return values
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
-        """A connection to the same DuckDB, in which the bare names are the views of this run."""
+        """Returns a connection to the same DuckDB, in which bare names refer to the views of this run."""
         cursor = self.connection.cursor()
         if self.schema != "main":
             cursor.execute(f"use {self.schema}")
         return cursor
 
     def sql(self, statement: str) -> duckdb.DuckDBPyRelation:
-        """Runs one reading statement over the views.
+        """Runs one read-only statement over the views.
 
         Raises:
-            ValueError: it is not one SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE …), it
-                writes, or it has a mistake.
+            ValueError: it is not a single SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE …), it
+                writes, or it has an error.
         """
         cursor = self.cursor()
         try:
             kinds = [parsed.type.name for parsed in duckdb.extract_statements(statement)]
             if kinds != ["SELECT"]:
                 raise ValueError(f"{_READS_ONLY}; got {', '.join(kinds) or 'nothing'}")
-            # A SELECT may still write through a CTE, but only at the top level; query() is below it.
+            # A SELECT may still write through a CTE, but only at the top level; inside query() it cannot.
             cursor.execute(f"explain select * from query({literal(statement)})").fetchall()
         except duckdb.Error as error:
             reason = str(error).split("\n\nLINE ")[0]
@@ -121,10 +121,10 @@ class Run:
         return cursor.sql(statement)
 
     def check(self, *, stack: Value = None, layer: Value = None, labels: Value = None) -> None:
-        """Refuses what would select nothing.
+        """Checks that the run has this stack, layer and these labels.
 
         Raises:
-            ValueError: a stack, layer or label that the run does not have; names those that it has.
+            ValueError: the run does not have one of them; the message lists those that it has.
         """
         self._check_router(stack, layer)
         self._check_labels(labels)
@@ -152,21 +152,21 @@ class Run:
 def open_run(
     root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True, memory_limit: str | None = None
 ) -> Run:
-    """Opens a run, complete or not; local or on an object store.
+    """Opens a run, complete or not, local or on an object store.
 
     Args:
         root: the run directory: a path, or the URL that it was collected to.
         by: what `label` means in all views and queries: the recorded label, or a grouping of
             `queries/groupings/`: source, script, length, position or token_class.
-        rollup: whether to read counts from the run's rollup where there is a current one.
-        memory_limit: what DuckDB may take, for example 4GB (default: 80 % of the machine's memory); what does not fit
-            goes to the folder for temporary files.
+        rollup: whether to read counts from the run's rollup if there is a current one.
+        memory_limit: maximum memory of DuckDB, for example 4GB (default: 80 % of the machine's memory); what does not
+            fit spills to the folder for temporary files.
 
     Raises:
         FileNotFoundError: there is no run.
         StoreError: the object store refuses or does not answer.
-        ValueError: a commit record is damaged, the run is in the layout of an earlier version, or there is no such
-            grouping, or not of this run.
+        ValueError: a commit record is damaged, the run is in the layout of an earlier version, or the grouping does
+            not exist or needs data that this run does not have.
     """
     located = locate(root, by=by, rollup=rollup)
     connection = locked_duckdb.connect(located.paths, located.mounts, memory_limit)
@@ -175,7 +175,7 @@ def open_run(
 
 
 def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
-    """The run that was found, in a DuckDB in which its script has run."""
+    """Returns a located run as a `Run`, in a DuckDB in which its script has been executed."""
     counts = None
     if counts_tokens(located.views):
         counts = LabelCounts(connection, tables.recorded_layers(located.info), located.views, located.schema)
@@ -185,11 +185,11 @@ def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
 
 
 def open_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Run:
-    """Opens the files of one shard, as if they were all of the run.
+    """Opens the files of one shard as a run of their own.
 
     Args:
-        paths: table -> local file.
-        info: what run.json says.
+        paths: local files by table.
+        info: content of run.json.
     """
     located = locate_shard(paths, info)
     connection = locked_duckdb.connect(located.paths)

@@ -1,1 +1,1 @@
-"""Care for a run on disk: verify every record, and remove files that no commit names."""
+"""Maintains a run on disk: verifies its files, and removes those that no commit record names."""

@@ -1,12 +1,12 @@
-"""What a run directory holds that counts for nothing: parts without a commit record, old rollups, leftovers of writes.
+"""Finds and removes the orphans of a run: parts without a commit record, old rollups, leftovers of writes.
 
 They come from replicas that died between publishing and committing, from records that were set aside, from shards that
 were committed after a rollup was made, and from processes killed while writing. Readers never see them; they only take
-room.
+space.
 
-Guarantees: what a commit record names stays, whatever its age, and so do the current rollup and everything younger
-than the limit. Nothing is removed where a record cannot be read, because what it names is not known. On object stores
-the parts of uploads that were cut are out of sight: a lifecycle rule of the bucket removes those.
+Guarantees: files named by a commit record stay, whatever their age, and so do the current rollup and everything younger
+than the limit. If a record cannot be read, nothing is removed, because the files that it names are unknown. Incomplete
+multipart uploads to object stores cannot be seen here: a lifecycle rule of the bucket removes those.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 LEAST_AGE = 3600
-"""Seconds. Between a shard's first part and its commit record lie the uploads of the others, with their retries."""
+"""Seconds. A shard's other parts are uploaded, with retries, between its first part and its commit record."""
 
 
 def parse_age(text: str) -> float:
-    """`30m`, `12h`, `1d` or `0` -> seconds.
+    """Parses `90m`, `12h`, `1d` or `0` into seconds.
 
     Raises:
-        ValueError: it is no duration, or one that a shard may need between its parts and its commit.
+        ValueError: the text is not a duration, or so short that a shard may take as long to commit its parts.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
     if match is None and text.strip() != "0":
@@ -45,11 +45,11 @@ def parse_age(text: str) -> float:
 
 
 def find(run: RunDirectory, older_than: float) -> list[Entry]:
-    """The orphans of a run, by name.
+    """Returns the orphans of a run, sorted by name.
 
     Args:
         run: the run directory.
-        older_than: seconds since they were last written, by the clocks of this machine and of the store.
+        older_than: minimum seconds since they were last written, by the clocks of this machine and of the store.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -57,8 +57,8 @@ def find(run: RunDirectory, older_than: float) -> list[Entry]:
     """
     if run.read_or_none(PLAN) is None:
         raise FileNotFoundError(f"no run at {run.root}: there is no {PLAN}")
-    # Files first, records second: a part that is committed in between is then in both and stays. The other way round
-    # its record would be missed, and committed data removed. A part that is listed here and committed only after the
+    # Files first, records second: a part committed in between is then in both lists and stays. In the other order its
+    # record would be missed, and committed data removed. A part that is listed here and committed only after the
     # records were read is younger than any age limit but 0.
     now = time.time()
     found = [entry for folder in (*PART_FOLDERS, ROLLUP) for entry in run.store.entries(folder)]
@@ -75,6 +75,6 @@ def find(run: RunDirectory, older_than: float) -> list[Entry]:
 
 
 def remove(run: RunDirectory, orphans: list[Entry]) -> None:
-    """Deletes what `find` found."""
+    """Deletes the given files."""
     for entry in orphans:
         run.store.delete(entry.name)

@@ -253,7 +253,7 @@ def test_the_command_makes_it_once(collected, capsys) -> None:
     assert " a token\n" in out
     made = Path(collected.store.location(names[files.DOCUMENTS])).stat().st_mtime_ns
     assert exit_status("rollup", collected.root) == 0
-    assert "there already, and of all that is committed" in capsys.readouterr().out
+    assert "already there, and up to date" in capsys.readouterr().out
     assert Path(collected.store.location(names[files.DOCUMENTS])).stat().st_mtime_ns == made
     assert exit_status("rollup", collected.root, "--again") == 0
     assert Path(collected.store.location(names[files.DOCUMENTS])).stat().st_mtime_ns > made
@@ -271,7 +271,7 @@ def test_a_sound_rollup_is_told_as_such(collected, capsys) -> None:
     making.make(collected)
     assert exit_status("verify", collected.root) == 0
     out = capsys.readouterr().out
-    assert out == "sound: all of 3 committed shards are what they must be, and so is the rollup\n"
+    assert out == "sound: all of 3 committed shards are correct, and so is the rollup\n"
 
 
 @pytest.mark.parametrize(

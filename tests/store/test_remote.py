@@ -185,7 +185,7 @@ def test_status_verify_and_gc_take_the_url(run, capsys):
     assert exit_status("status", run.root) == 0
     assert "complete" in capsys.readouterr().out
     assert exit_status("verify", run.root) == 0
-    assert capsys.readouterr().out == "sound: all of 3 committed shards are what they must be\n"
+    assert capsys.readouterr().out == "sound: all of 3 committed shards are correct\n"
     assert exit_status("gc", run.root) == 0
     assert capsys.readouterr().out == "removed: 0 orphans, 0 bytes\n"
     assert exit_status("query", run.root, "router_entropy", "--format", "csv") == 0
@@ -291,7 +291,7 @@ def test_a_rollup_lies_beside_a_remote_run_and_is_read_in_place(config, tiny_mod
         assert_same(keyed(counted, name, keys), keyed(expected, name, keys))
         assert not [url for _, url, _ in server.seen if ".routing.parquet" in url], "nothing is counted again"
     assert exit_status("verify", root) == 0
-    assert capsys.readouterr().out.endswith("what they must be, and so is the rollup\n")
+    assert capsys.readouterr().out.endswith("correct, and so is the rollup\n")
     run.reopen()
     run.set_aside(1)
     assert files.current(run) == {}

@@ -92,7 +92,7 @@ def test_a_run_as_it_was_collected_is_sound(run, capsys):
     assert (report.sound, report.complete, report.shards) == (True, True, SHARDS)
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert exit_status("verify", run.root) == 0
-    assert capsys.readouterr().out == "sound: all of 3 committed shards are what they must be\n"
+    assert capsys.readouterr().out == "sound: all of 3 committed shards are correct\n"
 
 
 def test_verifying_writes_nothing(run):
@@ -117,7 +117,7 @@ def test_runs_of_every_kind_are_sound(tmp_path, config, family, capture, switch_
     loaded = loading.load(ModelConfig(model=str(folder)), "cpu")
     settings = run_config(config.data, ModelConfig(model=str(folder)), **capture)
     run = collect_here(tmp_path / "run", settings, loaded=loaded)
-    assert list(verify.verify(run).lines()) == ["sound: all of 3 committed shards are what they must be"]
+    assert list(verify.verify(run).lines()) == ["sound: all of 3 committed shards are correct"]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_run_that_lacks_shards_is_incomplete_and_not_unsound(run, capsys):
     assert exit_status("verify", run.root) == 1
     assert capsys.readouterr().out.splitlines() == [
         "incomplete: 1 of 3 shards are not committed (1)",
-        "sound: all of 2 committed shards are what they must be",
+        "sound: all of 2 committed shards are correct",
     ]
     assert exit_status("verify", run.root, "--recollect") == 1
     assert run.committed_shards() == {0, 2}, "nothing is set aside"
@@ -220,7 +220,7 @@ TABLES = [
     ("routing", in_layer(2, "w0", float("nan")), "decoder layer 2: a weight is not finite in 1 rows"),
     ("routing", in_layer(2, "entropy", float("inf")), "decoder layer 2: entropy is not finite in 1 rows"),
     ("routing", in_layer(0, "tok", 1), "decoder layer 0: of the tokens of its stack number 0 is missing"),
-    ("routing", in_layer(0, "tok", 1), "decoder layer 0: of the tokens of its stack number 1 is there more than once"),
+    ("routing", in_layer(0, "tok", 1), "decoder layer 0: of the tokens of its stack number 1 occurs more than once"),
     ("routing", in_layer(0, "tok", 10**6), "decoder layer 0: tok is no token in 1 rows"),
     ("routing", in_layer(0, "layer", 9), "routing of decoder layer 9, which the run does not record, in 1 rows"),
     ("routing", in_layer(0, "stack", "encoder"), "routing of encoder layer 0, which the run does not record, in 1"),
@@ -229,10 +229,10 @@ TABLES = [
     ("routing", lambda t: put(t, "is_special", not t["is_special"][0].as_py()), "is_special is not its token's in 1"),
     ("routing", lambda t: put(t, "shard", 2), "routing.shard is another shard's in 1 rows"),
     ("routing", lambda t: t.slice(1), "decoder layer 0: of the tokens of its stack number 0 is missing"),
-    ("routing", lambda t: pa.concat_tables([t, t.slice(0, 1)]), "number 0 is there more than once, with 0 others"),
+    ("routing", lambda t: pa.concat_tables([t, t.slice(0, 1)]), "number 0 occurs more than once, with 0 others"),
     ("routing", lambda t: t.drop_columns("margin"), "routing has other columns than the run's settings give: margin"),
     ("tokens", lambda t: put(t, "tok", 5, 3), "tokens: tok 3 is missing, with 0 others"),
-    ("tokens", lambda t: put(t, "tok", 5, 3), "tokens: tok 5 is there more than once, with 0 others"),
+    ("tokens", lambda t: put(t, "tok", 5, 3), "tokens: tok 5 occurs more than once, with 0 others"),
     ("tokens", lambda t: put(t, "doc", 99), "tokens.doc is no document in 1 rows"),
     ("tokens", lambda t: put(t, "doc", 1), "document 0 has"),
     ("tokens", lambda t: put(t, "position", 1), "tokens of the decoder: the place 0 is missing"),
@@ -241,7 +241,7 @@ TABLES = [
     ("tokens", lambda t: put(t, "stack", "other"), "tokens.stack is neither encoder nor decoder in 1 rows"),
     ("tokens", lambda t: t.slice(0, len(t) - 1), "has"),
     ("documents", lambda t: put(t, "doc", 1), "documents: doc 0 is missing, with 0 others"),
-    ("documents", lambda t: put(t, "doc", 1), "documents: doc 1 is there more than once, with 0 others"),
+    ("documents", lambda t: put(t, "doc", 1), "documents: doc 1 occurs more than once, with 0 others"),
     ("documents", lambda t: put(t, "doc", 1000), "documents.doc is beyond the shard's documents in 1 rows"),
     ("documents", lambda t: put(t, "doc_id", None), "documents.doc_id is null in 1 rows"),
     ("documents", lambda t: put(t, "tokens", 1), "tokens of the decoder instead of 1"),
@@ -262,7 +262,7 @@ def test_a_table_that_holds_what_none_may_hold_is_named_with_its_shard(run, tabl
     ("change", "message"),
     [
         (lambda t: pa.concat_tables([t, t.slice(0, 1)]), "its commit record says 2 and 3 rows of rejects"),
-        (lambda t: put(t, "row", t["row"][1].as_py()), "rejects: a row is there twice in 1 rows"),
+        (lambda t: put(t, "row", t["row"][1].as_py()), "rejects: a row occurs twice in 1 rows"),
         (lambda t: put(t, "reason", "other"), "rejects holds other reasons"),
         (lambda t: put(t, "shard", 0), "rejects.shard is another shard's in 1 rows"),
     ],
@@ -297,7 +297,7 @@ def test_ids_in_a_run_that_drops_them_are_found(tmp_path, config, tiny_folder, t
     settings = run_config(config.data, ModelConfig(model=str(tiny_folder)), token_ids="drop")
     run = collect_here(tmp_path / "run", settings, loaded=tiny_model)
     rewrite(run, 0, "tokens", lambda t: put(t, "token_id", 7))
-    assert verify.verify(run).wrong == {0: ["tokens.token_id is there, which the run drops in 1 rows"]}
+    assert verify.verify(run).wrong == {0: ["tokens.token_id is set, but the run drops it in 1 rows"]}
 
 
 def test_only_some_lines_of_a_shard_are_shown(run):
@@ -337,7 +337,7 @@ def test_only_some_lines_of_a_shard_are_shown(run):
             lambda run: run.store.put(
                 "commits/000001.json", run.store.read("commits/000001.json").replace(b'"node": "', b'"node": "x')
             ),
-            "_MANIFEST.parquet says other things than the commit records",
+            "_MANIFEST.parquet differs from the commit records",
         ),
     ],
 )

@@ -1,13 +1,12 @@
-"""How each file format is cut into rows: JSON lines, CSV, TSV, plain text and Parquet.
+"""Splits files into rows: JSON lines, CSV, TSV, plain text and Parquet.
 
 A format does two things with a file. `locate` finds, once and while planning, where every N-th row
-begins; `read` then enters the file at such a place and yields the rows of one span, so that nobody
-reads what another worker reads, or holds more than a block of a file.
+begins; `read` then enters the file at such a place and yields the rows of one span. So no two
+workers read the same rows, and a worker holds only one block of a file in memory.
 
 Guarantees: every row is yielded exactly once, in file order, numbered from 0, either as its wanted
-columns or as the one of `REASONS` why it has none. Where a row begins does not depend on how the
-file was cut. A UTF-8 byte order mark is skipped. What the columns mean, and where files are, is the
-business of `sources`.
+columns or as one of `REASONS` if it is unusable. Row boundaries do not depend on how the file was
+cut. A UTF-8 byte order mark is skipped. `sources` decides where files are and what columns mean.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every format has in common: spans of rows, names of columns, and the base class.
+"""Defines what all formats share: spans of rows, names of columns, and the base class `Format`.
 
-A new format is a subclass of `Format` with `locate`, `records` and `fields`, and a line in the
-table of this package. Where files are and how they are opened is not known here.
+To add a format, subclass `Format`, implement `locate`, `records` and `fields`, and enter the class
+in `FORMATS` of this package. Finding and opening files is done elsewhere.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ REASONS = (
     "target is not a string",
     "empty target",
 )
-"""Why a row can fail to be a document: all there are."""
+"""All reasons for which a row is rejected as a document."""
 
 
 class DamagedError(ValueError):
-    """From here on a file cannot be read, while all that lies before can."""
+    """A file cannot be read beyond this point; everything before it can."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,29 +43,29 @@ class Span:
     first_row: int
     rows: int
     offset: int | None = None
-    """Byte at which `first_row` begins (of the unpacked file, if it is compressed); None where a format needs none."""
+    """Byte at which `first_row` begins (in the decompressed file); None if the format does not need it."""
     damaged: bool = False
-    """Whether the file cannot be read here: one row, which stands for all that is lost from `first_row` on."""
+    """Whether the file is unreadable here; the span's single row then represents everything from `first_row` on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What the wanted columns are called in the source."""
+    """Names of the wanted columns in the source."""
 
     text: str
     label: str | None
-    """None if the label is not in the rows."""
+    """None if the label is not a column of the source."""
     id: str
     target: str | None = None
     """None if documents have no second text."""
 
     @property
     def positional(self) -> bool:
-        """Whether a CSV or TSV file is addressed by position, and so has no header."""
+        """Whether columns of a CSV or TSV file are addressed by position, in a file without a header."""
         return self.text.isdecimal()
 
     def wanted(self) -> dict[str, str]:
-        """Meaning -> name in the source, of all that may be there."""
+        """Maps meaning to name in the source, for all columns that the source may have."""
         named = {
             "text": self.text,
             "label": self.label,
@@ -77,11 +77,10 @@ class Columns:
         return {meaning: name for meaning, name in named.items() if name is not None}
 
     def find(self, names: Sequence[str], where: str) -> dict[str, str]:
-        """Meaning -> name, of what is there.
+        """Maps meaning to name, for the wanted columns that the source has.
 
         Raises:
-            ValueError: a column that a document cannot do without, or that was asked for, is missing; or a column is
-                there several times.
+            ValueError: a required or explicitly named column is missing, or a column occurs several times.
         """
         found = {meaning: name for meaning, name in self.wanted().items() if name in names}
         required = ["text", "label", "target"] if self.id == "id" else ["text", "label", "id", "target"]
@@ -97,19 +96,19 @@ class Columns:
 
 
 class Format:
-    """One file of one format. Subclasses say where rows begin, and turn a raw row into columns."""
+    """One file of one format. Subclasses find where rows begin, and turn a raw row into columns."""
 
     def __init__(
         self, open_file: Callable[[], BinaryIO], columns: Columns, where: str, version: str | None = None
     ) -> None:
-        """Opens nothing yet.
+        """Prepares reading without opening the file.
 
         Args:
             open_file: opens the file at its start.
-            columns: what the wanted columns are called.
+            columns: names of the wanted columns.
             where: location of the file, for messages.
-            version: fingerprint of the content, under which a file may stay open from one span to the next; None if it
-                is read once.
+            version: fingerprint of the content, under which the file may stay open from one span to the next; None to
+                close it after each span.
         """
         self.open = open_file
         self.columns = columns
@@ -117,25 +116,25 @@ class Format:
         self.version = version
 
     def locate(self, every: int) -> Iterator[Span]:
-        """Cuts the file into spans of `every` rows, the last one of what is left."""
+        """Cuts the file into spans of `every` rows; the last one may be shorter."""
         raise NotImplementedError
 
     def records(self, span: Span) -> Iterator[Any]:
-        """The raw rows of a span."""
+        """Yields the raw rows of a span."""
         raise NotImplementedError
 
     def fields(self, record: Any) -> Mapping[str, Any] | str:
-        """The wanted columns of a raw row by meaning (those that are there), or why it has none."""
+        """Returns the wanted columns that a raw row has, by meaning, or one of `REASONS` if it is unusable."""
         raise NotImplementedError
 
     def read(self, span: Span, keep: Collection[int] | None) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-        """Row number and `fields` of the rows of a span, or of those in `keep`."""
+        """Yields row number and `fields` for the rows of a span, or only for those in `keep`."""
         for row, record in enumerate(self.records(span), span.first_row):
             if keep is None or row in keep:
                 yield row, self.fields(record)
 
 
 def even_spans(rows: int, every: int) -> Iterator[Span]:
-    """Cuts a source that can be entered at any row."""
+    """Cuts a source with random access to rows into spans of `every` rows."""
     for first_row in range(0, rows, every):
         yield Span(first_row=first_row, rows=min(every, rows - first_row))

@@ -1,8 +1,8 @@
-"""Formats whose row is a list of fields: CSV and TSV.
+"""Reads formats whose rows are lists of fields: CSV and TSV.
 
-A file opens with a header, unless columns are addressed by position (from 0). All records must be
-as wide as the first one: a stray separator would otherwise cut a text short in silence. CSV is read
-as Python's `csv` reads it, where quoted fields may hold line ends (RFC 4180); TSV knows no quoting.
+A file starts with a header, unless columns are addressed by position (from 0). All records must
+have as many fields as the first one: otherwise a stray separator would silently truncate a text.
+CSV is parsed by Python's `csv`, so quoted fields may hold line ends (RFC 4180); TSV has no quoting.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
     from collector.data.formats.base import Span
 
-# Python's own limit, 128 KiB, is less than a book; without any, one stray quote reads a whole file.
+# Python's default limit, 128 KiB, is too small for a book; without a limit, one stray quote reads a whole file.
 _LONGEST_FIELD = 64 << 20
 
 
 class _Delimited(LineFormat):
-    """A row is a list of fields, named by a header or addressed by position.
+    """Base class for rows of fields, named by a header or addressed by position.
 
-    Fields are handled as Latin-1, that is byte by byte: separators are ASCII, so UTF-8 is cut at the
-    same places, and a field that is not UTF-8 spoils nothing but its own row.
+    Fields are split as Latin-1, that is byte by byte. Separators are ASCII, so UTF-8 is split at the
+    same places, and a field that is not UTF-8 affects only its own row.
     """
 
     @functools.cached_property
     def _first(self) -> tuple[list[str], int]:
-        """The first record, and its bytes."""
+        """The first record, and its length in bytes."""
         with self.open() as file:
             file.seek(self.mark)
             return self._first_record(file)
@@ -50,7 +50,7 @@ class _Delimited(LineFormat):
         Raises:
             ValueError: a column is missing, or the first record cannot be read.
         """
-        # An empty file has no columns to miss; any other is checked before it is scanned.
+        # An empty file has no columns to check; any other file is checked before it is scanned.
         length = self._first[1]
         if length:
             self.columns.find(self._names, self.where)
@@ -58,19 +58,19 @@ class _Delimited(LineFormat):
 
     @property
     def _names(self) -> list[str]:
-        """What the columns are called."""
+        """The names of the columns."""
         if self.columns.positional:
             return [str(place) for place in range(len(self._first[0]))]
         return [field.encode("latin-1").decode(errors="replace") for field in self._first[0]]
 
     @functools.cached_property
     def _places(self) -> dict[str, int]:
-        """Meaning -> position in a record."""
+        """Position in a record by meaning."""
         names = self._names
         return {meaning: names.index(name) for meaning, name in self.columns.find(names, self.where).items()}
 
     def fields(self, record: list[str] | None) -> Mapping[str, Any] | str:
-        """See `Format.fields`; None stands for a record that cannot be read."""
+        """See `Format.fields`; None represents a record that cannot be parsed."""
         if record is None:
             return "invalid CSV"
         if not record:
@@ -84,7 +84,7 @@ class _Delimited(LineFormat):
 
 
 class Tsv(_Delimited):
-    """Tab-separated values: no quoting, so no field holds a tab or a line end (IANA)."""
+    """Tab-separated values without quoting, so no field holds a tab or a line end (IANA)."""
 
     @staticmethod
     def _split(line: bytes) -> list[str]:
@@ -100,13 +100,13 @@ class Tsv(_Delimited):
 
 
 class _CountedLines:
-    """Lines as `csv.reader` takes them, counting their bytes."""
+    """Iterates over lines for `csv.reader` and counts their bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._lines = split_lines(file)
         self.bytes = 0
         self.ended = False
-        """Whether a line was asked for when there was none left."""
+        """Whether a line was requested after the last one."""
 
     def __iter__(self) -> _CountedLines:
         return self
@@ -121,7 +121,7 @@ class _CountedLines:
 
 
 def _csv_records(lines: _CountedLines) -> Iterator[list[str] | None]:
-    """The records from here on; None for one that cannot be read, after which the next line opens one."""
+    """Yields the records from here on; an unparsable record becomes None, and parsing resumes at the next line."""
     csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(lines)
     while True:
@@ -132,7 +132,7 @@ def _csv_records(lines: _CountedLines) -> Iterator[list[str] | None]:
         except csv.Error:
             yield None
         else:
-            # A record that went on beyond the last line has a quote that never closes.
+            # A record that continues beyond the last line has an unclosed quote.
             yield None if lines.ended else record
 
 
@@ -147,7 +147,7 @@ class Csv(_Delimited):
         return record, lines.bytes
 
     def _cuts(self, every: int) -> Iterator[tuple[int, int]]:
-        """See `LineFormat._cuts`; here a row may go on behind a line end."""
+        """See `LineFormat._cuts`; here a row may span several lines."""
         row = cut = 0
         start = end = self.start
         damage = None
@@ -169,7 +169,7 @@ class Csv(_Delimited):
 
     @staticmethod
     def _skip_record(lines: _CountedLines) -> bool:
-        """Passes over one record; False at the end. A line without any quote is one, whatever it holds."""
+        """Skips one record and returns False at the end. A line without quotes is always a whole record."""
         line = next(lines, None)
         if line is not None and '"' in line:
             with contextlib.suppress(csv.Error):

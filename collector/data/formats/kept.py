@@ -1,9 +1,9 @@
-"""What stays open from one span to the next.
+"""Keeps readers open from one span to the next.
 
-A shard in the middle of a gzip file, or of a Parquet row group, is reached only through what lies
-before it. A replica that takes shards in order therefore leaves the reader of one shard standing
-where the next one begins. A reader belongs to one thread between `take` and `put`; the few that were
-put back last are kept, the others are closed.
+To reach a shard in the middle of a gzip file or of a Parquet row group, everything before it must be
+decoded. A replica that takes shards in order therefore leaves a shard's reader open at the place where
+the next shard begins. A reader belongs to one thread between `take` and `put`. The few readers that
+were put back last are kept; the others are closed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 class Closeable(Protocol):
-    """What can be closed."""
+    """An object that can be closed."""
 
     def close(self) -> None:
-        """Gives back files and memory."""
+        """Releases files and memory."""
 
 
 Reader = TypeVar("Reader", bound=Closeable)
 
 
 class Kept(Generic[Reader]):
-    """The readers of this process that stand ready, at most `room` of them."""
+    """Cache of the open readers of this process, at most `room` of them."""
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -37,12 +37,12 @@ class Kept(Generic[Reader]):
         atexit.register(self.clear)
 
     def take(self, key: Hashable) -> Reader | None:
-        """The reader put back under this key, which now belongs to the caller alone."""
+        """Removes and returns the reader under this key, or None; it now belongs to the caller alone."""
         with self._lock:
             return self._readers.pop(key, None)
 
     def put(self, key: Hashable, reader: Reader) -> None:
-        """Keeps a reader for whoever reads on."""
+        """Keeps a reader for the next span, and closes the oldest ones beyond the limit."""
         with self._lock:
             leaving = [self._readers.pop(key)] if key in self._readers else []
             self._readers[key] = reader
@@ -52,7 +52,7 @@ class Kept(Generic[Reader]):
             each.close()
 
     def clear(self) -> None:
-        """Closes all of them."""
+        """Closes all readers."""
         with self._lock:
             leaving = list(self._readers.values())
             self._readers.clear()

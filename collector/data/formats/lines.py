@@ -1,11 +1,11 @@
-"""Formats whose row is a line: JSON lines and plain text.
+"""Reads formats whose rows are lines: JSON lines and plain text.
 
-A line is ended by LF, and a CR before it is dropped; nothing else ends a line, so a text may hold
-U+2028 or a lone CR. An empty line is a row, and a bad one; after the last line end there is no
-further line. A UTF-8 byte order mark at the start of the file is skipped.
+Only LF ends a line, and a CR before it is dropped, so a text may hold U+2028 or a lone CR. An empty
+line counts as a row and is rejected; there is no further line after the last line end. A UTF-8 byte
+order mark at the start of the file is skipped.
 
-Planning looks at every byte once, for line ends alone: several GB a second, so that the disk decides.
-Cutting a file by bytes without looking would be free, but a row would have no number: ids are NAME#ROW,
+Planning scans every byte once for line ends, at several GB per second, so the disk is the limit.
+Cutting a file at byte offsets would need no scan, but rows would have no numbers: ids are NAME#ROW,
 and a shard knows exactly how many rows it must find.
 """
 
@@ -27,12 +27,12 @@ _SCAN_BLOCK = 4 << 20
 _READ_BLOCK = 1 << 20
 _OPENING = 64
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Of UTF-16, and with one of them begin those of UTF-32; no UTF-8 begins so.
+# Byte order marks of UTF-16 and UTF-32 start with one of these; UTF-8 never does.
 _OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 
 
 def split_lines(file: BinaryIO, block: int = _READ_BLOCK) -> Iterator[bytes]:
-    """The lines of a file from where it stands, each with its LF except an unended last one."""
+    """Yields the lines from the current position, each with its LF; the last line may lack it."""
     pieces: list[bytes] = []
     while data := file.read(block):
         first, *others = data.split(b"\n")
@@ -45,12 +45,12 @@ def split_lines(file: BinaryIO, block: int = _READ_BLOCK) -> Iterator[bytes]:
 
 
 def without_end(line: bytes) -> bytes:
-    """A line without its LF or CR LF."""
+    """Returns a line without its LF or CR LF."""
     return line.removesuffix(b"\n").removesuffix(b"\r")
 
 
 class LineFormat(Format):
-    """A row is a line."""
+    """Base class for formats with one row per line."""
 
     @functools.cached_property
     def opening(self) -> bytes:
@@ -60,13 +60,13 @@ class LineFormat(Format):
 
     @functools.cached_property
     def mark(self) -> int:
-        """Bytes of the byte order mark.
+        """Length of the byte order mark in bytes, 0 if there is none.
 
         Raises:
-            ValueError: it is that of another encoding.
+            ValueError: the byte order mark is that of another encoding.
         """
         if self.opening.startswith(_OTHER_MARKS):
-            raise ValueError(f"{self.where} is UTF-16: write it anew in UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            raise ValueError(f"{self.where} is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
         return len(_BYTE_ORDER_MARK) if self.opening.startswith(_BYTE_ORDER_MARK) else 0
 
     @property
@@ -77,7 +77,7 @@ class LineFormat(Format):
     def locate(self, every: int) -> Iterator[Span]:
         """See `Format.locate`.
 
-        What cannot be read is a span of its own, behind all rows before it.
+        An unreadable rest becomes a span of its own, after the spans of all rows before it.
         """
         first_row = offset = 0
         try:
@@ -89,12 +89,12 @@ class LineFormat(Format):
             yield Span(first_row=first_row, rows=1, offset=offset, damaged=True)
 
     def _cuts(self, every: int) -> Iterator[tuple[int, int]]:
-        """Number and byte of each `every`-th row, and what would be those of the row behind the last.
+        """Yields row number and byte offset of each `every`-th row, and at the end those just after the last row.
 
-        Looks for line ends only, block by block.
+        Scans for line ends only, block by block.
 
         Raises:
-            DamagedError: after the cuts of all that can be read.
+            DamagedError: after the cuts of the readable part.
         """
         import numpy as np
 
@@ -128,7 +128,7 @@ class LineFormat(Format):
 
 
 class Text(LineFormat):
-    """Plain text: a line is a document."""
+    """Plain text with one document per line."""
 
     def fields(self, record: bytes) -> Mapping[str, Any] | str:
         """See `Format.fields`."""
@@ -139,11 +139,11 @@ class Text(LineFormat):
 
 
 class JsonLines(LineFormat):
-    """A line is a JSON object."""
+    """JSON lines with one object per line."""
 
     @functools.cached_property
     def _wanted(self) -> tuple[tuple[str, str], ...]:
-        """Meaning and name of the columns that may be there."""
+        """Meaning and name of the columns that a row may have."""
         return tuple(self.columns.wanted().items())
 
     @property

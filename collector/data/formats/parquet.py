@@ -1,11 +1,11 @@
-"""Parquet: planned from the footer, read by row group and column.
+"""Reads Parquet files by row group and column; planning needs only their footer.
 
-A shard reads only the row groups that it overlaps, of them only the wanted columns, and streams
-those. The row group is what can be entered: a shard in the middle of one is reached by decoding the
-group from its start. So a process keeps the last few files open where it stopped, and one that takes
-shards in order decodes every row once, however large row groups are (pandas writes a million rows).
-Replicas that share a file each decode the rows of the others in between: write row groups of a few
-thousand rows where that matters.
+A shard reads only the row groups that it overlaps, only their wanted columns, and streams those. A
+row group can be entered only at its start: to reach a shard in the middle, the group is decoded up
+to there. So a process keeps the last few files open where it stopped; if it takes shards in order, it
+decodes every row once, however large row groups are (pandas writes a million rows). Replicas that
+share a file also decode each other's rows in between: if that matters, write row groups of a few
+thousand rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KEPT_FILES = 4
 
 
 def table_rows(table: Any, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """The rows of an Arrow table or batch, by meaning instead of name."""
+    """Yields the rows of an Arrow table or batch, keyed by meaning instead of name."""
     columns = [_values(table.column(name)) for name in names.values()]
     return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
@@ -35,13 +35,13 @@ def table_rows(table: Any, names: Mapping[str, str]) -> Iterator[dict[str, Any]]
 def _values(column: Any) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
-    except (ValueError, OverflowError):  # one value that Python has no counterpart of
+    except (ValueError, OverflowError):  # some value has no Python equivalent
         return [_value(scalar) for scalar in column]
     return values
 
 
 def _value(scalar: Any) -> Any:
-    """A value as Python has it; what is not UTF-8 with surrogates, a time that Python cannot tell as its number."""
+    """Converts a value to Python: invalid UTF-8 becomes surrogates, a time out of Python's range its number."""
     import pyarrow as pa
 
     try:
@@ -55,13 +55,13 @@ def _value(scalar: Any) -> Any:
 
 
 class _OpenFile:
-    """A file and the place in it where the last span ended."""
+    """An open file and the position where the last span ended."""
 
     def __init__(self, open_file: Callable[[], BinaryIO], columns: Columns, where: str) -> None:
         import pyarrow.parquet as pq
 
         self._file = open_file()
-        # Without pre_buffer and with a buffer, a column is streamed rather than loaded whole.
+        # Without pre_buffer and with a buffer size, a column is streamed rather than loaded whole.
         self.parquet = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_BUFFER)
         self.names = columns.find(self.parquet.schema_arrow.names, where)
         self._group, self._next, self._rest = -1, 0, None
@@ -74,7 +74,7 @@ class _OpenFile:
         self._file.close()
 
     def rows(self, group: int, rows: range) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The given rows of a row group, numbered inside it."""
+        """Yields the given rows of a row group, numbered within the group."""
         if group != self._group or rows.start < self._next:
             self._enter(group)
         while self._next < rows.stop:
@@ -89,7 +89,7 @@ class _OpenFile:
     def _enter(self, group: int) -> None:
         self._group, self._next, self._rest = group, 0, None
         columns = sorted(set(self.names.values()))
-        # Its own threads would still be running when the interpreter ends.
+        # Arrow's threads might still be running when the interpreter exits.
         self._batches = self.parquet.iter_batches(_BATCH, row_groups=[group], columns=columns, use_threads=False)
 
 
@@ -97,7 +97,7 @@ _kept: Kept[_OpenFile] = Kept(_KEPT_FILES)
 
 
 class Parquet(Format):
-    """Parquet: planned from the footer alone, read by row group."""
+    """A Parquet file, planned from its footer and read by row group."""
 
     def locate(self, every: int) -> Iterator[Span]:
         """See `Format.locate`.
@@ -117,7 +117,7 @@ class Parquet(Format):
             return even_spans(parquet.metadata.num_rows, every)
 
     def read(self, span: Span, keep: Collection[int] | None) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-        """See `Format.read`; touches only row groups with a wanted row."""
+        """See `Format.read`; reads only row groups with a wanted row."""
         key = (self.where, self.version, self.columns)
         file = (_kept.take(key) if self.version else None) or _OpenFile(self.open, self.columns, self.where)
         try:
@@ -125,7 +125,7 @@ class Parquet(Format):
                 if keep is None or row in keep:
                     yield row, fields
         except BaseException:
-            # An exception in the middle, or nobody who reads on: where it stands is not known.
+            # After an exception, or if the caller stopped early, the reader's position is unknown.
             file.close()
             raise
         if self.version:

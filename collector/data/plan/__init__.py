@@ -1,19 +1,18 @@
-"""The frozen plan of a run: which rows of which source make which shard.
+"""Plans a run: decides which rows of which source make up each shard.
 
-Making it looks once through text files for where rows begin, unpacks compressed ones once, and of
-Parquet reads the footer, several files at a time; with `--per-label` or `--limit` it also reads the
-rows, through the same readers as the workers do, one file after the other. No text enters the plan.
+Planning scans text files once to find row boundaries, decompresses compressed files once, and reads
+only the footer of Parquet files, several files at a time. With `--per-label` or `--limit` it also
+reads the rows, with the same readers as the workers, one file after another. The plan contains no text.
 
 Guarantees: the same sources and settings give the same plan, whose hash covers every setting,
-source and row number. Every row lies in exactly one shard (with a selection: every row taken), and
-a bad row like any other, so that the shard which meets it reports it. A shard lies in one source
-and is read from there alone; a source that changed since is refused. Where a compressed file is
-damaged, the rows before make shards as ever, and one more shard of one row stands for the rest: it
-fails with what is wrong.
+source and row number. Every row belongs to exactly one shard (with a selection: every selected row),
+including bad rows, which are reported by their shard. A shard lies within one source; if the source
+has changed since planning, reading it fails. Where a compressed file is damaged, the rows before the
+damage make up shards as usual, and one extra shard of one row represents the rest: it fails with a
+message that describes the damage.
 
-`--limit` and `--per-label` count good documents. Bad rows in between are taken as well and cost
-nothing of either; once the limit is full, reading stops. What becomes of the documents is not known
-here.
+`--limit` and `--per-label` count good documents. Bad rows in between are included without counting
+towards either limit; once the limit is reached, reading stops.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Shards and the plan that they make, its hash, and its Parquet file.
+"""Defines shards and the immutable plan of a run, with its hash and its Parquet file.
 
-A plan of a million shards takes some 200 bytes each in memory and a few on disk: shards share their
-strings, and the file is written and read by column, in pieces.
+A shard takes some 200 bytes in memory and a few on disk, which keeps plans of a million shards small:
+shards share their strings, and the file is written and read by column, in pieces.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ class Shard:
     """The unit of work: consecutive rows of one source."""
 
     shard: int
-    """Its number, from 0."""
+    """Number of the shard, from 0."""
     source: str
     """Absolute path, URL, or `demo:SPLIT`."""
     name: str
     """The source's part of a document's default id."""
     kind: str
-    """How the source is read."""
+    """Format and compression of the source, see `Source.kind`."""
     first_row: int
-    """From here the source is read; with `keep`, up to a shard's length before the first row kept."""
+    """Row at which reading starts; with `keep`, up to a shard's length before the first selected row."""
     rows: int
-    """Rows of the source that are passed over or taken."""
+    """Number of rows read from the source, selected or not."""
     offset: int | None
-    """Byte where `first_row` begins, for text formats; of the unpacked text, if the file is compressed."""
+    """Byte where `first_row` begins, for text formats; in the decompressed text if the file is compressed."""
     keep: tuple[int, ...] | None
-    """The rows taken; None: all."""
+    """Numbers of the selected rows; None means all."""
     fingerprint: str
 
     @property
     def planned(self) -> int:
-        """Rows taken, each of which becomes a document or is reported as bad."""
+        """Number of selected rows, each of which becomes a document or is reported as bad."""
         return self.rows if self.keep is None else len(self.keep)
 
 
@@ -55,17 +55,17 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Shard))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All shards of a run, and what they were made of."""
+    """All shards of a run, with the settings and sources from which they were made."""
 
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     """The settings, as `RunConfig.to_dict` gives them."""
     sources: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
-    """Location -> fingerprint, in reading order; None for a source that a limit left unread."""
+    """Fingerprint by location, in reading order; None for a source that was not read because of a limit."""
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256, in hex, of settings, sources and shards."""
+        """SHA-256 of settings, sources and shards, in hex."""
         digest = hashlib.sha256(_canonical([self.config, list(self.sources.items())]))
         lines = _canonical_lines(self.shards)
         while piece := "".join(itertools.islice(lines, _PIECE)):
@@ -74,11 +74,11 @@ class Plan:
 
     @functools.cached_property
     def documents(self) -> int:
-        """Rows taken in all."""
+        """Total number of selected rows."""
         return sum(shard.planned for shard in self.shards)
 
     def to_parquet(self) -> bytes:
-        """One file: a row per shard; settings, sources and hash in its metadata."""
+        """Encodes the plan as one file: a row per shard, with settings, sources and hash in the metadata."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -94,15 +94,15 @@ class Plan:
 
     @classmethod
     def from_parquet(cls, data: bytes) -> Plan:
-        """Reads what `to_parquet` wrote.
+        """Decodes a plan written by `to_parquet`.
 
         Raises:
-            ValueError: the content does not have the hash that the file claims.
+            ValueError: the content does not match the hash in the file.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        # Not read_table: its scanner's threads may outlive the interpreter and then abort the process.
+        # read_table is avoided: its scanner's threads may outlive the interpreter and then abort the process.
         file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(_STRINGS))
         metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
         if not {"config", "sources", "hash"} <= metadata.keys():
@@ -137,7 +137,7 @@ def _schema() -> Any:
 
 
 def _shards(table: Any) -> Iterator[Shard]:
-    """The rows of a piece of the file."""
+    """Yields the shards in a piece of the file."""
     columns = [_keeps(table[name]) if name == "keep" else _values(table[name]) for name in _FIELDS]
     for shard, source, name, kind, first_row, rows, offset, keep, fingerprint in zip(*columns, strict=True):
         yield Shard(
@@ -154,7 +154,7 @@ def _shards(table: Any) -> Iterator[Shard]:
 
 
 def _values(column: Any) -> Sequence[Any]:
-    """A column's values; equal strings are one object."""
+    """Returns a column's values; equal strings share one object."""
     import pyarrow as pa
 
     if not pa.types.is_dictionary(column.type):
@@ -176,7 +176,7 @@ def _canonical(value: Any) -> bytes:
 
 
 def _canonical_lines(shards: Iterable[Shard]) -> Iterator[str]:
-    """What `_canonical` makes of each shard's fields, behind a line end; strings that shards share are spelt once."""
+    """Yields a line end and `_canonical` of the fields, for each shard; strings that shards share are encoded once."""
     spell = functools.lru_cache(maxsize=64)(json.dumps)
     for s in shards:
         strings = (spell(s.source), spell(s.name), spell(s.kind), spell(s.fingerprint))

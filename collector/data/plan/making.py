@@ -23,13 +23,13 @@ _AHEAD = 4 * _THREADS
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Cut = tuple[Span, tuple[int, ...] | None]
-"""A span, and the rows taken of it; None: all."""
+"""A span and the numbers of its selected rows; None means all."""
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-    """Each item with what `work` makes of it, several at a time and in their order.
+    """Yields each item with the result of `work`, in order, computing several at a time.
 
-    The first item that fails ends it with its error. At most `_AHEAD` results wait for their turn.
+    The first item that fails raises its error. At most `_AHEAD` results are computed in advance.
     """
     remaining = iter(items)
     pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="plan")
@@ -47,7 +47,7 @@ def make_plan(config: RunConfig) -> Plan:
     """Lists the sources and cuts them into shards.
 
     Raises:
-        ValueError: a source or column is missing, or there is not one document.
+        ValueError: a source or column is missing, or there are no rows at all.
     """
     data = config.data
     cut = _cut_selected if data.per_label is not None or data.limit is not None else _cut_whole
@@ -81,7 +81,7 @@ def _shard(number: int, source: Source, span: Span, keep: tuple[int, ...] | None
 
 
 def _cut_whole(found: list[Source], data: DataConfig) -> Iterator[tuple[Source, str | None, Iterator[Cut]]]:
-    """Fingerprint and spans of each source."""
+    """Yields the fingerprint and spans of each source."""
 
     def look(source: Source) -> tuple[str, list[Span]]:
         return sources.fingerprint(source), list(sources.reader(source, data).locate(data.docs_per_shard))
@@ -95,7 +95,7 @@ def _cut_whole(found: list[Source], data: DataConfig) -> Iterator[tuple[Source, 
 
 @dataclasses.dataclass(kw_only=True)
 class _Selection:
-    """What `--per-label` and `--limit` still let through."""
+    """Counts selected documents against `--per-label` and `--limit`."""
 
     per_label: int | None
     limit: int | None
@@ -116,7 +116,7 @@ class _Selection:
 
 
 def _cut_selected(found: list[Source], data: DataConfig) -> Iterator[tuple[Source, str | None, Iterator[Cut]]]:
-    """The same, with what is taken of each source; it must be used up before the next one is asked for."""
+    """Like `_cut_whole`, but with selected rows; exhaust each source's cuts before advancing to the next source."""
     selection = _Selection(per_label=data.per_label, limit=data.limit)
     for source in found:
         if selection.full():
@@ -127,7 +127,7 @@ def _cut_selected(found: list[Source], data: DataConfig) -> Iterator[tuple[Sourc
 
 
 def _taken(source: Source, data: DataConfig, fingerprint: str, selection: _Selection) -> Iterator[tuple[int, Span]]:
-    """The rows taken, each with the span that it lies in."""
+    """Yields the selected rows, each with its span."""
     for span in sources.reader(source, data).locate(data.docs_per_shard):
         if selection.full():
             return
@@ -142,7 +142,7 @@ def _taken(source: Source, data: DataConfig, fingerprint: str, selection: _Selec
 
 
 def _pack(taken: Iterator[tuple[int, Span]], every: int) -> Iterator[Cut]:
-    """Cuts the rows taken into lists of `every`, damage apart; None where a list is all that its span holds."""
+    """Groups selected rows into cuts of `every` rows, damaged spans apart; a cut that keeps all its rows gets None."""
     for _, together in itertools.groupby(taken, lambda pair: pair[1].damaged):
         while batch := list(itertools.islice(together, every)):
             rows, span = tuple(row for row, _ in batch), batch[0][1]

@@ -1,4 +1,4 @@
-"""What workers and resumed runs do with a plan: read a shard, and refuse sources that are not those it was made of."""
+"""Reads the shards of a plan, and checks that sources and settings are still those of the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two sets of settings, in words for whoever has to decide."""
+    """Describes the differences between two sets of settings, one line each."""
     keys = [*old, *(key for key in new if key not in old)]
     pairs = [(f"--{key.replace('_', '-')}", _spoken(old.get(key)), _spoken(new.get(key))) for key in keys]
     return [f"{flag} was {was}, is now {now}" for flag, was, now in pairs if was != now]
@@ -30,9 +30,9 @@ def _spoken(value: Any) -> str:
 
 
 def check_sources(plan: Plan, config: RunConfig) -> list[str]:
-    """What has happened to the sources since the plan was made, in words; reads no more than their ends.
+    """Describes what changed in the sources since the plan was made; reads only both ends of each file.
 
-    A dataset of the hub is left out: its plan names one commit, which stays readable.
+    Hub datasets are left out: the plan pins them to one commit, which stays readable.
     """
     files = tuple(spec for spec in config.data.data if not sources.is_pinned(spec))
     try:
@@ -55,7 +55,7 @@ def check_sources(plan: Plan, config: RunConfig) -> list[str]:
 
 
 def _require_unchanged(source: Source, planned: str) -> None:
-    """Checked for every shard: a file can change while a run reads it."""
+    """Raises if a source changed; called for every shard, because a file can change during a run."""
     now = sources.fingerprint(source)
     if now != planned:
         raise ValueError(
@@ -65,10 +65,10 @@ def _require_unchanged(source: Source, planned: str) -> None:
 
 
 def read_shard(shard: Shard, data: DataConfig) -> Iterator[Document | BadRow]:
-    """The rows of a shard in the order of the source, each as a document or as what is wrong with it.
+    """Yields the rows of a shard in the order of the source, each as a document or as a bad row with its reason.
 
     Raises:
-        ValueError: the source is not what the plan was made of, or is damaged here (`DamagedError`).
+        ValueError: the source has changed since the plan was made, or is damaged here (`DamagedError`).
     """
     source = Source(location=shard.source, name=shard.name, kind=shard.kind)
     _require_unchanged(source, shard.fingerprint)

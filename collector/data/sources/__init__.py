@@ -1,9 +1,9 @@
-"""Documents: where they come from, and how one is named.
+"""Finds the sources of documents, reads them, and names each document.
 
-`resolve` turns what `--data` says into a list of sources (a file each, or a corpus), always in the
-same order: as given, and sorted within a glob. `documents` reads a span of one of them. Sources
-are absolute, so that any worker on any node with the same files reads the same. How a file is cut
-into rows is the business of `formats`, which rows make a shard that of `plan`.
+`resolve` turns `--data` into a list of sources (a file each, or a corpus), always in the same order:
+as given, and sorted within a glob. `documents` reads a span of one of them. Locations are absolute,
+so any worker on any node with the same files reads the same data. `formats` splits files into rows,
+and `plan` decides which rows make up a shard.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ class Source:
     location: str
     """Absolute path, URL, or `demo:SPLIT`."""
     name: str
-    """Its part of a document's default id: what is left of the location without the common folder."""
+    """The source's part of a document's default id: the location without the folder common to all sources."""
     kind: str
-    """How it is read: jsonl, csv, tsv, parquet, txt, demo or saved; the text formats also as `.gz` and `.zst`."""
+    """Format: jsonl, csv, tsv, parquet, txt, demo or saved; text formats may be followed by `.gz` or `.zst`."""
 
     @property
     def format(self) -> str:
-        """The kind without how it is compressed."""
+        """The kind without its compression."""
         return self.kind.partition(".")[0]
 
     @property
     def compression(self) -> str:
-        """`gz`, `zst` or nothing."""
+        """`gz`, `zst`, or an empty string."""
         return self.kind.partition(".")[2]
 
     @property
     def is_file(self) -> bool:
-        """Whether it lies somewhere, rather than in an installed package."""
+        """Whether the source is a file or folder, rather than the embedded corpus."""
         return self.kind != "demo"
 
 
 def _find(spec: str) -> list[tuple[str, str]]:
-    """Location and kind of all that a `--data` value stands for."""
+    """Returns location and kind of every source that a `--data` value denotes."""
     if spec == DEMO or spec.startswith(f"{DEMO}:"):
         return [(f"{DEMO}:{embedded.split_of(spec)}", "demo")]
     if huggingface.is_hub_spec(spec):
@@ -71,10 +71,10 @@ def _find(spec: str) -> list[tuple[str, str]]:
 
 
 def resolve(data: DataConfig) -> list[Source]:
-    """All sources of a configuration, in reading order.
+    """Returns all sources of a configuration, in reading order.
 
     Raises:
-        ValueError: a specification stands for nothing, or two of them for the same file; or a name is not UTF-8.
+        ValueError: a specification matches nothing, two of them match the same file, or a name is not UTF-8.
     """
     found = [pair for spec in data.data for pair in _find(spec)]
     for location, _ in found:
@@ -92,12 +92,12 @@ def resolve(data: DataConfig) -> list[Source]:
 
 
 def is_pinned(spec: str) -> bool:
-    """Whether a specification was resolved to one commit of the hub, whose files cannot change."""
+    """Whether a specification resolves to one commit on the hub, whose files cannot change."""
     return huggingface.is_hub_spec(spec) and not Path(huggingface.parse(spec)[0]).is_dir()
 
 
 def fingerprint(source: Source) -> str:
-    """What changes when the content of a source does."""
+    """Returns a string that changes when the content of a source does."""
     if source.kind == "demo":
         return files.fingerprint(str(corpus_path()))
     if source.kind == "saved":
@@ -106,22 +106,22 @@ def fingerprint(source: Source) -> str:
 
 
 def _file_label(source: Source, data: DataConfig) -> str | None:
-    """The label of all documents of a source; None if each has its own."""
+    """Returns the common label of a source's documents; None if each has its own."""
     if source.format == "txt" or (source.is_file and data.label_column == FROM_FILE):
         return files.file_name(source.location).name.split(".")[0]
     return None
 
 
 def reader(source: Source, data: DataConfig, version: str | None = None) -> Format:
-    """The format of a source, ready to locate and read its rows.
+    """Returns the format of a source, ready to locate and read its rows.
 
     Args:
         source: the file, folder or corpus.
         data: names of its columns.
-        version: its fingerprint, if it may stay open for whoever reads on; None if it is read once.
+        version: its fingerprint, to keep it open for the next span; None to close it after each.
 
     Raises:
-        ValueError: a target column is asked for where there are no columns.
+        ValueError: a target column is requested from a source without columns.
     """
     if data.target_column is not None and source.format in ("txt", "demo"):
         raise ValueError(f"{source.location} has texts alone, so there is no column for --target-column")
@@ -140,7 +140,7 @@ def _opener(source: Source, version: str | None) -> Callable[[], BinaryIO]:
 def documents(
     source: Source, data: DataConfig, span: Span, keep: Collection[int] | None = None, *, version: str | None = None
 ) -> Iterator[tuple[int, Document | BadRow]]:
-    """The rows of a span by number, each as a document or as what is wrong with it.
+    """Yields the rows of a span with their numbers, each as a document or as a bad row with its reason.
 
     Raises:
         DamagedError: the span, or a part of it, cannot be read.

@@ -1,16 +1,16 @@
-"""Text files behind gzip and Zstandard, read as if they were unpacked: `.gz`, `.zst`.
+"""Reads text files compressed with gzip or Zstandard as if they were decompressed: `.gz`, `.zst`.
 
-Several members or frames in one file are one text. Such a file cannot be entered in the middle:
-planning unpacks it once to count its rows, and whoever reads rows of it unpacks all that lies before
-them. So a process keeps the last few files open where it stopped reading: one that takes shards in
-order unpacks a file about once, and only one that goes back begins anew. The fingerprint is that of
-the compressed file.
+Several members or frames in one file are concatenated. Such a file cannot be entered in the middle:
+planning decompresses it once to count its rows, and reading rows decompresses everything before
+them. So a process keeps the last few files open where it stopped reading: if it takes shards in
+order it decompresses a file about once, and it starts over only to go back. The fingerprint is that
+of the compressed file.
 
-Guarantees: the same bytes whatever the order of reading. Memory is bounded: the first and the
-current MiB of a file, and what the unpacker itself needs. A file that is cut off, or fails its
-check, gives all bytes up to there (but for the last 16 KiB before a wrong one), then `DamagedError`; where that
-happens depends on the file alone. Bad bytes that still unpack are noticed by the checksum, that is at
-the end of their member: the rows before were then read.
+Guarantees: reads give the same bytes in any order. Memory is bounded: the first and the current MiB
+of a file, and what the decompressor itself needs. A file that is truncated or fails its checksum
+gives all bytes up to there (except the last 16 KiB before a wrong one), then `DamagedError`; the place depends on
+the file alone. Corrupt bytes that still decompress are detected by the checksum at the end of their
+member, when the rows before have already been read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _PACKED = 64 << 10
 _STEP = 16 << 10
-# At least what a reader of lines asks for at once: the next row then begins in the block that is at hand.
+# At least the size of a line reader's reads, so that the next row begins in the current block.
 _BLOCK = 1 << 20
 _KEPT_FILES = 4
 
@@ -46,10 +46,10 @@ _ERRORS = (zlib.error, zstd.ZstdError)
 
 
 def _unpack(file: BinaryIO, compression: str) -> Iterator[bytes]:
-    """The content of all members or frames, in pieces of at most `_STEP` bytes.
+    """Yields the content of all members or frames, in pieces of at most `_STEP` bytes.
 
     Raises:
-        DamagedError: after all that could be unpacked.
+        DamagedError: after everything that could be decompressed.
     """
     packed = file.read(_PACKED)
     while packed:
@@ -59,20 +59,20 @@ def _unpack(file: BinaryIO, compression: str) -> Iterator[bytes]:
                 piece = unpacker.decompress(packed, _STEP)
             except _ERRORS as error:
                 raise DamagedError(str(error)) from error
-            # zlib gives back what it has not looked at yet, zstd keeps it.
+            # zlib returns its unconsumed input, zstd keeps it.
             packed = getattr(unpacker, "unconsumed_tail", b"")
             if piece:
                 yield piece
             elif not packed and not unpacker.eof and not (packed := file.read(_PACKED)):
                 raise DamagedError("it ends too early")
         packed = unpacker.unused_data or file.read(_PACKED)
-        # Tapes and block devices fill up with zeros, which begin no member: gzip passes over them too.
+        # Tapes and block devices pad with zeros, which no member starts with: like gzip, skip them.
         while compression == "gz" and packed and not (packed := packed.lstrip(b"\0")):
             packed = file.read(_PACKED)
 
 
 class _Stream:
-    """A compressed file as it is unpacked, from its start: the first block, and the block where it stands."""
+    """A compressed file that is decompressed from its start; holds the first and the current block."""
 
     def __init__(self, open_packed: Callable[[], BinaryIO], location: str, compression: str) -> None:
         self._open, self._location, self._compression = open_packed, location, compression
@@ -86,17 +86,17 @@ class _Stream:
         self._damage = ""
 
     def close(self) -> None:
-        """Closes the file; reading would begin anew."""
+        """Closes the file; a later read starts over."""
         self._rewind()
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def read_at(self, position: int, size: int) -> bytes:
-        """Up to `size` bytes from `position` on, at least one unless the content ends there.
+        """Returns up to `size` bytes from `position` on, and at least one unless the content ends there.
 
         Raises:
-            DamagedError: nothing behind `position` can be unpacked.
+            DamagedError: nothing from `position` on can be decompressed.
         """
         if position < len(self._head):
             return self._head[position : position + size]
@@ -115,7 +115,7 @@ class _Stream:
         try:
             block = self._unpack_block()
         except BaseException:
-            # An unpacker that was interrupted must not be taken for one that is at its end.
+            # An interrupted decompressor must not be mistaken for one at its end.
             self.close()
             raise
         if not block and self._damage:
@@ -143,7 +143,7 @@ _kept: Kept[_Stream] = Kept(_KEPT_FILES)
 
 
 class _Unpacked(io.RawIOBase):
-    """One reader's place in a stream."""
+    """File object with one reader's position in a stream."""
 
     def __init__(self, stream: _Stream, key: tuple[str, str] | None) -> None:
         self._stream, self._key, self._position = stream, key, 0
@@ -187,14 +187,14 @@ class _Unpacked(io.RawIOBase):
 def open_unpacked(
     open_packed: Callable[[], BinaryIO], location: str, compression: str, version: str | None = None
 ) -> BinaryIO:
-    """Opens a compressed file as what it holds; a read may give fewer bytes than were asked for.
+    """Opens a compressed file for reading its decompressed content; reads may return fewer bytes than requested.
 
     Args:
         open_packed: opens the compressed file.
         location: absolute path or URL.
         compression: `gz` or `zst`.
-        version: fingerprint of the file, under which it stays open in this process after it was closed; None if
-            nobody will read on.
+        version: fingerprint of the file, under which this process keeps it open after `close`; None to really
+            close it.
     """
     key = None if version is None else (location, version)
     stream = None if key is None else _kept.take(key)

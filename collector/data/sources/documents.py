@@ -1,7 +1,7 @@
-"""What a row becomes: a document, or the reason why it is none.
+"""Turns a row into a document, or rejects it with a reason.
 
-A bad row says where it is and what is wrong with it, in words that are the same for all rows of the
-kind; nothing of its content leaves this module, for data may be private.
+A bad row records its place and one of a fixed set of reasons. Because data may be private, none of
+its content leaves this module.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 LONGEST_LABEL = 1000
-"""In characters. A label is repeated for every token; what is longer is a text in the wrong column."""
+"""In characters. Labels are repeated for every token; a longer one is probably a text in the wrong column."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One text to collect the routing of."""
+    """One text whose routing is collected."""
 
     text: str
     label: str
-    """What queries group by, as a rule the language."""
+    """Label that queries group by, usually the language."""
     id: str
     """The row's own id, or NAME#ROW."""
     parallel_id: str | None
-    """What translations of the same text have in common; column `parallel_id`."""
+    """Id that translations of the same text share; column `parallel_id`."""
     source: str | None
     """Column `source`, or the name of the file."""
     target: str | None = None
-    """The decoder's text, where a column for it was named."""
+    """The decoder's text, if a target column was named."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BadRow:
-    """A row that is no document."""
+    """A row that was rejected as a document."""
 
     source: str
     """NAME of the source."""
@@ -54,20 +54,20 @@ class BadRow:
 def as_document(
     fields: Mapping[str, Any] | str, *, name: str, row: int, label: str | None, has_target: bool = False
 ) -> Document | BadRow:
-    """Turns one row as a format read it into a document.
+    """Turns one row into a document, or into a bad row if it is unusable.
 
     Args:
-        fields: the row's columns by meaning, or why it has none.
-        name: of the source, unique in the plan.
+        fields: the row's columns by meaning, or the reason why the row is unusable.
+        name: name of the source, unique in the plan.
         row: number of the row in the source.
-        label: of all rows of the source; None if each has its own.
-        has_target: whether a document needs a target as well.
+        label: common label of the source's rows; None if each has its own.
+        has_target: whether a document also needs a target.
     """
     if isinstance(fields, str):
         return BadRow(source=name, row=row, reason=fields)
     own_label = label or fields.get("label")
     reason = _text_reason(fields, has_target=has_target) or _label_reason(own_label)
-    # JSON can spell half a surrogate pair, which no tokenizer and no table takes.
+    # JSON can encode half a surrogate pair, which neither tokenizers nor tables accept.
     if reason is None and not are_utf8(fields.values()):
         reason = "invalid UTF-8"
     if reason is not None:
@@ -83,7 +83,7 @@ def as_document(
 
 
 def _text_reason(fields: Mapping[str, Any], *, has_target: bool) -> str | None:
-    """Why the texts make no document; None if they do."""
+    """Returns why the texts are unusable, or None if they are fine."""
     for meaning in ("text", "target") if has_target else ("text",):
         text = fields.get(meaning)
         if text is None:
@@ -96,10 +96,10 @@ def _text_reason(fields: Mapping[str, Any], *, has_target: bool) -> str | None:
 
 
 def _label_reason(label: Any) -> str | None:
-    """Why a value is no label; None if it is one."""
+    """Returns why a value is unusable as a label, or None if it is fine."""
     if isinstance(label, (list, dict, bytes)):
         return "label is not a string or number"
-    # NaN is what pandas writes where there is none.
+    # pandas writes NaN for a missing label.
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return "no label"
     text = str(label)
@@ -120,5 +120,5 @@ def are_utf8(values: Iterable[Any]) -> bool:
 
 
 def _string(value: Any) -> str | None:
-    """A scalar as text; None for nothing and for what is no scalar."""
+    """Converts a scalar to text; returns None for an empty value and for anything else."""
     return None if value is None or isinstance(value, (list, dict, bytes)) else str(value) or None

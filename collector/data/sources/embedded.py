@@ -1,4 +1,4 @@
-"""The embedded corpus as a source: `demo`, `demo:train`, `demo:all`."""
+"""Reads the embedded corpus as a source: `demo`, `demo:train`, `demo:all`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def split_of(spec: str) -> Split:
-    """The split that a specification names; `demo` alone is what the demo model never saw.
+    """Returns the split that a specification names; `demo` alone is the held-out split.
 
     Raises:
         ValueError: there is no such split.
@@ -27,12 +27,12 @@ def split_of(spec: str) -> Split:
 
 @functools.lru_cache(maxsize=1)
 def _sentences(split: Split) -> tuple[Sentence, ...]:
-    """Read once: some plans ask for thousands of small spans."""
+    """Reads a split once, because some plans request thousands of small spans."""
     return tuple(read_sentences(split))
 
 
 class Embedded(Format):
-    """Sentences of one split, in the order of the corpus. Its columns are its own."""
+    """The sentences of one split, in the order of the corpus, with fixed columns."""
 
     def locate(self, every: int) -> Iterator[Span]:
         """See `Format.locate`."""

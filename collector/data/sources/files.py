@@ -1,8 +1,8 @@
-"""Files, local or behind a URL: listing, opening, and telling whether one has changed.
+"""Lists and opens files, local or behind a URL, and detects whether one has changed.
 
 A local file is a path, everything else a URL. s3://, gs://, az:// and abfs:// go through obstore, so
 that no cloud's own SDK is needed, all others (https://, hf://, memory:// …) through fsspec. Files
-are opened for reading only, and read by range: nothing is ever downloaded whole.
+are opened for reading only and read by range, never downloaded whole.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ def is_url(location: str) -> bool:
 
 
 def absolute(location: str) -> str:
-    """A location that means the same file in every working directory."""
+    """Returns a location that denotes the same file in every working directory."""
     location = location.removeprefix("file://")
     return location if is_url(location) else os.path.normpath(Path(location).expanduser().absolute())
 
 
 def file_name(location: str) -> PurePosixPath:
-    """The last part of a path or URL."""
+    """Returns the last part of a path or URL."""
     path = location.partition("?")[0] if location.startswith("http") else location
     return PurePosixPath(PurePosixPath(path).name)
 
 
 def kind_of(location: str) -> str:
-    """How a file is read, by the endings of its name: `jsonl`, `csv.gz` …; plain text if they say nothing.
+    """Returns the kind of a file from the extensions of its name: `jsonl`, `csv.gz` …; plain text if unknown.
 
     Raises:
-        ValueError: the file is an archive, or compressed in a way that cannot be read.
+        ValueError: the file is an archive, or its compression is not supported.
     """
     path = PurePosixPath(file_name(location).name.lower())
     compression = COMPRESSIONS.get(path.suffix)
@@ -70,7 +70,7 @@ def kind_of(location: str) -> str:
 
 
 def is_known(location: str) -> bool:
-    """Whether the endings of a file's name say how it is read."""
+    """Whether the extensions of a file's name denote a known kind."""
     path = PurePosixPath(file_name(location).name.lower())
     return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix in KINDS
 
@@ -83,7 +83,7 @@ def _register(protocol: str) -> None:
 
 
 def _filesystem(location: str) -> tuple[Any, str]:
-    """The fsspec file system of a location, and what it calls it."""
+    """Returns the fsspec file system of a location, and the path in it."""
     import fsspec
 
     protocol = location.partition("://")[0]
@@ -100,10 +100,10 @@ def _type(filesystem: Any, path: str) -> str | None:
 
 
 def list_files(spec: str) -> list[str]:
-    """The files that a path, URL or glob stands for: absolute, sorted.
+    """Returns the files that a path, URL or glob denotes: absolute, sorted.
 
     Raises:
-        ValueError: there are none, or it is a folder.
+        ValueError: there are none, or the path is a folder.
     """
     if "::" in spec:
         raise ValueError(f"--data {spec}: files inside other files are not supported; extract them first")
@@ -125,7 +125,7 @@ def open_file(location: str, *, scattered: bool = False) -> BinaryIO:
 
     Args:
         location: absolute path or URL.
-        scattered: whether reads jump about, so that reading ahead would be in vain.
+        scattered: whether reads are random access, so that reading ahead would be wasted.
     """
     if not is_url(location):
         return Path(location).open("rb")
@@ -134,10 +134,10 @@ def open_file(location: str, *, scattered: bool = False) -> BinaryIO:
 
 
 def fingerprint(location: str) -> str:
-    """What changes when a file's content does: the store's own tag, else size and both ends.
+    """Returns a string that changes with a file's content: the store's own tag, else size and a hash of both ends.
 
     Raises:
-        ValueError: a server does not say how long the file is, and so cannot be read by range.
+        ValueError: a server does not report the file's length, so the file cannot be read by range.
     """
     if is_url(location):
         filesystem, path = _filesystem(location)

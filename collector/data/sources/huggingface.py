@@ -1,9 +1,9 @@
-"""What the library `datasets` knows: hub datasets as lists of files, and saved folders.
+"""Reads sources of the library `datasets`: hub datasets as lists of files, and saved folders.
 
-`hf:NAME[:CONFIG][:SPLIT]` is only resolved here, to the data files of that split, which the hub pins
-to a commit; they are then read by range like any other file, and nothing is downloaded whole. NAME
-may also be a local folder of data files. A folder that `Dataset.save_to_disk` wrote is memory-mapped
-and entered at any row. No other module imports `datasets`.
+`hf:NAME[:CONFIG][:SPLIT]` is resolved to the data files of that split, pinned to a commit of the hub;
+they are then read by range like any other file, never downloaded whole. NAME may also be a local
+folder of data files. A folder written by `Dataset.save_to_disk` is memory-mapped and can be read
+from any row. No other module imports `datasets`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _BATCH = 512
 
 
 def is_hub_spec(spec: str) -> bool:
-    """Whether a specification is `hf:…`, rather than a file, also one of hf://."""
+    """Whether a specification is `hf:…`, rather than a file (hf:// also denotes a file)."""
     return spec.startswith(PREFIX) and not spec.startswith("hf://")
 
 
 def parse(spec: str) -> tuple[str, list[str]]:
-    """Name or local folder, and up to two of config and split.
+    """Returns the name or local folder, and up to two options (config, split).
 
     Raises:
         ValueError: there are more parts.
     """
     parts = spec.removeprefix(PREFIX).split(":")
-    # A folder's own name may hold colons, so the longest one that exists is meant.
+    # A folder's name may contain colons, so the longest existing folder wins.
     for count in range(len(parts), 0, -1):
         folder = absolute(":".join(parts[:count]))
         if parts[0] and Path(folder).is_dir():
@@ -51,10 +51,10 @@ def _options(spec: str, options: list[str]) -> list[str]:
 
 
 def list_split(spec: str) -> list[str]:
-    """The data files of `hf:NAME[:CONFIG][:SPLIT]`, absolute; a single option is a config if there is such a one.
+    """Returns the absolute data files of `hf:NAME[:CONFIG][:SPLIT]`; a single option is a config if one has that name.
 
     Raises:
-        ValueError: there is no such dataset, config or split, or its files are of no known kind.
+        ValueError: there is no such dataset, config or split, or its files are of an unknown kind.
     """
     import datasets
 
@@ -86,7 +86,7 @@ def is_saved(folder: str) -> bool:
     """Whether a folder was written by `Dataset.save_to_disk`.
 
     Raises:
-        ValueError: it holds several splits.
+        ValueError: the folder holds several splits.
     """
     several = Path(folder) / "dataset_dict.json"
     if several.is_file():
@@ -98,7 +98,7 @@ def is_saved(folder: str) -> bool:
 
 
 def saved_fingerprint(folder: str) -> str:
-    """Changes when the folder is written anew: `datasets` keeps a fingerprint of its own in state.json."""
+    """Returns a string that changes when the folder is rewritten; `datasets` keeps a fingerprint in state.json."""
     files = sorted(Path(folder).glob("*.arrow"))
     state = (Path(folder) / "state.json").read_text(encoding="utf-8")
     listing = "\n".join([*(f"{file.name} {file.stat().st_size}" for file in files), state])
@@ -106,14 +106,14 @@ def saved_fingerprint(folder: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _load(folder: str, written: int) -> Any:  # noqa: ARG001 (a folder written anew is loaded anew)
+def _load(folder: str, written: int) -> Any:  # noqa: ARG001 (part of the cache key: a rewritten folder is reloaded)
     import datasets
 
     return datasets.load_from_disk(folder).with_format("arrow")
 
 
 class Saved(Format):
-    """A folder of `Dataset.save_to_disk`."""
+    """A folder written by `Dataset.save_to_disk`."""
 
     def _dataset(self) -> Any:
         return _load(self.where, (Path(self.where) / "state.json").stat().st_mtime_ns)

@@ -1,5 +1,6 @@
-"""The explorer of a run: a local web app that calls the queries of `queries/` and shows what they answer.
+"""The explorer of a run: a local web app that runs the queries of `queries/` and shows their answers.
 
-The app is `notebooks/explore.py`, in marimo; `serving` starts it. Here is what the app is made of: `views` asks the run
-and writes HTML, `panel` is the part of the page whose tokens and experts can be chosen. No number is computed here.
+The app itself is `notebooks/explore.py`, in marimo; `serving` starts it. This package contains its parts: `views` runs
+queries and writes HTML, `panel` is the part of the page with selectable tokens and experts, and `advice` suggests a
+rollup for large runs. No metric is computed here.
 """

@@ -1,4 +1,4 @@
-"""What to do before a large run is looked at: count it once, so that no view counts it again."""
+"""Advises making a rollup before exploring a large run, so that its tokens are counted only once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collector.query.rollup import files as rollups
 from collector.store.run_directory import RunDirectory
 
 LARGE = 1_000_000
-"""Tokens from which on a step between layers without a rollup takes seconds."""
+"""From this number of tokens on, switching layers takes seconds without a rollup."""
 
 
 def slow(root: str) -> str:
-    """Why views of a run will be slow and which command helps, in Markdown; empty where they are not.
+    """Explains in Markdown why views of a run will be slow and which command helps; empty if they are fast.
 
     Args:
         root: the run directory.

@@ -1,4 +1,4 @@
-"""The part of the explorer's page that can be pointed at: tokens, experts, one expert's card."""
+"""The interactive part of the explorer's page: tokens, experts, and the card of one expert."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Panel(anywidget.AnyWidget):
     _esm = page.JS + (_FOLDER / "panel.js").read_text(encoding="utf-8")
     _css = page.CSS + (_FOLDER / "panel.css").read_text(encoding="utf-8")
     tokens = traitlets.Unicode("").tag(sync=True)
-    """A document, from `trace.page`."""
+    """HTML of a document, from `trace.page`."""
     experts = traitlets.Unicode("").tag(sync=True)
-    """The experts of the layer, from `views`."""
+    """HTML of the layer's experts, from `views`."""
     card = traitlets.Unicode("").tag(sync=True)
-    """What is told of the chosen expert, from `views`."""
+    """HTML of the chosen expert's card, from `views`."""
     by = traitlets.Unicode("expert").tag(sync=True)
-    """What the colours of tokens stand for, of `page.BY`."""
+    """Meaning of the tokens' colours, one of `page.BY`."""
     expert = traitlets.Int(None, allow_none=True).tag(sync=True)
-    """The chosen expert; what a click sets."""
+    """The chosen expert, set by a click."""

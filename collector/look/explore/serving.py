@@ -1,7 +1,7 @@
-"""Starts the explorer: a marimo server on the loopback address that lets in who has the token.
+"""Starts the explorer: a marimo server on the loopback address, protected by a token.
 
-Guarantees: it listens on 127.0.0.1 only; the token is new each time, 128 random bits, and appears in the printed URL
-alone, never in the list of processes. The server ends with this process.
+Guarantees: it listens on 127.0.0.1 only; the token is new each time, 128 random bits, and appears only in the printed
+URL, never in the list of processes. The server ends with this process.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _START_SECONDS = 60.0
 
 
 def app_file() -> Path:
-    """Where the app is: in `notebooks/` of an installed package, else of a checkout."""
+    """Returns the path of the app: in `notebooks/` of an installed package, else of a checkout."""
     installed = Path(__file__).parents[2] / "notebooks" / "explore.py"
     return installed if installed.is_file() else Path(__file__).parents[3] / "notebooks" / "explore.py"
 
 
 @contextlib.contextmanager
 def served(run: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server for as long as the context.
+    """Runs a server for the duration of the context.
 
     Args:
         run: the run directory.
-        port: where it listens; 0 takes one that is free.
+        port: port to listen on; 0 takes any free one.
 
     Yields:
         The URL with the token, and the server, ready to answer.
@@ -48,7 +48,7 @@ def served(run: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]
         ValueError: the run cannot be opened or is empty, the port is taken, or marimo is missing.
     """
     if not warehouse.open_run(run).sql("select 1 from documents limit 1").fetchall():
-        raise ValueError(f"{run} holds no document yet: collector status {run} tells how far it is")
+        raise ValueError(f"{run} has no document yet: collector status {run} shows its progress")
     for module in ("marimo", "anywidget"):
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"the explorer needs {module}: pip install 'moe-routing-collector[explore]'")
@@ -74,7 +74,7 @@ def serve(run: str, port: int, *, browser: bool) -> None:
 
     Args:
         run: the run directory.
-        port: where it listens; 0 takes one that is free.
+        port: port to listen on; 0 takes any free one.
         browser: whether to open the page.
     """
     if hint := advice.slow(run):
@@ -90,7 +90,7 @@ def serve(run: str, port: int, *, browser: bool) -> None:
 
 
 def _free(port: int) -> int:
-    """A port that can be listened on."""
+    """Returns the port, or any free one for 0, after checking that it can be bound."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -105,7 +105,7 @@ def _await(server: subprocess.Popen[str], port: int) -> None:
     until = time.monotonic() + _START_SECONDS
     while time.monotonic() < until:
         if server.poll() is not None:
-            raise ValueError(f"marimo ended with status {server.returncode}; what it said stands above")
+            raise ValueError(f"marimo ended with status {server.returncode}; see its messages above")
         with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
             return
         time.sleep(0.05)

@@ -1,7 +1,7 @@
-"""What the explorer shows of a run, as HTML: the experts of a layer, and the card of one expert.
+"""Renders the explorer's views of a run as HTML: the experts of a layer, and the card of one expert.
 
-Label-level numbers come from the rollup where the run has one. Those of tokens need the tokens themselves, so a card is
-made from one shard of so many where a run is large, and says from how many tokens.
+Label-level numbers come from the rollup if the run has one. Token-level numbers need the tokens themselves, so for a
+large run a card reads only one shard in N, and states the number of tokens.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from collector.query.warehouse import Run
 
 SAMPLE = 250_000
-"""Tokens that a card is made from, about: what two cores read in half a second."""
+"""Approximate number of tokens that a card reads, which takes two cores half a second."""
 MOST_DOCUMENTS = 200
-"""Documents that are offered at once."""
+"""Maximum number of documents to choose from."""
 ITEMS = 10
-"""Of each aspect of a card."""
+"""Items per aspect of a card."""
 WIDTH = 12
-"""Tokens of a context on each side."""
+"""Tokens of context on each side."""
 MARKS = (
-    '<p class="quiet">Framed: the chosen expert has the highest weight. Underlined: it is among the k. '
-    "A click on a token or an expert chooses its expert.</p>"
+    '<p class="quiet">Framed: the selected expert has the highest weight. Underlined: it is among the k. '
+    "Click a token or an expert to select an expert.</p>"
 )
-"""What stands below a document."""
+"""Explanation below a document."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-    """A document that can be looked at."""
+    """A document to choose from."""
 
     shard: int
     doc: int
@@ -45,7 +45,7 @@ class Document:
 
     @property
     def key(self) -> str:
-        """How a link names it: shard and place in it."""
+        """Name of the document in links: its shard and its number there."""
         return f"{self.shard}.{self.doc}"
 
 
@@ -62,15 +62,15 @@ class Frequency:
 
 
 def documents(run: Run, label: str, condition: str = "") -> list[Document]:
-    """The first documents of a label for which a condition holds.
+    """Returns the first documents of a label that meet a condition.
 
     Args:
         run: the run.
         label: of the documents.
-        condition: SQL over the columns of `documents`, for example `tokens > 100`; nothing: all.
+        condition: SQL over the columns of `documents`, for example `tokens > 100`; empty means all.
 
     Raises:
-        ValueError: the condition is none, or would write.
+        ValueError: the condition is not valid SQL, or would write.
     """
     rows = run.sql(
         f"select shard, doc, doc_id, tokens from documents where label = {literal(label)} and tokens > 0\n"
@@ -80,7 +80,7 @@ def documents(run: Run, label: str, condition: str = "") -> list[Document]:
 
 
 def frequencies(run: Run, stack: str, layer: int) -> list[Frequency]:
-    """Domain specialization of every label and expert of a router."""
+    """Returns the domain specialization of every label and expert of a router."""
     relation = run.query("domain_specialization", stack=stack, layer=layer)
     names = [field.name for field in dataclasses.fields(Frequency)]
     rows = relation.project(", ".join(names)).fetchall()
@@ -88,13 +88,13 @@ def frequencies(run: Run, stack: str, layer: int) -> list[Frequency]:
 
 
 def sampling(run: Run) -> int:
-    """Of how many shards a card reads one."""
+    """Returns N such that a card reads one shard in N."""
     tokens, shards = run.sql("select sum(tokens), count(distinct shard) from documents").fetchall()[0]
     return max(1, min(shards, (tokens or 0) // SAMPLE))
 
 
 def message(text: str) -> str:
-    """What takes the place of a document."""
+    """Renders a message in place of a document."""
     return f'<p role="alert">{html.escape(text)}</p>'
 
 
@@ -102,7 +102,7 @@ def message(text: str) -> str:
 
 
 def experts(found: Iterable[Frequency], label: str, name: str) -> str:
-    """All experts of a router, coloured by how often a label chooses them."""
+    """Renders all experts of a router, coloured by how often a label chooses them."""
     own = [each for each in found if each.label == label]
     if not own:
         return message(f"No token of {label} was recorded in {name}.")
@@ -129,16 +129,16 @@ def _chosen(frequency: Frequency) -> str:
 
 
 def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert: int, label: str, name: str) -> str:
-    """What an expert is for: languages, tokens, companions, positions, contexts.
+    """Renders the card of an expert: its languages, tokens, co-activated experts, positions and contexts.
 
     Args:
         run: the run.
         found: `frequencies` of the router.
         stack: of the router.
         layer: of the router.
-        expert: which one.
-        label: the language that is looked at.
-        name: of the router, for people.
+        expert: number of the expert.
+        label: the language shown in bold.
+        name: display name of the router.
 
     Raises:
         ValueError: the run has no such router or label.
@@ -151,16 +151,16 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
     for aspect, title in (("token", "Tokens"), ("expert", "Together with experts"), ("position", "Positions")):
         rows = [(_item(aspect, item), *numbers) for kind, item, *numbers, _ in profile if kind == aspect]
         lists.append(_bars(title, rows))
-    # baseline = N_e / N; positions that never chose the expert are not told, so their n do not add up to N
+    # baseline = N_e / N; positions that never chose the expert have no row, so n does not sum to N
     own = [(count, baseline) for aspect, _, _, baseline, _, count in profile if aspect == "position"]
     tokens = round(sum(count for count, _ in own) / own[0][1]) if own else 0
     sample = "" if every == 1 else f", of one shard in {every}"
     return (
         f"<h2>Expert {expert} in {html.escape(name)}</h2>"
-        "<p class=\"quiet\">Bars: the share of a language's, a spelling's or a position's tokens that chose it, and of "
-        "its own tokens the share that chose another expert as well; behind them, of how many tokens. Lines: what to "
-        "expect if nothing mattered. Languages: all tokens. "
-        f"The rest: {tokens:,} tokens{sample}; of spellings those that chose it most often.</p>"
+        "<p class=\"quiet\">Bars: the share of a language's, a spelling's or a position's tokens that chose it, and "
+        "the share of its own tokens that also chose another expert. Lines: the baseline. Last column: the number of "
+        "tokens. Languages count all tokens, the rest "
+        f"{tokens:,} tokens{sample}. Spellings are those that chose it most often.</p>"
         f'<div class="aspects">{"".join(lists)}</div>'
         + _contexts([(item, weight) for aspect, item, weight, *_ in profile if aspect == "context"])
     )
@@ -178,7 +178,7 @@ def _item(aspect: str, item: str) -> str:
 
 
 def _bars(title: str, rows: Sequence[tuple[str, float, float, int]]) -> str:
-    """A small table of items with bars, each beside its baseline, and the number of tokens behind it."""
+    """Renders a small table of items with bars, baselines and numbers of tokens."""
     highest = max((max(value, baseline) for _, value, baseline, _ in rows), default=1)
     lines = "".join(
         f'<tr><th scope="row">{item}</th><td>{value:.3f}</td><td class="bar"><i style="width:{value / highest:.1%}">'
@@ -190,7 +190,7 @@ def _bars(title: str, rows: Sequence[tuple[str, float, float, int]]) -> str:
 
 
 def _contexts(found: Sequence[tuple[str, float]]) -> str:
-    """Lines with the token in the middle, each in the direction in which it is read."""
+    """Renders lines with the token in the middle, each in its reading direction."""
     lines = "".join(_context(item, weight) for item, weight in found)
     return f"<section><h3>Highest weights, one a document</h3>{lines}</section>" if found else ""
 

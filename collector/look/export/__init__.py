@@ -1,9 +1,9 @@
-"""Writes a run for other programs: a data set for the Hugging Face hub, Delta tables, or CSV files.
+"""Exports a run for other programs: a dataset for the Hugging Face hub, Delta tables, or CSV files.
 
 Guarantees: a row is exported once if a commit record names its file, and not at all otherwise; memory does not grow
-with the run; the folder appears whole, under its name, or not at all. A run on an object store is read where it lies;
-the folder is always a local one. An incomplete run has to be asked for. Nothing is published: a run is as private as
-its text, and each folder carries a card that says so.
+with the run; the folder appears as a whole, under its name, or not at all. A run on an object store is read in place;
+the folder is always local. An incomplete run must be requested explicitly. Nothing is published: a run is as private as
+its text, and each folder contains a card that says so.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ Format = Literal["hf", "delta", "csv"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export wrote."""
+    """Rows and size of an export."""
 
     rows: Mapping[str, int]
-    """Table -> rows."""
+    """Rows by table."""
     bytes: int
-    """Size of all files of the folder; those that are hard links take no room of their own."""
+    """Size of all files in the folder, including hard links, which take no extra space."""
 
 
 def export(directory: RunDirectory, out: str, to: Format, *, gzip: bool = False, partial: bool = False) -> Exported:
-    """Writes a run into a new folder.
+    """Exports a run into a new folder.
 
     Args:
         directory: the run, local or on an object store.
-        out: the folder, which is not there yet or empty.
-        to: `hf`, a folder ready to be pushed to the hub, which is a run as well; `delta`, a Delta table per table;
+        out: the folder, which must be new or empty.
+        to: `hf`, a folder ready to be pushed to the hub, which is still a run; `delta`, a Delta table per table;
             `csv`, a CSV file per table.
         gzip: compress the CSV files.
-        partial: also export what is there of an incomplete run.
+        partial: also accept an incomplete run.
 
     Raises:
         FileNotFoundError: there is no run.
-        ValueError: `out` is taken or not local, the run is incomplete, or its files do not hold the rows that its
+        ValueError: `out` is not empty or not local, the run is incomplete, or its files do not have the rows that its
             commit records promise.
         StoreError: the object store refuses or does not answer.
     """
@@ -81,13 +81,13 @@ def _new_folder(out: str) -> Path:
         raise ValueError(f"an export goes to a local folder, got {out}; copy that to the store with its own client")
     target = Path(out).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not an empty folder: give another one, or remove it")
+        raise ValueError(f"{target} exists and is not an empty folder: give another one, or remove it")
     return target
 
 
 @contextlib.contextmanager
 def _built_beside(target: Path) -> Iterator[Path]:
-    """A temporary folder next to `target`, which takes its name at the end; after an error it is gone."""
+    """Yields a temporary folder next to `target`; renames it to `target` at the end, or removes it after an error."""
     folder = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     folder.mkdir(parents=True)
     try:
@@ -98,7 +98,7 @@ def _built_beside(target: Path) -> Iterator[Path]:
 
 
 def _check(rows: Mapping[str, int], directory: RunDirectory, tables: tuple[str, ...]) -> None:
-    """Every table has the rows that the commit records count."""
+    """Checks that every table has as many rows as the commit records say."""
     committed = Counter[str]()
     for commit in directory.commits():
         committed.update({table: part.rows for table, part in commit.files.items()})

@@ -1,4 +1,4 @@
-"""The card of an exported run: what was recorded, of which model and documents, how it loads, and how private it is."""
+"""Writes the card of an exported run: what was recorded, its model and documents, how to load it, and its privacy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "README.md"
 MOST_LABELS = 200
-"""So many labels are listed, those with the most tokens."""
+"""Maximum number of labels in the list, those with the most tokens."""
 _ROWS = {
     **{table: row for recorder in RECORDERS.values() for table, row in recorder.tables.items()},
     "tokens": "a token that the model saw: document, position, id (see `vocab`), whether the tokenizer added it",
@@ -31,13 +31,13 @@ publish the text, and under terms that suit the text's licence."""
 
 
 def write(directory: RunDirectory, run: Run, rows: Mapping[str, int], front_matter: str) -> str:
-    """The card, in Markdown.
+    """Renders the card in Markdown.
 
     Args:
         directory: the run.
-        run: the same, opened.
-        rows: table -> rows.
-        front_matter: what goes before it; for the hub, and then the card also says how it loads.
+        run: the same run, opened.
+        rows: rows by table.
+        front_matter: text before the card, for the hub; the card then also explains how to load the dataset.
     """
     sections = [
         f"# Routing decisions of {run.info['model']['id']}",
@@ -83,5 +83,5 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A label as a cell of a table: whatever it holds, it stays one."""
+    """Escapes a label so that it stays within one cell of a table."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")

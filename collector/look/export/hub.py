@@ -1,9 +1,8 @@
-"""A run as a data set of the Hugging Face hub: a folder whose card names a configuration per table.
+"""Exports a run as a dataset for the Hugging Face hub: a folder whose card has a configuration per table.
 
-The folder is itself a run, the same one without what does not count (orphans, failures, records set aside), so that
-`collector query`, `sql` and `verify` work on it and on every copy. Parts are hard links where the run lies on the same
-file system, copies otherwise. Machines are called node-1, node-2 …; names of source files stay, in `documents.source`,
-the plan and run.json.
+The folder is still a run, without orphans, failures and records set aside, so `collector query`, `sql` and `verify`
+work on it and on every copy. Parts are hard links if the run is on the same file system, copies otherwise. Machine
+names are replaced by node-1, node-2 …; names of source files remain, in `documents.source`, the plan and run.json.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def write(source: RunDirectory, run: Run, folder: Path) -> dict[str, int]:
-    """Links or copies what is committed of a run into a folder.
+    """Links or copies the committed files of a run into a folder.
 
     Returns:
-        Table -> rows, by the commit records.
+        Rows by table, according to the commit records.
     """
     target, rows, nodes = RunDirectory(folder), Counter[str](), dict[str, str]()
     for commit in source.commits():
@@ -56,16 +55,16 @@ def _place(source: RunDirectory, name: str, folder: Path) -> None:
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        # a file of the run itself where it is local, else a download into the scratch folder
+        # the run's own file if it is local, else a download into the scratch folder
         copy = source.store.local_copy(name, Path(scratch))
         try:
             os.link(copy, path)
-        except OSError:  # another file system, or a file of somebody else's
+        except OSError:  # another file system, or a file of another user
             shutil.copyfile(copy, path)
 
 
 def front_matter(run: Run, rows: Mapping[str, int]) -> str:
-    """What the hub and `datasets.load_dataset` read on top of a card: YAML between two lines of dashes."""
+    """Returns the metadata that the hub and `datasets.load_dataset` read at the top of a card, in YAML."""
     from huggingface_hub import DatasetCardData
 
     files = {table: f"data/*.{table}.parquet" for table in table_names(run.info)}
@@ -84,7 +83,7 @@ def front_matter(run: Run, rows: Mapping[str, int]) -> str:
 
 
 def _size_category(rows: int) -> str:
-    """The hub's name for so many rows."""
+    """Returns the hub's size category for a number of rows."""
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
     decade = next((i for i in range(len(names)) if rows < 10 ** (3 + i)), len(names))
     if decade == 0:

@@ -1,10 +1,10 @@
-"""A run's tables as CSV files or Delta tables: each is one stream of Arrow batches out of the warehouse.
+"""Exports a run's tables as CSV files or Delta tables, each as a stream of Arrow batches from the warehouse.
 
-CSV (RFC 4180, UTF-8): text is quoted, numbers are not; nothing between two commas is null, `""` the empty text;
-probabilities stand in one field as `[0.1, 0.2]`, which DuckDB casts back to `float[]`. Floats are written with as many
-digits as give the same float back.
+CSV (RFC 4180, UTF-8): text is quoted, numbers are not; an empty field is null, `""` is the empty text; probabilities
+are one field such as `[0.1, 0.2]`, which DuckDB casts back to `float[]`. Floats are written with enough digits to
+restore the same float.
 
-Delta has no unsigned integers: they become the next wider signed ones. Each table is one transaction.
+Delta has no unsigned integers, so they become the next wider signed type. Each table is one transaction.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from collector.query.warehouse import Run
 
 _BATCH = 1 << 16
-"""Rows of a batch: of a routing table some 10 MB."""
+"""Rows of a batch, some 10 MB of a routing table."""
 _CSV_TYPES = {"FLOAT[]": "varchar"}
 _DELTA_TYPES = {"UTINYINT": "smallint", "USMALLINT": "integer", "UINTEGER": "bigint", "UBIGINT": "bigint"}
 
 
 def write_csv(run: Run, folder: Path, *, gzip: bool) -> dict[str, int]:
-    """A file per table that has rows, `routing.csv` or `routing.csv.gz`.
+    """Writes a file for each table that has rows, such as `routing.csv` or `routing.csv.gz`.
 
     Returns:
-        Table -> rows.
+        Rows by table.
     """
     from pyarrow import csv
 
@@ -51,10 +51,10 @@ def write_csv(run: Run, folder: Path, *, gzip: bool) -> dict[str, int]:
 
 
 def write_delta(run: Run, folder: Path) -> dict[str, int]:
-    """A Delta table per table that has rows, in a folder of its name.
+    """Writes a Delta table for each table that has rows, in a folder of the same name.
 
     Returns:
-        Table -> rows.
+        Rows by table.
 
     Raises:
         ValueError: the package `deltalake` is not installed.
@@ -83,7 +83,7 @@ def _nonempty(run: Run) -> list[str]:
 
 
 def _stream(run: Run, table: str, types: Mapping[str, str]) -> pa.RecordBatchReader:
-    """All rows of a table, with the types that the format has."""
+    """Streams all rows of a table, converted to types that the format supports."""
     relation = run.sql(f"from {table}")
     casts = [
         f"{column}::{types[str(kind)]} as {column}"

@@ -1,8 +1,8 @@
-"""A run to look at: one HTML page, and the same figures for a paper.
+"""Writes the report of a run: one HTML page, and the same figures for a paper.
 
-`write` opens the runs, `languages` and `experts` say which figures there are and ask the queries, `charts` draws,
-`page` and `export` write. No number is computed here: what a figure shows is a query's answer or an inference about it,
-chosen, ordered and rounded.
+`write` opens the runs, `languages`, `experts` and `vocabulary` define the figures and run the queries, `charts` and
+`curves` draw, `page` and `export` write files. No metric is computed here: a figure shows the answer of a query or an
+inference about it, filtered, ordered and rounded.
 """
 
 from collector.look.report.writing import write

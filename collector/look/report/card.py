@@ -1,4 +1,4 @@
-"""A run's card: model, revision, what was really quantized, texts of each language, padding, versions."""
+"""Collects the facts about a run: model, revision, what was really quantized, texts per language, padding, versions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _LABELS = "select label, documents, tokens, characters, tokens / characters from
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a reader must know of a run before its figures."""
+    """The facts that a reader needs about a run before its figures."""
 
     name: str
     model: str
     facts: Sequence[tuple[str, str]]
     complete: bool
     shards: tuple[int, int]
-    """Committed, and planned."""
+    """Numbers of committed and of planned shards."""
     documents: int
     tokens: int
 
@@ -37,11 +37,11 @@ class LabelTable:
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     commands: Sequence[str]
-    """That write it."""
+    """Command lines that write the table."""
 
 
 def read_card(side: Side) -> Card:
-    """The card of a run.
+    """Reads the card of a run.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -58,7 +58,7 @@ def read_card(side: Side) -> Card:
 
 
 def label_table(side: Side) -> LabelTable:
-    """What there is of each label, those with the most tokens first."""
+    """Returns documents, tokens and fertility of each label, those with the most tokens first."""
     rows = side.run.sql(_LABELS).fetchall()
     return LabelTable(
         heads=("language", "documents", "tokens", "characters", "tokens per character"),
@@ -68,7 +68,7 @@ def label_table(side: Side) -> LabelTable:
 
 
 def facts_beside(cards: Sequence[Card]) -> list[tuple[str, list[str]]]:
-    """The facts of all cards: a name and what each card says, once where they all say the same."""
+    """Returns each fact's name with the values of all cards, or a single value if all cards agree."""
     said = [dict(card.facts) for card in cards]
     names = dict.fromkeys(name for facts in said for name in facts)
     beside = [(name, [facts.get(name, "–") for facts in said]) for name in names]
@@ -76,12 +76,12 @@ def facts_beside(cards: Sequence[Card]) -> list[tuple[str, list[str]]]:
 
 
 def lead(card: Card, routers: Sequence[Any], labels: int) -> str:
-    """The sentence under the title."""
+    """Returns the sentence under the title."""
     languages = f"{labels} languages" if labels > 1 else "one language"
     return (
         f"{card.tokens:,} tokens of {card.documents:,} documents in {languages}, "
         f"{card.name}: {terminal.routers(routers)}. "
-        "Every number is the answer to a query that stands below its figure."
+        "Every number comes from the query shown below its figure."
     )
 
 

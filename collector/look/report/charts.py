@@ -1,8 +1,7 @@
-"""Drawings of matrices, as Vega-Lite made by Altair; curves and bars are in `curves`.
+"""Draws matrices as Vega-Lite specifications with Altair; `curves` draws curves and bars.
 
-Each drawing reads data sets by name (`rows`, and what else it says), so that the page can show another layer without
-another drawing. Colours are the configuration's (`themes`), sizes the layout's. Nothing is computed from the data but
-scales.
+Each drawing refers to its datasets by name (`rows` and others), so that the page can show another layer with the same
+drawing. Colours come from the configuration (`themes`), sizes from the layout. Only scales are computed from the data.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 ROWS = alt.NamedData("rows")
 COLOURED = "_coloured"
-"""Column that says whether a row's label is one of those that are drawn in colour."""
+"""Column that marks rows whose label is drawn in colour."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,41 +24,41 @@ class Layout:
     """Sizes, in pixels of the page or points of the paper."""
 
     width: float
-    """Of a matrix, and of all panels of a row together."""
+    """Width of a matrix, and of all panels of a row together."""
     row: float
     """Height of a matrix's row."""
     panel: float
     """Height of a panel with curves."""
     column: float
-    """Width of such a panel that stands alone."""
+    """Width of a panel with curves if it is the only one."""
     text: float
-    """Size of the names along a matrix."""
+    """Font size of the names along a matrix."""
 
 
 PAGE = Layout(width=880, row=13, panel=200, column=520, text=10)
 PAPER = Layout(width=416, row=7.8, panel=110, column=202, text=7)
-"""With names and legends a figure fits a page's text (6.75 in, 486 pt), and one panel alone a column (3.3 in)."""
+"""With names and legends a figure fits the text width (6.75 in, 486 pt), and a single panel fits a column (3.3 in)."""
 
 _SMALLEST = 5
-"""Letters that are smaller cannot be read."""
+"""Smallest readable font size."""
 _COUNTS = {"n", "tokens"}
-"""Columns with whole numbers, told in full."""
+"""Columns with whole numbers, shown in full."""
 _SIGNIFICANT = "isValid(datum.q) && datum.q < 0.05"
 
 
 def place(field: str) -> alt.EncodingSortField:
-    """The order that a column gives to the names of an axis."""
+    """Returns an encoding that sorts the names of an axis by a column."""
     return alt.EncodingSortField(field, op="min")
 
 
 def axis(layout: Layout, cell: float, **options: Any) -> alt.Axis:
-    """An axis with the name of every cell, if they are large enough to read."""
+    """Returns an axis that names every cell if the names are large enough to read."""
     size = min(layout.text, cell)
     return alt.Axis(labelFontSize=max(size, _SMALLEST), labelOverlap=size < _SMALLEST, **options)
 
 
 def tooltip_of(fields: Mapping[str, str]) -> list[alt.Tooltip]:
-    """What hovering shows: column -> N, O or Q."""
+    """Returns the tooltip for columns of the types N, O or Q."""
     formats = {field: "," if field in _COUNTS else ".3~g" for field, kind in fields.items() if kind == "Q"}
     return [alt.Tooltip(f"{field}:{kind}", format=formats.get(field, "")) for field, kind in fields.items()]
 
@@ -68,21 +67,21 @@ def matrix(
     layout: Layout, *, x: str, y: str, columns: int, rows: int, title: str, high: float, x_title: str,
     y_title: str | None = None, tooltip: Mapping[str, str], significant: bool = False, square: bool = False,
 ) -> alt.LayerChart | alt.FacetChart:  # fmt: skip
-    """Cells coloured by `value`, rows and columns in the order of `_row` and `_column`.
+    """Draws a matrix with cells coloured by `value`, rows and columns in the order of `_row` and `_column`.
 
     Args:
         layout: sizes.
         x: column of the table that names the columns of the matrix.
-        y: that names the rows.
-        columns: how many there are at most; few do not get the whole width.
-        rows: how many there are.
-        title: of the colours.
+        y: column of the table that names its rows.
+        columns: maximum number of columns; a matrix with few is narrower than the layout.
+        rows: number of rows.
+        title: of the colour scale.
         high: value of the last colour; the first is 0.
         x_title: of the x axis.
         y_title: of the y axis.
-        tooltip: column -> N or Q.
+        tooltip: type (N or Q) by column.
         significant: mark the cells whose `q` is below 0.05.
-        square: cells are as high as they are wide.
+        square: make cells as high as they are wide.
     """
     width = min(layout.width, columns * layout.row * (1 if square else 3))
     cell = min(layout.row, width / columns) if square else layout.row
@@ -101,7 +100,7 @@ def matrix(
 
 
 def matrix_with_tree(layout: Layout, labels: int, *, title: str, high: float) -> alt.HConcatChart:
-    """A square matrix of labels with the dendrogram of its rows to the right: the data set `branches`."""
+    """Draws a square matrix of labels with the dendrogram of its rows (dataset `branches`) to the right."""
     side = min(layout.width * 0.84, labels * layout.row)
     cells = (
         alt.Chart(ROWS)
@@ -131,16 +130,16 @@ def matrix_with_tree(layout: Layout, labels: int, *, title: str, high: float) ->
 def ranks(
     layout: Layout, *, metrics: Mapping[str, tuple[str, float]], sides: Sequence[str], rows: int, ranks: int
 ) -> alt.HConcatChart:
-    """For each label its most used experts, first to last: the expert's number on a cell coloured by its share.
+    """Draws the most used experts of each label by rank: the expert's number on a cell coloured by its share.
 
-    A few shares are large and most are small, so colours grow with the square root.
+    A few shares are large and most are small, so colours follow the square root.
 
     Args:
         layout: sizes.
-        metrics: metric -> name of its colours, and the value of the last colour.
+        metrics: title of the colour scale and value of the last colour, by metric.
         sides: names of the runs, side by side for each metric.
-        rows: labels.
-        ranks: experts of each.
+        rows: number of labels.
+        ranks: number of experts per label.
     """
     width = min(layout.width / len(metrics) / len(sides) - layout.row * 1.5, ranks * layout.row * 2)
     return alt.hconcat(

@@ -1,6 +1,6 @@
-"""Orders in which alike things stand side by side: hierarchical clustering with average linkage.
+"""Orders items so that similar ones are adjacent, by hierarchical clustering with average linkage.
 
-The distances are a query's; the tree and the order of its leaves are scipy's, neighbours as close as the tree allows.
+The distances come from a query; scipy builds the tree and finds the leaf order with the closest neighbours.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tree:
-    """A dendrogram of some things."""
+    """A dendrogram."""
 
     leaves: list[Any]
-    """The things, in order."""
+    """The items, in order."""
     joints: list[tuple[list[float], list[float]]]
-    """Each joint of two branches as a line of 4 points: places (0 … number of leaves, a leaf in the middle of its
-    unit), and distances."""
+    """Each joint of two branches as a line of 4 points: positions (0 … number of leaves, each leaf in the middle of
+    its unit), and distances."""
 
 
 def tree(names: Sequence[Any], distances_nn: np.ndarray) -> Tree:
-    """Clusters things by the distances between them.
+    """Clusters items by the distances between them.
 
     Args:
-        names: n things.
+        names: n items.
         distances_nn: [n, n], symmetric, 0 on the diagonal.
     """
     if len(names) < 2:
@@ -48,12 +48,12 @@ def tree(names: Sequence[Any], distances_nn: np.ndarray) -> Tree:
 
 
 def by_profile(names: Sequence[Any], profiles_nd: np.ndarray) -> list[Any]:
-    """Things in an order that puts similar profiles together, by the cosine distance.
+    """Orders items so that similar profiles are adjacent, by cosine distance.
 
     Args:
-        names: n things.
+        names: n items.
         profiles_nd: [n, d], not negative.
     """
-    # an expert that nobody chose has no direction: it gets the even one
+    # an expert that was never chosen has no direction: it gets a uniform profile
     distances = distance.pdist(profiles_nd + 1e-9, "cosine") if len(names) > 1 else np.zeros(0)
     return tree(names, distance.squareform(np.clip(distances, 0, None)) if len(names) > 1 else np.zeros((1, 1))).leaves

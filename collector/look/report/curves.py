@@ -1,4 +1,4 @@
-"""Drawings of curves over depth, of loads and of bars with words, as Vega-Lite made by Altair. See `charts`."""
+"""Draws curves over depth, loads, and bars with words as Vega-Lite specifications with Altair. See `charts`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 _NAME = 9
-"""Width of a name in a legend, with its symbol, in sizes of the text."""
+"""Width of a name in a legend, with its symbol, in multiples of the font size."""
 _TICKS = 5
-"""About; an axis also ends at one of them, so that the titles of panels stand in line."""
+"""Approximate number of ticks; axes end at a tick, so that the titles of panels align."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,18 +36,18 @@ def by_depth(
     layout: Layout, *, panels: Sequence[Panel], series: str, stacks: Sequence[str], main: str, dash: bool = False,
     band: tuple[str, str] | None = None, faint: bool = False, tooltip: Mapping[str, str],
 ) -> alt.VConcatChart:  # fmt: skip
-    """Curves over the layers, one panel per metric, and a row of panels per stack where there are several.
+    """Draws curves over the layers, with one panel per metric and one row of panels per stack.
 
     Args:
         layout: sizes.
         panels: metrics, left to right.
-        series: column that tells curves apart by colour.
+        series: column that distinguishes curves by colour.
         stacks: of the run.
-        main: the run whose curves are also drawn faintly.
-        dash: tell runs apart by dashes.
+        main: the run to which `faint` applies.
+        dash: distinguish runs by dashes.
         band: columns of the lower and upper edge of a band around each coloured curve.
-        faint: draw the curves of the main run that are not `_coloured`.
-        tooltip: column -> N or Q.
+        faint: also draw, faintly, the curves of the main run that are not `_coloured`.
+        tooltip: type (N, O or Q) by column.
     """
     width = layout.column if len(panels) == 1 else layout.width / len(panels) - layout.row * 2.4
     columns = max(2, int(width * len(panels) / layout.text / _NAME))
@@ -100,7 +100,7 @@ def _curves(
 
 
 def loads(layout: Layout, *, high: float, compared: bool) -> alt.LayerChart | alt.FacetChart:
-    """Experts by load, the most used first; another run's as a stepped line."""
+    """Draws the experts' loads as bars, the most used first, and another run's loads as a stepped line."""
     base = alt.Chart(ROWS).encode(
         x=alt.X("_rank:O", title="experts, most used first", axis=alt.Axis(labels=False)),
         y=alt.Y("value:Q", title="share of tokens", scale=alt.Scale(domain=[0, high])),
@@ -119,7 +119,7 @@ def loads(layout: Layout, *, high: float, compared: bool) -> alt.LayerChart | al
 
 
 def bars_with_words(layout: Layout, *, rows: int, words: int, x_title: str, y_title: str) -> alt.HConcatChart:
-    """Bars from the longest down, and behind each its words: the data set `words`, each at its `_place`."""
+    """Draws bars from the longest down, each followed by its words (dataset `words`) at their `_place`."""
     base = alt.Chart(ROWS).encode(y=alt.Y("expert:N", sort=place("_row"), title=y_title, axis=axis(layout, layout.row)))
     tooltip = tooltip_of({"expert": "N", "value": "Q", "baseline": "Q", "n": "Q", "tokens": "Q"})
     scale = alt.Scale(domain=[0, 1])
@@ -131,7 +131,7 @@ def bars_with_words(layout: Layout, *, rows: int, words: int, x_title: str, y_ti
     left = alt.layer(bars, rule).properties(width=layout.width * 0.2, height=height)
     right = (
         alt.Chart(alt.NamedData("words"))
-        # a mark for each: a line of many scripts would be set in the font of one of them
+        # one mark per word: a single line with many scripts would be set in one font
         .mark_text(style="on-pale", align="left", fontSize=layout.row * 0.92, aria=False, limit=width / words - 2)
         .encode(
             x=alt.X("_place:Q", scale=alt.Scale(domain=[0, words], nice=False), axis=None),

@@ -1,4 +1,4 @@
-"""Figures about routers and experts: how decided, how loaded, and which are chosen together."""
+"""Defines the figures about routers and experts: decisiveness, load, and co-activation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPERTS = "What experts do"
 
 
 def figures(subject: Subject) -> list[Figure]:
-    """All of this family, in the order of the page."""
+    """Returns all figures of this module, in the order of the page."""
     return [
         _decisiveness(subject),
         _effective(subject),
@@ -44,8 +44,8 @@ def _decisiveness(subject: Subject) -> Figure:
         fetch(subject.sides, "router_entropy", columns, where=where, resamples=subject.resamples),
         name="decisiveness",
         title="Router entropy and top-k mass",
-        text="How spread the router's distribution is over all experts, and how much of it the chosen k have; means "
-        "over the tokens of each language. The dashed line is a router that prefers nothing.",
+        text="How widely the router's distribution is spread over all experts, and the share of the k chosen; means "
+        "over the tokens of each language. The dashed line is a router without preference.",
         panels={"router_entropy": "router entropy (nats)", "topk_mass": "top-k mass"},
     )
 
@@ -59,8 +59,8 @@ def _effective(subject: Subject) -> Figure:
         ),
         name="effective-experts",
         title="Effective number of experts",
-        text="How many equally loaded experts would have the entropy of a language's load. It grows with the number of "
-        "tokens: compare languages of similar size. The dashed line is the number of experts.",
+        text="The number of equally loaded experts with the same entropy as a language's load. It grows with sample "
+        "size, so compare languages with similar numbers of tokens. The dashed line is the number of experts.",
         panels={"effective_experts": "effective experts"},
     )
 
@@ -80,17 +80,17 @@ def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str
         ),
         tables={"rows": rows},
         notes=[
-            f"{labels} languages, {span(rows['n'])} tokens of each; grey: those that are not in colour.",
-            f"Bands: {LEVEL} % intervals, a bootstrap over documents ({rows.resamples:,} samples). Where none is to be "
-            "seen it is narrower than the curve."
+            f"{labels} languages, {span(rows['n'])} tokens of each; grey: the languages without a colour.",
+            f"Bands: {LEVEL} % intervals, a bootstrap over documents ({rows.resamples:,} samples). A band that cannot "
+            "be seen is narrower than the curve."
             if rows.resamples
-            else "No intervals were asked for (--resamples).",
+            else "No intervals were requested (--resamples).",
         ],
     )  # fmt: skip
 
 
 def panels_of(rows: Table, names: Mapping[str, str], *, zero: bool = True) -> list[curves.Panel]:
-    """A panel per metric, its axis as long as the values of all runs and layers want it."""
+    """Returns a panel per metric, with an axis that fits the values of all runs and layers."""
     found = []
     for metric, words in names.items():
         low, high = extent(rows, metric, "low", "high", zero=zero)
@@ -108,7 +108,7 @@ def _load(subject: Subject) -> Figure:
     own = rows.only(rows["_main"])
     dead = int(own["is_dead"].sum())
     compared = (
-        f" The stepped line is {subject.sides[1].name}, its experts in an order of their own."
+        f" The stepped line is {subject.sides[1].name}, with its own order of experts."
         if len(subject.sides) > 1
         else ""
     )
@@ -116,19 +116,19 @@ def _load(subject: Subject) -> Figure:
         name="load",
         section=EXPERTS,
         title="Load of the experts",
-        text="Share of all tokens for which each expert is among the k chosen, the most used first; crosses are dead "
+        text="Share of all tokens for which each expert is among the k chosen, the most used first. Crosses mark dead "
         f"experts (below 0.1 % of the tokens), the dashed line an even load.{compared}",
         draw=functools.partial(curves.loads, high=float(rows["value"].max()), compared=len(subject.sides) > 1),
         tables={"rows": rows},
         notes=[
             f"{span(own['n'])} tokens, all languages together; {dead} of {len(own)} experts of all layers are dead.",
-            "In a small sample more experts seem dead.",
+            "In a small sample more experts appear dead.",
         ],
     )
 
 
 def ranks_by_value(rows: Table) -> np.ndarray:
-    """Row by row the expert's place by load, in its router and run."""
+    """Returns for each row the rank of its expert by value within its router and run, from 1."""
     ranks = np.zeros(len(rows), int)
     keys = np.array(
         [f"{run}\0{stack}\0{layer}" for run, (stack, layer) in zip(rows["run"], rows.routers(), strict=True)]
@@ -150,8 +150,8 @@ def _load_by_layer(subject: Subject) -> Figure:
         name="load-by-layer",
         section=EXPERTS,
         title="Load balance over depth",
-        text="All languages together: inequality of the load (0, even), the largest load beside the mean, and dead "
-        "experts, those that less than 0.1 % of the tokens choose.",
+        text="All languages together: inequality of the load (0 is even), the largest load relative to the mean, and "
+        "dead experts, which less than 0.1 % of the tokens choose.",
         draw=functools.partial(
             curves.by_depth, panels=panels_of(rows, panels), series="run", stacks=subject.stacks,
             main=subject.sides[0].name,
@@ -169,8 +169,8 @@ def _coactivation(subject: Subject) -> Figure:
     rows = fetch(subject.main, "coactivation", ("expert", "other_expert", "value", "baseline", "n"), by_layer=True)
     common = Figure(
         name="coactivation", section=EXPERTS, title="Co-activation",
-        text="Share of the row's expert's tokens for which the column's expert was chosen too. Experts stand by the "
-        "likeness of their companions.",
+        text="Share of the row expert's tokens for which the column expert was chosen too. Experts with similar rows "
+        "are adjacent.",
     )  # fmt: skip
     if len(rows) == 0:
         return dataclasses.replace(common, text="Every token has one expert (k = 1), so no two are chosen together.")
@@ -195,7 +195,7 @@ def _coactivation(subject: Subject) -> Figure:
 
 
 def _companions(rows: Table, most: int) -> list[int]:
-    """The most used experts of a router, by the likeness of their companions."""
+    """Returns the most used experts of a router, ordered so that similar co-activation profiles are adjacent."""
     names, first = np.unique(rows["expert"].tolist(), return_index=True)
     used = names[np.argsort(-rows["n"][first], kind="stable")[:most]]
     kept = rows.only(np.isin(rows["expert"], used) & np.isin(rows["other_expert"], used))

@@ -1,4 +1,4 @@
-"""Figures as files for a paper: PDF and SVG in points, PNG at 300 dots per inch."""
+"""Writes figures as files for a paper: PDF and SVG in points, PNG at 300 dots per inch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _POINTS_PER_INCH = 72
 
 
 def write_figures(subject: Subject, figures: Sequence[Figure], folder: Path, router: Router) -> list[Path]:
-    """Writes every figure that has a drawing; those of one layer are drawn for one router.
+    """Writes every figure that has a drawing; single-layer figures show the given router.
 
     Args:
-        subject: whose labels are coloured.
+        subject: the subject of the report, which determines the coloured labels.
         figures: of the report.
-        folder: where to; made if it is missing.
+        folder: target folder, created if necessary.
         router: stack and layer.
 
     Returns:
-        The files, in their order.
+        The files, in the order of the figures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []

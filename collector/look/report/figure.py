@@ -1,4 +1,4 @@
-"""A figure: its words, its tables, and how it is drawn."""
+"""Defines a figure: its texts, its tables, and its drawing."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a report is about: the runs, and what of them is shown."""
+    """The runs of a report, and the routers, labels and experts to show."""
 
     sides: Sequence[Side]
-    """The run itself first."""
+    """The main run, followed by the one to compare with, if any."""
     routers: Sequence[Router]
     labels: Sequence[str]
-    """Those that are shown: all, or those with the most tokens."""
+    """Labels to show: all, or those with the most tokens."""
     coloured: Sequence[str]
-    """Labels whose curves are drawn in colour at first."""
+    """Labels whose curves are coloured initially."""
     max_experts: int
-    """Experts of a layer that matrices show."""
+    """Maximum number of experts of a layer in matrices."""
     resamples: int
-    """Bootstrap samples of intervals and shuffles of the test of specialization; 0: neither."""
+    """Bootstrap samples of intervals and shuffles of the test of specialization; 0 omits both."""
 
     @property
     def main(self) -> Sequence[Side]:
-        """The run itself."""
+        """The main run, as a sequence of one."""
         return self.sides[:1]
 
     @property
@@ -43,35 +43,35 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure of a report, or the word why there is none."""
+    """One figure of a report, or the reason why it cannot be drawn."""
 
     name: str
     """File name and anchor."""
     section: str
     title: str
     text: str
-    """What it shows and how to read it."""
+    """What the figure shows and how to read it."""
     draw: Callable[[Layout], Any] | None = None
-    """The drawing in a layout, an Altair chart; None where there is nothing to draw, and `text` says why."""
+    """Draws an Altair chart in a layout; None if there is nothing to draw, and `text` says why."""
     tables: Mapping[str, Table] = dataclasses.field(default_factory=dict)
-    """Data set of the drawing -> its rows."""
+    """Rows by dataset of the drawing."""
     notes: Sequence[str] = ()
-    """Sample sizes, and what is left out."""
+    """Sample sizes and omissions."""
 
     @property
     def by_layer(self) -> bool:
-        """Whether it shows one layer at a time."""
+        """Whether the figure shows one layer at a time."""
         return any(table.by_layer for table in self.tables.values())
 
     def data(self, table: Table, coloured: Sequence[str]) -> list[dict[str, Any]]:
-        """Rows of a table as the drawing reads them."""
+        """Returns the rows of a table in the form that the drawing reads."""
         columns = table.cells()
         if "label" in columns:
             columns[COLOURED] = [label in coloured for label in columns["label"]]
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def spec(self, layout: Layout) -> dict[str, Any]:
-        """The drawing as Vega-Lite, without data."""
+        """Returns the drawing as a Vega-Lite specification without data."""
         assert self.draw is not None
         found: dict[str, Any] = self.draw(layout).to_dict()
         return found | {"description": f"{self.title}. {self.text}"}

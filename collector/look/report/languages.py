@@ -1,4 +1,4 @@
-"""Figures about languages: who uses which experts, how much alike, and in which layers."""
+"""Defines the figures about languages: which experts they use, how similar they are, and in which layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHARES = {"topk": "share of all picks", "top1": "share of the picks with the hi
 
 
 def figures(subject: Subject) -> list[Figure]:
-    """All of this family, in the order of the page."""
+    """Returns all figures of this module, in the order of the page."""
     overlap = _overlap(subject)
     trees = _trees(subject, overlap)
     return [
@@ -44,7 +44,7 @@ def figures(subject: Subject) -> list[Figure]:
 
 
 def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figure]:
-    """The run's heatmap, and the compared run's in the same order."""
+    """Returns the heatmap of the main run, and that of the compared run in the same order."""
     columns = ("label", "expert", "value", "baseline", "lift", "n")
     tables = [
         fetch([side], "domain_specialization", columns, where=in_labels(subject.labels), by_layer=True)
@@ -67,7 +67,7 @@ def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figu
                 section=SPECIALIZATION,
                 title="Domain specialization" if main else f"Domain specialization, {side.name}",
                 text="Share of a language's tokens for which the expert is among the k chosen. "
-                + ("Languages stand in the order of the dendrogram below, experts by the likeness of their columns."
+                + ("Languages are in the order of the dendrogram below; experts with similar columns are adjacent."
                    if main else "Same colours, languages and experts in the same order as above."),
                 draw=functools.partial(
                     charts.matrix, x="expert", y="label", columns=_most(own, "expert"), rows=len(subject.labels),
@@ -84,12 +84,12 @@ def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figu
 
 
 def _can_be_tested(rows: Table) -> bool:
-    """Whether every router has another language to compare one with; a label may have special tokens only."""
+    """Whether every router has at least two languages to compare; a label may have special tokens only."""
     return all(len(set(rows.of(router)["label"].tolist())) > 1 for router in set(rows.routers()))
 
 
 def _tested(rows: Table, side: Side, resamples: int) -> Table:
-    """With the q value of each cell, of a test of all of them."""
+    """Adds the q value of each cell, from one test of all cells."""
     test = inference.specialization_test(document_counts(side.run), resamples=resamples)
     keys = [test[name].to_pylist() for name in ("stack", "layer", "label", "expert")]
     q = dict(zip(zip(*keys, strict=True), test["q"].to_pylist(), strict=True))
@@ -101,7 +101,7 @@ def _tested(rows: Table, side: Side, resamples: int) -> Table:
 
 def _significance(rows: Table, resamples: int) -> str:
     if not resamples:
-        return "No test of significance was asked for (--resamples)."
+        return "No test of significance was requested (--resamples)."
     if "q" not in rows.columns:
         return "No test of significance: it compares a language with the others, and there are tokens of one only."
     found = int((rows["q"] < 0.05).sum())
@@ -112,7 +112,7 @@ def _significance(rows: Table, resamples: int) -> str:
 
 
 def _most_specialised(rows: Table, most: int) -> list[int]:
-    """The experts that some language uses most, as many as are shown."""
+    """Returns the experts with the highest share in any language, at most `most` of them."""
     _, experts, values_de = matrix(rows, "label", "expert")
     best = np.argsort(-values_de.max(0), kind="stable")[:most]
     return sorted(experts[place] for place in best)
@@ -130,17 +130,17 @@ def _top_experts(subject: Subject, trees: Mapping[Router, Tree]) -> Figure:
     rows = rows.having(_row=places(rows, "label", {router: tree.leaves for router, tree in trees.items()}))
     shares = {metric: (words, extent(rows, metric)[1]) for metric, words in _SHARES.items()}
     beside = (
-        f"Beside it {subject.sides[1].name}: favourites that all languages share are not specialization."
+        f"For comparison {subject.sides[1].name}: favourites that all languages share are not specialization."
         if len(subject.sides) > 1
-        else "Favourites that all languages share are not specialization: --compare puts the same model with random "
-        "weights beside it."
+        else "Favourites that all languages share are not specialization: use --compare to show the same model with "
+        "random weights next to it."
     )
     return Figure(
         name="top-experts",
         section=SPECIALIZATION,
         title="The most used experts of each language",
-        text=f"The numbers are experts, the colours their shares: of all the k picks of each token, and of the picks "
-        f"with the highest weight; colours grow with the square root. {beside}",
+        text=f"Numbers are experts, colours their shares: of all k picks of each token, and of the picks with the "
+        f"highest weight. Colours follow the square root. {beside}",
         draw=functools.partial(
             charts.ranks,
             metrics=shares,
@@ -173,8 +173,8 @@ def _trees(subject: Subject, overlap: Table) -> dict[Router, Tree]:
 def _matrices(subject: Subject, overlap: Table, trees: Mapping[Router, Tree]) -> Figure:
     common = Figure(
         name="overlap", section=LIKENESS, title="Divergence between languages",
-        text="Jensen–Shannon divergence of two languages' shares of picks, in bits: 0, the same experts; 1, none in "
-        "common. To the right the dendrogram, average linkage of these divergences.",
+        text="Jensen–Shannon divergence of two languages' shares of picks, in bits: 0 for the same experts, 1 for none "
+        "in common. On the right the dendrogram by average linkage of these divergences.",
     )  # fmt: skip
     if len(subject.labels) < 2:
         return dataclasses.replace(common, text="There is one language only: nothing to compare.")
@@ -192,7 +192,7 @@ def _matrices(subject: Subject, overlap: Table, trees: Mapping[Router, Tree]) ->
 
 
 def _branches(overlap: Table, trees: Mapping[Router, Tree]) -> Table:
-    """The joints of all trees as points of lines; no data, so that nobody takes it for such."""
+    """Returns the joints of all trees as points of lines, without the data columns of the query."""
     points = [
         (router, joint, step, place, height)
         for router, tree in trees.items()
@@ -229,7 +229,7 @@ def _depth(subject: Subject) -> Figure:
                      "third_quartile": "Q", "n": "Q"},
         ),
         tables={"rows": rows},
-        notes=[f"{span(rows['n'])} pairs of languages. Bands: the middle half of the pairs, which is no interval."],
+        notes=[f"{span(rows['n'])} pairs of languages. Bands: the middle half of the pairs, not an interval."],
     )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def _depth(subject: Subject) -> Figure:
 
 
 def _most(table: Table, column: str) -> int:
-    """Of how many different values a router has at most."""
+    """Returns the maximum number of distinct values of a column in any router."""
     return max((len(set(table.of(router)[column].tolist())) for router in set(table.routers())), default=0)
 
 

@@ -1,5 +1,5 @@
-// Draws the figures of the report: decodes the data, gives each drawing the rows of the chosen layer, and nothing more.
-// No number is computed here. Everything comes from this file: the policy of the page forbids any request.
+// Draws the figures of the report: decodes the data and passes each drawing the rows of the chosen layer.
+// No metric is computed here. The page contains everything: its content security policy forbids requests.
 "use strict";
 
 (async () => {
@@ -30,7 +30,7 @@
     return rows;
   }
 
-  // A table is columns, or for one that is drawn layer by layer a list of them, in the order of the routers.
+  // A table is an object of columns, or, if it is drawn layer by layer, a list of them in the order of the routers.
   const shown = (table) => rowsOf(Array.isArray(table) ? table[Number(slider.value)] : table);
 
   async function draw(figure) {
@@ -69,7 +69,7 @@
     return Math.max(top - window.innerHeight, -bottom, 0);
   };
 
-  // What is in sight is drawn first, and a further move ends the drawing of one that is out of date.
+  // Visible figures are drawn first; another move of the slider cancels drawings that are out of date.
   let moving = null;
   let wanted = false;
   async function showLayer() {

@@ -1,7 +1,7 @@
-"""The report as one HTML file that opens from a disk and asks no network for anything.
+"""Renders the report as one self-contained HTML file that makes no network requests.
 
-Everything is inside: the drawing library, the data (gzip in base64), the script. The page's policy allows exactly the
-two scripts that are written here, by their hashes, and no request, so that a text of the data can neither run nor call.
+The file contains everything: the drawing library, the data (gzip in base64), the script. Its content security policy
+allows only the two scripts written here, by their hashes, and no requests, so text in the data cannot run as code.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 
 _PACKAGE = "moe-routing-collector"
 MAX_COLOURED = 8
-"""As many colours as there are."""
+"""Number of colours in the themes."""
 
 
 def render(
     subject: Subject, figures: Sequence[Figure], *, cards: Sequence[Card], labels: LabelTable, title: str, lead: str,
     warnings: Sequence[Mapping[str, str]], start: int,
 ) -> str:  # fmt: skip
-    """The page.
+    """Renders the page.
 
     Args:
-        subject: the runs, and what of them is shown.
-        figures: in their order; those of a section follow each other.
+        subject: the subject of the report.
+        figures: in the order of the page; those of a section are consecutive.
         cards: of the runs.
-        labels: the texts of the run.
+        labels: table of the run's labels.
         title: of the page.
-        lead: the sentence under it.
+        lead: sentence under the title.
         warnings: `head` and `text` of each.
-        start: place of the router that is shown first.
+        start: index of the router that is shown first.
     """
     library, script, written_by = _library(), _read("page.js"), version(_PACKAGE)
     environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
@@ -67,13 +67,13 @@ def render(
 
 
 def router_name(router: Router, subject: Subject) -> str:
-    """A router in words."""
+    """Returns the display name of a router."""
     stack, layer = router
     return f"layer {layer}" if len(subject.stacks) == 1 else f"{stack} layer {layer}"
 
 
 def _payload(subject: Subject, figures: Sequence[Figure], start: int) -> dict[str, Any]:
-    """What the script draws from; tables that several figures share are there once."""
+    """Returns the input of the page's script."""
     drawn = [figure for figure in figures if figure.draw]
     tables = {f"{figure.name}/{name}": table for figure in drawn for name, table in figure.tables.items()}
     return {
@@ -96,7 +96,7 @@ def _payload(subject: Subject, figures: Sequence[Figure], start: int) -> dict[st
 
 
 def _columns(table: Table, routers: Sequence[Router]) -> Any:
-    """Columns for JSON; of a table that is drawn layer by layer, those of each router."""
+    """Returns columns for JSON; for a table that is drawn layer by layer, a list of those of each router."""
     if not table.by_layer:
         return table.cells()
     parts = [table.of(router).cells() for router in routers]
@@ -112,7 +112,7 @@ def _sections(figures: Sequence[Figure]) -> list[dict[str, Any]]:
 
 
 def _words(figure: Figure) -> dict[str, Any]:
-    """What the template says of a figure."""
+    """Returns the template's input for a figure."""
     tables = {(table.query, tuple(table.commands())): table for table in figure.tables.values()}
     sources = []
     for table in tables.values():
@@ -124,13 +124,13 @@ def _words(figure: Figure) -> dict[str, Any]:
 
 
 def _library() -> str:
-    """Vega, Vega-Lite and vega-embed as one script that sets `vegaEmbed`."""
+    """Returns Vega, Vega-Lite and vega-embed as one script that sets `vegaEmbed`."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return bundle.replace("</script", "<\\/script")
 
 
 def _policy(*scripts: str) -> str:
-    """The page's content security policy: these scripts, inline styles, and no request."""
+    """Returns the page's content security policy: these scripts, inline styles, and no requests."""
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
     )

@@ -1,7 +1,7 @@
-"""What figures are drawn from: rows of queries, as columns, with the commands that give the same rows.
+"""Fetches the data of figures: rows of queries, as columns, with the commands that reproduce them.
 
-Guarantees: every number is a query's; here rows are only chosen, put side by side and rounded. Columns whose name
-begins with an underscore are places in a drawing and not data.
+Guarantees: every number comes from a query; here rows are only filtered, combined and rounded. Columns whose names
+start with an underscore are positions in a drawing, not data.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 Router = tuple[str, int]
 """Stack and layer."""
 INTERVAL = ("low", "high")
-"""Columns of an interval, where there is one."""
+"""Columns of an interval, if there is one."""
 LEVEL = 95
-"""Of intervals, in percent."""
+"""Level of intervals, in percent."""
 _DIGITS = 4
 
 
@@ -36,59 +36,59 @@ class Side:
     """One of the runs that a report shows."""
 
     name: str
-    """How figures call it."""
+    """Name in figures."""
     root: str
-    """Where it is, as the command line named it."""
+    """Run directory, as given on the command line."""
     run: Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of one query, of one run or of several under each other."""
+    """Rows of one query, from one run or stacked from several."""
 
     query: str
     params: Mapping[str, object]
     sides: Sequence[Side]
     columns: Mapping[str, np.ndarray]
-    """Name -> one cell per row; stack, layer and run first. Masked where a cell is null."""
+    """Columns by name, one cell per row, masked where null; stack, layer and run come first."""
     by_layer: bool
     """Whether a drawing shows one layer at a time."""
     resamples: int = 0
-    """Bootstrap samples behind the intervals of the first run; 0: there are none."""
+    """Bootstrap samples for the intervals of the first run; 0 if there are no intervals."""
     also: Sequence[str] = ()
-    """Further command lines that give columns of this table, of all layers at once."""
+    """Further command lines that reproduce columns of this table, for all layers at once."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """Returns the number of rows."""
         return len(self.columns["layer"])
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A column."""
+        """Returns a column."""
         return self.columns[name]
 
     def having(self, **columns: Iterable[Any]) -> Table:
-        """The table with more columns, or with others."""
+        """Returns the table with columns added or replaced."""
         added = {name: np.ma.asarray(list(cells)) for name, cells in columns.items()}
         return self.replacing({**self.columns, **added})
 
     def replacing(self, columns: Mapping[str, np.ndarray]) -> Table:
-        """The same source with other columns."""
+        """Returns a table of the same source with other columns."""
         return dataclasses.replace(self, columns=columns)
 
     def only(self, keep: np.ndarray) -> Table:
-        """The rows for which `keep` is true."""
+        """Returns the rows for which `keep` is true."""
         return self.replacing({name: column[keep] for name, column in self.columns.items()})
 
     def of(self, router: Router) -> Table:
-        """The rows of one router."""
+        """Returns the rows of one router."""
         return self.only((self["stack"] == router[0]) & (self["layer"] == router[1]))
 
     def routers(self) -> list[Router]:
-        """The routers of all rows, row by row."""
+        """Returns the router of each row."""
         return list(zip(self["stack"].tolist(), self["layer"].tolist(), strict=True))
 
     def commands(self) -> list[str]:
-        """The command lines that write these rows, without the choice of a layer; one per run."""
+        """Returns the command lines that write these rows, one per run, without the choice of a layer."""
         given = [f"--{name.replace('_', '-')} {_as_text(value)}" for name, value in self.params.items()]
         drawn = [f"--interval {LEVEL} --resamples {self.resamples}"] if self.resamples else []
         return [
@@ -97,7 +97,7 @@ class Table:
         ]
 
     def cells(self) -> dict[str, list[Any]]:
-        """Columns for JSON, numbers rounded to 4 significant digits."""
+        """Returns columns for JSON, with floats rounded to 4 significant digits."""
         return {name: _cells(column) for name, column in self.columns.items()}
 
 
@@ -111,15 +111,15 @@ def fetch(
     resamples: int = 0,
     **params: object,
 ) -> Table:
-    """Asks every run the same question.
+    """Runs the same query over every run.
 
     Args:
         sides: the runs.
         query: of `queries/`.
-        columns: to keep, besides stack, layer, run, and the interval.
-        where: which rows to keep, in SQL.
+        columns: columns to keep, besides stack, layer, run, and the interval.
+        where: SQL condition of the rows to keep.
         by_layer: see `Table`.
-        resamples: bootstrap samples for intervals, which the first run gets; 0 for none.
+        resamples: bootstrap samples for intervals of the first run; 0 for none.
         **params: of the query.
     """
     parts = []
@@ -145,19 +145,19 @@ def _with_intervals(side: Side, query: str, resamples: int, params: Mapping[str,
 
 
 def in_labels(labels: Sequence[str], column: str = "label") -> str:
-    """SQL condition that keeps the rows of these labels."""
+    """Returns an SQL condition that keeps the rows of these labels."""
     return f"{column} in ({', '.join(literal(label) for label in labels)})"
 
 
 def places(table: Table, column: str, orders: Mapping[Router, Sequence[Any]]) -> list[int]:
-    """Row by row, the place of a cell in the order that holds at the row's router."""
+    """Returns for each row the position of its cell in the order of its router."""
     found = {router: {item: place for place, item in enumerate(order)} for router, order in orders.items()}
     cells = zip(table.routers(), table[column].tolist(), strict=True)
     return [found[router].get(cell, len(found[router])) for router, cell in cells]
 
 
 def matrix(rows: Table, row: str, column: str, *, value: str = "value") -> tuple[list[Any], list[Any], np.ndarray]:
-    """Rows of one router and run as a matrix: names of its rows, of its columns, and the values; 0 where none is."""
+    """Pivots the rows of one router and run: returns row names, column names, and a matrix with 0 for missing cells."""
     row_names, row_places = np.unique(rows[row].tolist(), return_inverse=True)
     column_names, column_places = np.unique(rows[column].tolist(), return_inverse=True)
     values = np.zeros((len(row_names), len(column_names)))
@@ -166,19 +166,19 @@ def matrix(rows: Table, row: str, column: str, *, value: str = "value") -> tuple
 
 
 def span(numbers: np.ndarray, words: Callable[[float], str] = "{:,}".format) -> str:
-    """The least and the largest of some numbers, in words."""
+    """Formats the range of some numbers."""
     low, high = numbers.min().item(), numbers.max().item()
     return words(low) if low == high else f"{words(low)} – {words(high)}"
 
 
 def extent(table: Table, metric: str, *columns: str, zero: bool = True) -> tuple[float, float]:
-    """The least and the largest value of a metric and its baseline, and of other columns that the table has.
+    """Returns the minimum and maximum over a metric, its baseline, and other columns if the table has them.
 
     Args:
         table: with a column `metric`.
-        metric: its name there.
-        *columns: further ones that are drawn on the same axis.
-        zero: begin at zero.
+        metric: name of the metric.
+        *columns: further columns that are drawn on the same axis.
+        zero: whether the range starts at zero.
     """
     rows = table.only(table["metric"] == metric)
     drawn = [rows[name] for name in ("value", "baseline", *columns) if name in rows.columns]

@@ -1,8 +1,8 @@
-"""How figures look: configurations of Vega-Lite for a light and a dark page, and for paper.
+"""Defines the style of figures: Vega-Lite configurations for a light page, a dark page, and paper.
 
-The colours of categories are those of Okabe and Ito, told apart with any colour vision; those of numbers grow steadily
-in lightness, so they also read in grey. Marks name a style (`faint`, `baseline` …) and each configuration gives it a
-colour.
+Colours of categories are based on Okabe and Ito's, which are distinct for all kinds of colour vision. Colours of
+numbers change steadily in lightness, so they also work in grey. Marks name a style (`faint`, `baseline` …), and each
+configuration gives it a colour.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures about experts and the tokens that they are there for."""
+"""Defines the figures about experts and their favourite tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from collector.look.report.tables import Router, Table
 
 WORDS = 8
-"""Tokens of each expert that are shown."""
+"""Number of tokens to show for each expert."""
 _PIECE = re.compile("<[0-9A-F]{2}>")
-"""A byte of a character that several tokens make up."""
+"""A single byte of a character that is split over several tokens."""
 SHOWN_EXPERTS = 64
-_NO_IDS = "This run holds no token ids (or none that occurs ten times), so tokens and experts cannot be told together."
+_NO_IDS = "This run has no token ids (or none that occurs ten times), so experts cannot be related to tokens."
 
 
 def figures(subject: Subject) -> list[Figure]:
-    """All of this family, in the order of the page."""
+    """Returns all figures of this module, in the order of the page."""
     return [_vocabulary_by_layer(subject), _vocabulary(subject)]
 
 
@@ -40,8 +40,8 @@ def _vocabulary_by_layer(subject: Subject) -> Figure:
     )
     common = Figure(
         name="vocabulary-by-layer", section=EXPERTS, title="Vocabulary specialization over depth",
-        text="How much of a token's occurrences its favourite expert gets, mean over the vocabulary: 1, the layer "
-        "routes by token identity alone.",
+        text="The share of a token's occurrences that choose its favourite expert, mean over the vocabulary: at 1 the "
+        "layer routes by token identity alone.",
     )  # fmt: skip
     if len(rows) == 0:
         return dataclasses.replace(common, text=_NO_IDS)
@@ -70,8 +70,8 @@ def _vocabulary(subject: Subject) -> Figure:
     shown = rows.only(rows["_row"] <= SHOWN_EXPERTS)
     return dataclasses.replace(
         common,
-        text="For each expert the tokens whose favourite it is, and the mean share of their occurrences that it gets; "
-        "the dashed line is chance. Behind it the most specialised of these tokens; ␣ is a space, and pieces of "
+        text="For each expert, the mean share that it gets of the occurrences of tokens whose favourite it is; the "
+        "dashed line is chance. Next to it the most specialised of these tokens; ␣ is a space, and pieces of "
         "characters are left out.",
         draw=functools.partial(
             curves.bars_with_words,
@@ -90,7 +90,7 @@ def _told(ranks: np.ndarray) -> list[str]:
 
 
 def _words(subject: Subject, shown: Table) -> Table:
-    """The first tokens of each expert that is shown, in the row of its bar."""
+    """Returns the first tokens of each expert in the figure, placed in the row of its bar."""
     rows_of = dict(zip(_keys(shown), shown["_row"].tolist(), strict=True))
     columns = ("expert", "rank", "token", "value", "baseline", "n")
     found = fetch(subject.main, "expert_tokens", columns, by_layer=True, n=2 * WORDS)
@@ -108,10 +108,10 @@ def _words(subject: Subject, shown: Table) -> Table:
 
 
 def _keys(rows: Table) -> list[tuple[Router, int]]:
-    """Router and expert, row by row."""
+    """Returns router and expert of each row."""
     return list(zip(rows.routers(), rows["expert"].tolist(), strict=True))
 
 
 def readable(token: str) -> str:
-    """A token with its white space visible, kept from mixing with tokens that are written the other way."""
+    """Makes a token's white space visible, and isolates its text direction from that of its neighbours."""
     return "\u2068" + token.translate({32: "␣", 10: "⏎", 9: "⇥"}) + "\u2069"

@@ -1,4 +1,4 @@
-"""Puts a report together: opens the runs, asks the queries, writes the page and the figures."""
+"""Assembles a report: opens the runs, executes the queries, writes the page and the figures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from collector.query.warehouse import Run
 
 MAX_LABELS = 60
-"""Languages that matrices show: those with the most tokens."""
+"""Maximum number of languages in matrices, those with the most tokens."""
 MAX_CELLS = 250_000
-"""Of all layers' matrices of experts together; above it the least used experts are left out."""
+"""Maximum cells in the expert matrices of all layers together; beyond it the least used experts are left out."""
 RESAMPLES = 200
-"""Enough to look at; a paper wants 1,000."""
+"""Enough for a look; use 1,000 for a paper."""
 FEW = 6
-"""Languages whose curves are in colour at first."""
+"""Number of languages whose curves are coloured initially."""
 
 
 def write(
@@ -42,14 +42,14 @@ def write(
     Args:
         root: the run.
         out: the HTML file.
-        compare: another run, as a rule the same model with random weights.
+        compare: another run to compare with, usually of the same model with random weights.
         figures: folder for the figures as PDF, SVG and PNG.
-        layer: that is shown first, and in figures of one layer (default: the one in the middle).
-        labels: whose curves are in colour (default: those with the most tokens).
-        resamples: bootstrap samples of intervals and shuffles of the test of specialization; 0 for neither.
+        layer: layer that the page shows first and that single-layer figures show (default: the one in the middle).
+        labels: labels whose curves are coloured (default: those with the most tokens).
+        resamples: bootstrap samples of intervals and shuffles of the test of specialization; 0 omits both.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -125,7 +125,7 @@ def _warnings(cards: Sequence[card.Card], subject: Subject, labels: int) -> list
     found = [
         {
             "head": f"{each.name}: incomplete.",
-            "text": f"{each.shards[0]:,} of {each.shards[1]:,} shards are committed; all numbers are of these.",
+            "text": f"{each.shards[0]:,} of {each.shards[1]:,} shards are committed; all numbers come from these.",
         }
         for each in cards
         if not each.complete

@@ -1,7 +1,7 @@
-"""A document token by token: which expert each router chose, for a text given now or a document of a run.
+"""Shows a document token by token, with the expert that each router chose, for a new text or a document of a run.
 
-`collecting` sends a text through a model, `reading` reads a document of a run, `printing` and `page` show it;
-`pieces` and `palette` say how tokens are written and coloured wherever that is.
+`collecting` runs a model over a text, `reading` reads a document of a run, `printing` and `page` show it; `pieces` and
+`palette` define how tokens are written and coloured.
 """
 
 from __future__ import annotations

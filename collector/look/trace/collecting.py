@@ -1,7 +1,7 @@
-"""One text through a model, in this process: a run of one document, as `collector collect` writes them.
+"""Runs a model over one text, in this process, as a run of one document like those of `collector collect`.
 
-So the trace of a text is what a collection would record of it, and the query that reads it is the one that reads runs
-of millions of documents. The run goes with the context.
+So the trace of a text is exactly what a collection would record, and the same query reads it as reads runs of millions
+of documents. The run is deleted at the end of the context.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def collected(
 
     Args:
         text: the document.
-        model: which model.
-        capture: which routers, and how many tokens at most.
-        device: where it runs; `auto` takes a GPU where there is one.
-        loaded: what `models.load` gave for this model, if it is there already.
+        model: settings of the model.
+        capture: which routers to record, and the maximum number of tokens.
+        device: where the model runs; `auto` takes a GPU if there is one.
+        loaded: the model from `loading.load`, if it is loaded already.
 
     Yields:
         A complete run whose only document is the text.
@@ -55,7 +55,7 @@ def collected(
 
 
 def was_cut(run: Run) -> bool:
-    """Whether the text was longer than what the model was given."""
+    """Whether the text was truncated."""
     return run.sql("select truncated from documents").fetchall() == [(True,)]
 
 

@@ -1,8 +1,8 @@
-"""A trace as a page: one HTML file that opens from a disk and loads nothing.
+"""Renders a trace as one self-contained HTML file.
 
-Each token is a button in the colour of its expert, weight or entropy; pointing at it, or going there by keyboard, tells
-all k experts with their weights, and choosing it marks every token that has its expert. `tokens` and `legend` are the
-parts that the explorer shows as well; how they look and act is in `view.css` and `view.js`.
+Each token is a button in the colour of its expert, weight or entropy. Hovering or focusing it shows all k experts with
+their weights; clicking it marks every token with the same expert. The explorer also uses `tokens` and `legend`, whose
+style and behaviour are in `view.css` and `view.js`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FOLDER = Path(__file__).parent
 CSS = (_FOLDER / "view.css").read_text(encoding="utf-8")
 JS = (_FOLDER / "view.js").read_text(encoding="utf-8")
 BY = ("expert", "weight", "entropy")
-"""What the colour can stand for."""
+"""Possible meanings of the colours."""
 
 _START = """
 const view = document.querySelector(".view");
@@ -39,24 +39,24 @@ for (const choice of view.querySelectorAll("[name=by]")) {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scales:
-    """From where to where the colours of a trace reach, the same for all its routers."""
+    """Ranges of the colour scales of a trace, the same for all its routers."""
 
     weight: tuple[float, float]
     entropy: tuple[float, float]
 
     @classmethod
     def of(cls, trace: Trace) -> Scales:
-        """The lowest and the highest of the trace."""
+        """Returns the ranges of the values in the trace."""
         decisions = [each for router in trace.routers for each in router.decisions]
         return cls(weight=_ends(each.weight for each in decisions), entropy=_ends(each.entropy for each in decisions))
 
 
 def page(trace: Trace, title: str) -> str:
-    """The whole page.
+    """Renders the whole page.
 
     Args:
-        trace: what to show.
-        title: which model routed the text.
+        trace: the trace to show.
+        title: description of the model.
 
     Returns:
         HTML.
@@ -103,7 +103,7 @@ def _choice() -> str:
 
 
 def tokens(router: Router, name: str, scales: Scales) -> str:
-    """The text, a button a token."""
+    """Renders the text with a button per token."""
     colours = palette.by_frequency(each.expert for each in router.decisions)
     direction = "rtl" if pieces.is_right_to_left("".join(t.text for t in router.tokens if not t.is_special)) else "ltr"
     buttons = [
@@ -135,7 +135,7 @@ def _button(token: Token, decision: Decision, colour: str, scales: Scales, most:
 
 
 def legend(router: Router, scales: Scales) -> str:
-    """What the colours stand for: the most frequent experts, or two ends of a scale."""
+    """Renders the legend of the colours: the most frequent experts, or the two ends of a scale."""
     counts = Counter(each.expert for each in router.decisions)
     named = [(expert, colour) for expert, colour in palette.by_frequency(counts.elements()).items()]
     chips = "".join(
@@ -160,7 +160,7 @@ def _ramp(by: str, low: float, high: float) -> str:
 
 
 def _tables(trace: Trace) -> Iterable[str]:
-    """A table of each stack's tokens: routers across."""
+    """Renders a table per stack, with tokens as rows and routers as columns."""
     for stack in dict.fromkeys(router.token_stack for router in trace.routers):
         routers = [router for router in trace.routers if router.token_stack == stack]
         heads = "".join(f'<th scope="col">{html.escape(trace.name(router))}</th>' for router in routers)

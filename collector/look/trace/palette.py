@@ -1,8 +1,8 @@
-"""Colours that stay apart for colour-blind readers, all light enough for black letters on them.
+"""Colours that colour-blind readers can distinguish, all light enough for black text.
 
-An expert's number is always written beside its colour: no palette tells 64 experts apart, so colour shows which tokens
-share one of the text's most frequent experts, and the number says which. Experts of different layers have nothing to
-do with each other, so each layer has colours of its own.
+No palette distinguishes 64 experts, so an expert's number is always written next to its colour: the colour shows which
+tokens share one of the text's most frequent experts, and the number says which one. Experts of different layers are
+unrelated, so each layer assigns its colours separately.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 INK = "#000000"
-"""Of letters on any of these colours; contrast 7:1 and more."""
+"""Colour of text on all of these colours; the contrast is 7:1 or more."""
 EXPERTS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00")
-"""For the eight most frequent: Paul Tol's light scheme, made for labels in black (SRON/EPS/TN/09-002)."""
+"""Colours of the eight most frequent experts: Paul Tol's light scheme, made for black labels (SRON/EPS/TN/09-002)."""
 OTHERS = "#DDDDDD"
-"""For all other experts, of the same scheme."""
+"""Colour of all other experts, from the same scheme."""
 _RAMP = ("#FFFFE5", "#FFF7BC", "#FEE391", "#FEC44F", "#FB9A29")
 """From low to high: the light half of Tol's YlOrBr."""
 
 
 def by_frequency(experts: Iterable[int]) -> dict[int, str]:
-    """Expert -> colour, for the experts of a text: the most frequent first, then by number."""
+    """Returns the colours of a text's experts, the most frequent first, then by number."""
     ranked = sorted(Counter(experts).items(), key=lambda item: (-item[1], item[0]))
     return {expert: EXPERTS[rank] if rank < len(EXPERTS) else OTHERS for rank, (expert, _) in enumerate(ranked)}
 
 
 def along(value: float, low: float, high: float) -> str:
-    """Colour of a value between `low` and `high`; the highest where there is no between."""
+    """Returns the colour of a value between `low` and `high`; the last colour if the range is empty."""
     share = min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 1.0
     place = share * (len(_RAMP) - 1)
     first = min(int(place), len(_RAMP) - 2)
@@ -39,7 +39,7 @@ def along(value: float, low: float, high: float) -> str:
 
 
 def ramp() -> str:
-    """All colours of `along` from low to high, as CSS."""
+    """Returns the colours of `along` from low to high as a CSS gradient."""
     return f"linear-gradient(to right,{','.join(_RAMP)})"
 
 

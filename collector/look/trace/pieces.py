@@ -1,9 +1,8 @@
-"""Tokens as people can read them, wherever they are shown.
+"""Makes tokens readable for display.
 
-A run's vocabulary has decoded byte-level pieces already, and spells bytes that are no whole character as `<E3><81>`.
-`read_on` makes a text of such pieces again. `visible` is how a piece behaves on a screen: nothing is invisible, nothing
-acts on the terminal or turns the line around, and a mark that combines with the letter before it has something of its
-own to combine with.
+A run's vocabulary contains decoded byte-level pieces, with incomplete characters spelled in bytes such as `<E3><81>`.
+`read_on` turns such pieces back into text. `visible` makes a piece safe to display: nothing is invisible, nothing
+controls the terminal or reverses the line, and a combining mark gets its own base character.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ if TYPE_CHECKING:
 
 _SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 _JOINERS = "\u200c\u200d"
-"""Zero width (non-)joiner: they shape the letters beside them, so inside a piece they stay."""
+"""Zero width (non-)joiners shape adjacent letters, so they are kept inside a piece."""
 _CIRCLE = "◌"
-"""What Unicode shows a combining mark on that stands alone."""
+"""Unicode's base character for a combining mark on its own."""
 _RUNS = re.compile(r"((?:<[0-9A-F]{2}>)+)")
-"""Bytes, as the vocabulary spells them."""
+"""Bytes in the vocabulary's spelling."""
 _GOES_ON = "‥"
-"""A character of which only some bytes are there."""
+"""Placeholder for an incomplete character."""
 
 
 def read_on(tokens: Iterable[str | None]) -> Iterator[str | None]:
-    """Each token as what it adds to the text: the characters that its bytes complete.
+    """Yields what each token adds to the text: the characters that its bytes complete.
 
     Args:
-        tokens: neighbours, as the vocabulary spells them; None where there is no spelling.
+        tokens: consecutive tokens in the vocabulary's spelling; None where there is no spelling.
 
     Yields:
-        `<EC><97>` as `‥`, because its character goes on, and `<AC>` behind it as `여`; most pieces as they are.
+        `‥` for `<EC><97>`, because its character is incomplete, `여` for the following `<AC>`; most pieces unchanged.
     """
     return _decoded(None if token is None else _bytes(token) for token in tokens)
 
 
 def in_context(before: str, token: str, after: str) -> tuple[str, ...]:
-    """The same of a token and of what stands around it, many spellings in a row; what is cut off at an end as `‥`."""
+    """Does the same for a token and its context, each a sequence of spellings; cut-off characters become `‥`."""
     rows = (_RUNS.split(text) for text in (before, token, after))
     found = _decoded(b"".join(_bytes(part) for part in parts) for parts in rows)
     return tuple(re.sub("\ufffd+", _GOES_ON, text or "") for text in found)
@@ -65,11 +64,11 @@ def _decoded(parts: Iterable[bytes | None]) -> Iterator[str | None]:
 
 
 def visible(token: str | None, token_id: int | None = None) -> str:
-    """A token as it can be shown; its spaces stay.
+    """Makes a token displayable; its spaces are kept.
 
     Args:
-        token: its spelling; None where the run has none.
-        token_id: shown instead, as `#17`.
+        token: its spelling; None if the run has none.
+        token_id: shown instead of a missing spelling, as `#17`.
 
     Returns:
         At least one character.
@@ -82,20 +81,20 @@ def visible(token: str | None, token_id: int | None = None) -> str:
 
 
 def spelled(piece: str) -> str:
-    """A visible piece for a column of a table, where a space at either end would be lost."""
+    """Marks the leading and trailing spaces of a visible piece, which would be lost in a table."""
     body = piece.strip(" ")
     before = len(piece) - len(piece.lstrip(" "))
     return "␣" * before + body + "␣" * (len(piece) - before - len(body))
 
 
 def is_right_to_left(text: str) -> bool:
-    """Whether more of its letters are written from right to left than from left to right."""
+    """Whether more letters of the text are written from right to left than from left to right."""
     directions = Counter(map(unicodedata.bidirectional, text))
     return directions["R"] + directions["AL"] > directions["L"]
 
 
 def _shown(sign: str) -> str:
-    """One character: itself, a sign for it, or its number (controls, directions, other spaces, unassigned)."""
+    """Returns a character, a visible sign for it, or its code (controls, directions, other spaces, unassigned)."""
     category = unicodedata.category(sign)
     hidden = category[0] == "C" or (category[0] == "Z" and sign != " ")
     return _SIGNS.get(sign, f"<U+{ord(sign):04X}>") if hidden else sign

@@ -1,7 +1,7 @@
-"""A trace in the terminal: the text once per router, each token in its expert's colour, then the table of numbers.
+"""Prints a trace in the terminal: the text once per router, with tokens in their expert's colour, then a table.
 
-The number of the expert always stands beside the token: small where there are colours, and in brackets, which then are
-also what separates the tokens, where there are none (a pipe, NO_COLOR).
+The number of the expert always follows the token: as a subscript if there are colours; otherwise (a pipe, NO_COLOR) in
+brackets, which then also separate the tokens.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 _SMALL = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _LEFT_TO_RIGHT_MARK = "\u200e"
 _LONGEST = 24
-"""Cells of a token in the table; what is longer is cut with an ellipsis."""
+"""Maximum width of a token in the table, in cells; longer ones are cut with an ellipsis."""
 
 
 def show(trace: Trace, out: Console, title: str) -> None:
     """Prints the text by router, then the table.
 
     Args:
-        trace: what to show.
-        out: where, with colours or without.
-        title: which model routed the text.
+        trace: the trace to show.
+        out: console to print to, with or without colours.
+        title: description of the model.
     """
     out.print(Text(title), soft_wrap=True)
     out.print()
@@ -64,7 +64,7 @@ def _scales(trace: Trace) -> str:
 
 
 def _lines(router: Router, width: int, *, coloured: bool) -> Iterator[Text]:
-    """The text, broken between tokens, and after one that breaks it itself."""
+    """Yields the text in lines, broken between tokens and after tokens that end with a line break."""
     colours = palette.by_frequency(each.expert for each in router.decisions)
     line = Text()
     for token, decision in zip(router.tokens, router.decisions, strict=True):
@@ -89,7 +89,7 @@ def _style(colour: str) -> Style:
 
 
 def _tables(trace: Trace, width: int, *, coloured: bool) -> Iterator[Table]:
-    """Tokens down, routers across, as many beside each other as there is room for."""
+    """Yields tables with tokens as rows and routers as columns, as many columns as fit the width."""
     for stack in dict.fromkeys(router.token_stack for router in trace.routers):
         routers = [router for router in trace.routers if router.token_stack == stack]
         tokens = [_name(token) for token in routers[0].tokens]
@@ -116,7 +116,7 @@ def _table(trace: Trace, routers: Sequence[Router], tokens: Sequence[str], colum
 
 
 def _name(token: Token) -> str:
-    """The token in its column; where it runs from right to left, told that the numbers after it do not."""
+    """Formats a token for its column; a right-to-left token gets a mark, so that the numbers after it stay in order."""
     name = pieces.spelled(token.piece)
     if cell_len(name) > _LONGEST:
         name = set_cell_size(name, _LONGEST - 1).rstrip() + "…"
@@ -124,7 +124,7 @@ def _name(token: Token) -> str:
 
 
 def _column(router: Router, *, coloured: bool) -> list[Text]:
-    """A router's cells: expert, weight, entropy."""
+    """Returns a router's cells: expert, weight, entropy."""
     digits = len(str(router.n_experts - 1))
     colours = palette.by_frequency(each.expert for each in router.decisions)
     drops = any(each.dropped for each in router.decisions)

@@ -1,4 +1,4 @@
-"""One document of a run, token by token, as the query `token_trace` tells it."""
+"""Reads one document of a run, token by token, with the query `token_trace`."""
 
 from __future__ import annotations
 
@@ -22,52 +22,52 @@ class Token:
     """A token of the document."""
 
     position: int
-    """Its place in the document, from 0, special tokens counted."""
+    """Position in the document, from 0, including special tokens."""
     piece: str
     """The vocabulary's spelling, made visible."""
     text: str
-    """What it adds to the text, see `pieces.read_on`, made visible."""
+    """The text that the token adds, see `pieces.read_on`, made visible."""
     is_special: bool
     """Whether the tokenizer added it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a router decided about a token."""
+    """A router's decision for a token."""
 
     expert: int
-    """The one with the highest weight."""
+    """The expert with the highest weight."""
     experts: tuple[int, ...]
-    """The k chosen, in the model's own order."""
+    """The k chosen experts, in the model's order."""
     weights: tuple[float, ...]
-    """Of these experts, as the model applied them."""
+    """Weights of these experts, as the model applied them."""
     entropy: float
-    """Of the router's distribution over all experts, in nats."""
+    """Entropy of the router's distribution over all experts, in nats."""
     dropped: int
-    """How many of the k a capacity limit kept from their expert."""
+    """Number of the k picks that a capacity limit dropped."""
 
     @property
     def weight(self) -> float:
-        """Of `expert`."""
+        """Weight of `expert`."""
         return self.weights[self.experts.index(self.expert)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Router:
-    """A router and what it decided about each token that it saw."""
+    """A router with its decision for each token."""
 
     stack: str
     layer: int
-    """The model's own number."""
+    """Number of the layer in the model."""
     n_experts: int
-    """E, experts to choose from."""
+    """Number of experts, E."""
     tokens: tuple[Token, ...]
     decisions: tuple[Decision, ...]
-    """Of these tokens."""
+    """Decisions for these tokens, in the same order."""
 
     @property
     def token_stack(self) -> str:
-        """`encoder` or `decoder`: whose tokens these are."""
+        """The stack of the tokens: `encoder` or `decoder`."""
         return self.stack.partition(".")[0]
 
 
@@ -76,17 +76,17 @@ class Trace:
     """The routing of one document."""
 
     document: str
-    """Its id."""
+    """Id of the document."""
     label: str
     routers: tuple[Router, ...]
 
     @property
     def several_stacks(self) -> bool:
-        """Whether a layer's number alone does not name a router."""
+        """Whether the routers belong to several stacks, so that a layer number alone is ambiguous."""
         return len({router.stack for router in self.routers}) > 1
 
     def name(self, router: Router) -> str:
-        """How a reader knows a router: `layer 3`, or `encoder layer 3` where there are several stacks."""
+        """Returns the display name of a router: `layer 3`, or `encoder layer 3` if there are several stacks."""
         return f"{router.stack} layer {router.layer}" if self.several_stacks else f"layer {router.layer}"
 
 
@@ -95,10 +95,10 @@ def read(run: Run, **params: object) -> Trace:
 
     Args:
         run: the run.
-        **params: of `token_trace`, which say the document and the routers.
+        **params: of `token_trace`, which select the document and the routers.
 
     Raises:
-        ValueError: the run has no such router or label, or the parameters leave no token.
+        ValueError: the run has no such router or label, or the parameters select no token.
     """
     relation = run.query("token_trace", **{"include_special": True, **params}).project(", ".join(_COLUMNS))
     rows = [dict(zip(_COLUMNS, row, strict=True)) for row in relation.fetchall()]

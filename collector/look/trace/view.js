@@ -1,9 +1,9 @@
-// Tokens and experts that can be pointed at: what has the pointer or the focus is told in full, and a click or Enter
-// chooses its expert. A group is one stop of the Tab key; inside it the arrow keys go on. Nothing leaves the page.
+// Interactive tokens and experts: the one under the pointer or in focus is described in full, and a click or Enter
+// chooses its expert. A group is one stop of the Tab key; arrow keys move inside it. Nothing leaves the page.
 
 /**
- * @param {Element} view holds groups (`[role=group]`) of buttons with `data-expert`, and is where the telling goes.
- * @param {(expert: number, group: Element) => void} choose is called with the expert that was chosen.
+ * @param {Element} view contains groups (`[role=group]`) of buttons with `data-expert`, and shows the descriptions.
+ * @param {(expert: number, group: Element) => void} choose is called with the chosen expert.
  */
 export function attach(view, choose) {
   const tip = view.appendChild(Object.assign(document.createElement("div"), { className: "tip", id: "tip", hidden: true }));
@@ -39,7 +39,7 @@ export function attach(view, choose) {
   });
 }
 
-/** Shows which buttons have the expert: as the first, or among the k that were chosen. */
+/** Marks the buttons that have the expert: as the first, or among the k chosen. */
 export function mark(view, expert) {
   for (const button of view.querySelectorAll("button[data-expert]")) {
     const first = Number(button.dataset.expert) === expert;
@@ -74,7 +74,7 @@ function neighbour(button, key) {
   return undefined;
 }
 
-/** The button of the next line, or of the one before, that is nearest. */
+/** Returns the nearest button in the next or the previous line. */
 function inNextLine(button, buttons, step) {
   const here = button.getBoundingClientRect();
   const beyond = buttons
@@ -85,7 +85,7 @@ function inNextLine(button, buttons, step) {
   return beyond.filter(({ box }) => Math.abs(box.top * step - line) < 2).sort((a, b) => away(a) - away(b))[0]?.each;
 }
 
-/** `61:0.67 4:0.21` as objects. */
+/** Parses `61:0.67 4:0.21` into objects. */
 function picksOf(button) {
   const pairs = button.dataset.picks ? button.dataset.picks.split(" ") : [];
   return pairs.map((pair) => ({ expert: Number(pair.split(":")[0]), weight: Number(pair.split(":")[1]) }));
@@ -105,7 +105,7 @@ function fill(tip, button) {
   add(tip, "p", button.dataset.about);
 }
 
-/** Below the button, and inside the view. */
+/** Places the description below the button, within the view. */
 function place(tip, button, view) {
   tip.hidden = false;
   const box = button.getBoundingClientRect();

@@ -1,12 +1,12 @@
-"""Honest uncertainty: what the numbers of a run would be with other documents of the same kind.
+"""Statistical inference about a run: how much its numbers would vary with other documents of the same kind.
 
     intervals(run, "domain_specialization", layer=5)            the query's rows, each with an interval
     specialization_test(document_counts(run))                    which experts specialize in which label
     split_half(document_counts(run))                             do two halves of the documents agree
     sample_size_curve(run, "effective_experts")                  would more documents change the answer
 
-Tokens of one document are correlated, so the document is the unit that is drawn, shuffled and split. All of it works
-on counts per document (`collector.query.document_counts`); nothing here reads tokens.
+Tokens of one document are correlated, so whole documents are drawn, shuffled and split. Everything works on counts per
+document (`collector.query.document_counts`); nothing here reads tokens.
 """
 
 from collector.query.inference.bootstrap import intervals

@@ -1,10 +1,9 @@
-"""A query of `queries/`, asked about many samples of documents at once.
+"""Runs a query of `queries/` over many samples of documents at once.
 
-There is one definition of each metric, its SQL file; the samples bring their own `assignments` and
-`label_statistics`. Each sample is a `stack` of its own there, because every query keeps stacks apart, so one statement
-answers for all of them.
+Each metric has a single definition, its SQL file. The samples replace the views `assignments` and `label_statistics`,
+where each sample is a separate `stack`. Every query keeps stacks apart, so one statement answers for all samples.
 
-Stops at queries that read more than sums over documents: these cannot be had from weighted counts.
+Queries that read more than sums over documents are rejected, because weighted counts cannot answer them.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ if TYPE_CHECKING:
     from collector.query.warehouse import Run
 
 KEYS = ("metric", "layer", "label", "label_a", "label_b", "expert")
-"""Columns that tell the rows of a router's answer apart, where a query has them."""
+"""Columns that identify the rows of a router's answer; each query has some of them."""
 _SAMPLED, _GEOMETRY, _GIVEN = {"assignments", "label_statistics"}, {"layers", "experts"}, {"labels"}
 _EVERY_ROW: dict[str, dict[str, Value]] = {"top_experts": {"n": 2**31 - 1}}
-"""Parameters with which a sample leaves out no row that the run has: an expert may rank lower there."""
+"""Parameters with which a sample has every row of the run's answer: an expert may rank lower in a sample."""
 
 
 def ask(run: Run, name: str, params: Mapping[str, object], column: str = "value") -> tuple[pa.Table, SampledQuery]:
-    """The answer of a run, and the same query ready to be asked about samples of its documents.
+    """Returns the answer of a run, and the same query prepared for samples of its documents.
 
     Args:
         run: the run.
         name: of the query.
         params: as for `Run.query`.
-        column: of the query's rows, which value is wanted of the samples.
+        column: column of the query whose values the samples return.
 
     Raises:
-        ValueError: the query does not follow from sums over documents (says why, and which queries do) or has no such
-            column; and what `Run.query` raises.
+        ValueError: the query does not follow from sums over documents (the message says why, and lists the queries that
+            do) or has no such column; and for the same reasons as `Run.query`.
     """
     query = find_query(name)
     if not _is_label_level(query):
@@ -79,7 +78,7 @@ def _is_label_level(query: Query) -> bool:
 
 
 class SampledQuery:
-    """One query with its parameters, over the samples of one router after the other."""
+    """A query with its parameters, to run over the samples of one router after another."""
 
     def __init__(
         self,
@@ -88,7 +87,7 @@ class SampledQuery:
         column: str = "value",
         given: Mapping[str, pa.Table] | None = None,
     ) -> None:
-        """Prepares a DuckDB of its own, where `given` are the views that are the same for all samples."""
+        """Opens a separate DuckDB and registers `given`, the views that are the same for all samples."""
         self.query = query
         self._column = column
         self._params = query.bind(params) | _EVERY_ROW.get(query.name, {}) | {"stack": None}
@@ -96,11 +95,11 @@ class SampledQuery:
         self._register(given or {})
 
     def values(self, rows: pa.Table, counts: DocumentCounts, sums: Sums) -> NDArray[np.float64]:
-        """[R, S] the wanted column of R rows in S samples; NaN where it is null.
+        """Returns the column for R rows in S samples, of shape [R, S]; NaN where it is null.
 
         Args:
-            rows: the answer for this router, of which only the keys are read.
-            counts: the router.
+            rows: the answer for this router; only its keys are used.
+            counts: of the router.
             sums: of S samples of its documents.
         """
         keys = _keys(rows)
@@ -113,13 +112,13 @@ class SampledQuery:
             f"from (\n{self.query.sql}\n) as answer inner join wanted on {same}",
             self._params,
         ).fetchnumpy()
-        # The one row that a sample can lack is that of an expert it never chooses, in `top_experts`: a share of 0.
+        # A sample can lack a row only in `top_experts`, for an expert that it never chooses: the share is 0.
         values = np.zeros((rows.num_rows, len(sums.tokens_SL)))
         values[found["row"], found["sample"]] = np.ma.filled(found["value"], np.nan)
         return values
 
     def answer(self, counts: DocumentCounts, sums: Sums) -> pa.Table:
-        """All rows of all samples, with the number of the sample for a stack."""
+        """Returns all rows of all samples, with the number of the sample as `stack`."""
         self._register_samples(counts, sums)
         return self._connection.sql(self.query.sql, params=self._params).to_arrow_table()
 
@@ -134,7 +133,7 @@ class SampledQuery:
 
 
 def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
-    """`_SAMPLED` and `_GEOMETRY` as the views have them, with the number of the sample for a stack."""
+    """Returns `_SAMPLED` and `_GEOMETRY` with the columns of the views, and the number of the sample as `stack`."""
     samples, labels, experts = sums.picks_SLE.shape
     sample_S, expert_E = np.arange(samples, dtype=np.int32), np.arange(experts, dtype=np.int32)
     assignments = _keys_of_labels(sums, experts) | {
@@ -156,7 +155,7 @@ def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
 
 
 def _keys_of_labels(sums: Sums, rows: int) -> dict[str, NDArray | pa.Array]:
-    """Sample, label and whether tokens are special, for so many rows of each sample and label."""
+    """Returns the columns sample, label and is_special, with `rows` rows for each sample and label."""
     samples, labels = sums.tokens_SL.shape
     label = np.tile(np.repeat(np.arange(labels, dtype=np.int32), rows), samples)
     return {

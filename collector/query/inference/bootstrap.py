@@ -1,19 +1,19 @@
-"""Intervals for the answers of label-level queries: a bootstrap over documents.
+"""Computes confidence intervals for label-level queries, by a bootstrap over documents.
 
-Documents are drawn with replacement within each label, and the query's own statement is asked about each sample
-(`answers`). The interval of a row runs between two quantiles of its values in the samples, with two corrections:
+Documents are drawn with replacement within each label, and the query's own statement runs over each sample (`answers`).
+The interval of a row lies between two quantiles of its values in the samples, with two corrections:
 
-- Few documents: the bootstrap takes the spread of N documents for that of the text, too narrow by sqrt((N - 1) / N),
-  and a normal tail for a t tail with N - 1 degrees of freedom. The quantiles lie further out accordingly (Hesterberg
-  2015, "What Teachers Should Know About the Bootstrap", arXiv 1411.5279: expanded percentile). Where documents differ
-  in length, the long ones decide: N is then (sum of n)^2 / (sum of n^2) over their tokens n (Kish 1965, Survey
-  Sampling: effective sample size).
-- Bias: divergences, similarities and numbers of experts depend on the size of the sample, and each sample has the
-  bias of the answer once more. Where it is more than chance leaves of it, the interval is moved back by twice the bias
-  (mean of the samples - value). Sets jump rather than drift, so `jaccard` and whole numbers stay where they are.
+- Few documents: the plain bootstrap underestimates the spread by sqrt((N - 1) / N) and uses a normal tail instead of
+  a t tail with N - 1 degrees of freedom. The quantiles are moved outwards accordingly (Hesterberg 2015, "What Teachers
+  Should Know About the Bootstrap", arXiv 1411.5279: expanded percentile). If documents differ in length, the long ones
+  dominate: N is then (sum of n)^2 / (sum of n^2) over their tokens n (Kish 1965, Survey Sampling: effective sample
+  size).
+- Bias: divergences, similarities and numbers of experts depend on the sample size, so each sample adds the bias of the
+  answer a second time. If the bias (mean of the samples - value) exceeds what chance explains, the interval is shifted
+  back by twice the bias. Sets change in jumps, so `jaccard` and whole numbers are not shifted.
 
-Guarantees: the rows of the query, in its order and with all its columns; the same seed gives the same interval,
-whatever other labels or layers are asked for. Memory: 8 bytes x rows of a router's answer x resamples.
+Guarantees: the result has the query's rows, in its order and with all its columns; the same seed gives the same
+interval, whatever other labels or layers are requested. Memory: 8 bytes x rows of a router's answer x resamples.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from collector.query.warehouse import Run
 
 _CHANCE = 3.0
-"""Standard errors of the mean of the samples beyond which a bias is one."""
+"""A bias is corrected if it exceeds so many standard errors of the mean of the samples."""
 _SETS = {"jaccard"}
-"""Metrics of sets, which jump."""
+"""Metrics of sets, which change in jumps."""
 _LABELS = ("label", "label_a", "label_b", "reference")
 """Columns that name a label of the row."""
 
@@ -56,7 +56,7 @@ def intervals(
     column: str = "value",
     **params: object,
 ) -> pa.Table:
-    """The answer of a label-level query, with an interval for each row.
+    """Runs a label-level query and adds an interval to each row.
 
     Args:
         run: an opened run.
@@ -64,18 +64,18 @@ def intervals(
         level: nominal coverage in percent.
         resamples: bootstrap samples.
         seed: of the draws.
-        column: of the query's rows, what the interval is for.
+        column: column of the query for which the interval is computed.
         **params: of the query, as for `Run.query`.
 
     Returns:
-        The query's rows, and behind them `documents` (of the label of the row that has the fewest), `low`, `high`,
-        `standard_error` and `bootstrap_bias` (mean of the samples - value) of the column; null where a label has a
-        single document, or a sample no value. An interval may leave the range of its metric: a divergence whose low
-        end is below 0 may be none.
+        The query's rows with further columns: `documents` (of the row's label that has the fewest), `low`, `high`,
+        `standard_error` and `bootstrap_bias` (mean of the samples - value) of the column; null if a label has a single
+        document, or a sample has no value. An interval may extend beyond the range of its metric: a divergence whose
+        low end is below 0 may be zero.
 
     Raises:
         ValueError: the query does not follow from sums over documents, has no such column, or level or resamples are
-            out of range; and what `Run.query` raises.
+            out of range; and for the same reasons as `Run.query`.
     """
     require_range(level, resamples)
     answer, asked = ask(run, name, params, column)
@@ -98,13 +98,13 @@ def intervals(
 def sampled_values(
     asked: SampledQuery, rows: pa.Table, counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None
 ) -> NDArray[np.float64]:
-    """[R, S] values of a router's R rows in S bootstrap samples, each of `size` documents of a label (default: all)."""
+    """Returns a router's R rows in S bootstrap samples, [R, S]; `size` documents per label (default: as many)."""
     samples = bootstrap(counts, resamples=resamples, seed=seed, size=size)
     return np.concatenate([asked.values(rows, counts, sums) for sums in samples], axis=1)
 
 
 def require_range(level: float, resamples: int) -> None:
-    """Refuses a level that is no percentage, and too few resamples for a spread."""
+    """Rejects a level that is not a percentage, and too few resamples to measure a spread."""
     if not 0 < level < 100:
         raise ValueError(f"the level of an interval is a percentage between 0 and 100, as 95, got {level:g}")
     if resamples < 2:
@@ -114,9 +114,9 @@ def require_range(level: float, resamples: int) -> None:
 def routers(
     run: Run, asked: SampledQuery, answer: pa.Table, params: Mapping[str, object]
 ) -> Iterator[tuple[NDArray[np.intp], pa.Table, DocumentCounts]]:
-    """The answer router by router: the numbers of the router's rows, these rows, and the counts of its documents."""
+    """Splits the answer by router: yields the indices of the router's rows, the rows, and its document counts."""
     values: dict[str, Any] = asked.query.bind(params)
-    # A query that reads `labels` may compare with one that its parameter `labels` does not name.
+    # A query that reads `labels` may compare with a label that its parameter `labels` does not name.
     labels = None if "labels" in asked.query.reads else values["labels"]
     where = {name: values[name] for name in ("stack", "layer", "include_special")}
     for counts in document_counts(run, labels=labels, **where):
@@ -126,19 +126,19 @@ def routers(
 
 
 def fewest_documents(rows: pa.Table, counts: DocumentCounts) -> NDArray[np.int64]:
-    """[R] documents of the label of each row that has the fewest; of all labels where a row names none."""
+    """Returns the documents of each row's label with the fewest, of shape [R]; of all labels if rows name none."""
     return _least(rows, {label: len(documents) for label, documents in documents_of(counts).items()})
 
 
 def effective_documents(rows: pa.Table, counts: DocumentCounts) -> NDArray[np.float64]:
-    """[R] the same in documents of one length that would be worth as much: as many at most."""
+    """Returns the effective number of documents, of shape [R]; equal to `fewest_documents` if lengths are equal."""
     members = documents_of(counts).items()
     tokens = {label: counts.tokens_D[documents].astype(np.float64) for label, documents in members}
     return _least(rows, {label: n.sum() ** 2 / (n**2).sum() for label, n in tokens.items()})
 
 
 def _least(rows: pa.Table, of_label: Mapping[str, float]) -> NDArray:
-    """[R] the least of the labels that each row names; of all labels where it names none."""
+    """Returns the minimum over the labels that each row names, of shape [R]; over all labels if rows name none."""
     named = [rows[column].to_pylist() for column in _LABELS if column in rows.column_names]
     if not named:
         return np.full(rows.num_rows, min(of_label.values()))
@@ -146,7 +146,7 @@ def _least(rows: pa.Table, of_label: Mapping[str, float]) -> NDArray:
 
 
 def estimates(rows: pa.Table, column: str) -> NDArray[np.float64]:
-    """[R] the values whose samples may be biased; NaN for sets and whole numbers."""
+    """Returns the values whose samples may be biased, of shape [R]; NaN for sets and whole numbers."""
     if pa.types.is_integer(rows.schema.field(column).type):
         return np.full(rows.num_rows, np.nan)
     jumps_R = np.array([metric in _SETS for metric in rows["metric"].to_pylist()])
@@ -155,7 +155,7 @@ def estimates(rows: pa.Table, column: str) -> NDArray[np.float64]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Interval, standard error and bias of each of R rows; NaN where there is none."""
+    """Interval, standard error and bias of each of R rows; NaN where they cannot be computed."""
 
     low_R: NDArray[np.float64]
     high_R: NDArray[np.float64]
@@ -169,13 +169,13 @@ def interval(
     level: float,
     estimate_R: NDArray[np.float64] | None = None,
 ) -> Interval:
-    """The interval of each row.
+    """Computes the interval of each row.
 
     Args:
         values_RS: [R, S] the values of R rows in S samples; sorted in place.
-        documents_R: [R] the documents that were drawn from, see `effective_documents`.
+        documents_R: [R] the number of documents drawn from, see `effective_documents`.
         level: nominal coverage in percent.
-        estimate_R: [R] the values in the run, of which the samples may be biased; NaN or nothing: do not ask.
+        estimate_R: [R] the values in the run, to correct the bias of the samples; NaN or None for no correction.
     """
     values_RS.sort(axis=1)  # NaN goes last
     known_R = (documents_R > 1) & ~np.isnan(values_RS[:, -1])
@@ -190,13 +190,13 @@ def interval(
 
 
 def _tail(documents_R: NDArray[np.float64], level: float) -> NDArray[np.float64]:
-    """Share of samples beyond each end."""
+    """Returns the share of samples beyond each end."""
     quantile = stats.t.ppf(0.5 + level / 200, documents_R - 1)
     return stats.norm.cdf(-np.sqrt(documents_R / (documents_R - 1)) * quantile)
 
 
 def _quantile(sorted_RS: NDArray[np.float64], share_R: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The linear quantile of numpy, with a share of its own for each row."""
+    """Computes numpy's linear quantile with a separate share for each row."""
     place_R = share_R * (sorted_RS.shape[1] - 1)
     below_R = np.floor(place_R).astype(np.int64)
     above_R = np.minimum(below_R + 1, sorted_RS.shape[1] - 1)

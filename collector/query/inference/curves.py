@@ -1,9 +1,9 @@
-"""Would more documents change the answer? A query's values and intervals at growing numbers of documents.
+"""Computes a query's values and intervals at growing numbers of documents, to show if more would change the answer.
 
-For every number of documents, samples of so many documents are drawn with replacement from each label, and the query
-is asked about them. Where the interval is still wide at the documents there are, the part of the curve beyond them
-tells how many more of the same kind it takes. Where the value itself moves with the number (a divergence, a count of
-experts), it is biased by the size of the sample, and labels compare only at equal numbers.
+For every size, samples of that many documents are drawn with replacement from each label, and the query runs over them.
+If the interval is still wide at the available number of documents, the curve beyond that number shows how many more of
+the same kind are needed. If the value itself changes with the size (a divergence, a count of experts), it is biased by
+the sample size, and labels can be compared only at equal sizes.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ def sample_size_curve(
     column: str = "value",
     **params: object,
 ) -> pa.Table:
-    """Value and interval of each row of a label-level query, at several numbers of documents per label.
+    """Computes value and interval of each row of a label-level query, at several numbers of documents per label.
 
     Args:
         run: an opened run.
         name: of the query.
-        sizes: numbers of documents (default: those of 10, 20, 50, 100 … up to four times what the smallest label has).
+        sizes: numbers of documents (default: 10, 20, 50, 100 … up to four times those of the smallest label).
         level: nominal coverage in percent.
-        resamples: bootstrap samples at each number.
+        resamples: bootstrap samples at each size.
         seed: of the draws.
-        column: of the query's rows, which value.
+        column: column of the query for which the curve is computed.
         **params: of the query, as for `Run.query`.
 
     Returns:
-        The query's keys, `documents` drawn, `available` (of the label of the row that has the fewest), `value` the mean
-        over the samples, `low` and `high` what so many of them lie between, `width` (high - low) and `standard_error`;
+        The query's keys, `documents` drawn, `available` (of the row's label that has the fewest), `value` (the mean
+        over the samples), `low` and `high` (the interval at `level`), `width` (high - low) and `standard_error`;
         ordered by key, then documents.
 
     Raises:
-        ValueError: a size is below 2, and what `intervals` raises.
+        ValueError: a size is below 2; and for the same reasons as `intervals`.
     """
     require_range(level, resamples)
     if sizes is not None and min(sizes, default=0) < 2:

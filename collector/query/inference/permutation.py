@@ -1,19 +1,19 @@
-"""Is an expert chosen more for one label than for the others? A permutation test of the documents' labels.
+"""Tests whether a label chooses an expert more than the other labels do, by permuting the labels of documents.
 
-Null hypothesis, for every (stack, layer, expert, label): the label's domain specialization N_eD / N_D is that of the
-other documents, and so that of all documents pooled. The labels of documents are shuffled, so that each label keeps its
-number of documents. The statistic is the difference of the two ratios in units of its standard error,
+The null hypothesis, for every (stack, layer, expert, label): the label's domain specialization N_eD / N_D equals that
+of the other documents, and so that of all documents pooled. The labels of documents are shuffled, so that each label
+keeps its number of documents. The statistic is the difference of the two ratios in units of its standard error,
 
     t = (DS_D - DS_O) / sqrt(V_D + V_O),    V = m / (m - 1) * sum of (picks - DS * tokens)^2 / N^2,
 
 over the m documents of the label (D) and those of all others (O): the linearised variance of a ratio of sums. Without
-the standard error the test is right only where documents of all labels are equally long and equally uniform; with it,
-it is so in large samples wherever the ratios agree (Chung and Romano 2013, "Exact and asymptotically robust permutation
-tests", arXiv 1304.5939). Where labels say nothing about documents at all it is exact.
+the standard error the test is valid only if documents of all labels are equally long and equally uniform; with it, it
+is valid in large samples whenever the ratios agree (Chung and Romano 2013, "Exact and asymptotically robust permutation
+tests", arXiv 1304.5939). If labels carry no information about documents at all, it is exact.
 
 p = (1 + shuffles with t at least as large) / (shuffles + 1); q is Benjamini and Hochberg's over all rows.
 
-Guarantees: memory bounded to one router, in portions of shuffles; the same seed gives the same p.
+Guarantees: memory is bounded by one router and a portion of shuffles; the same seed gives the same p.
 Shapes: S shuffles, D documents, L labels, E experts, C = 2 + 3 E columns of moments.
 """
 
@@ -40,11 +40,11 @@ _SIGNED: dict[Alternative, Callable[[NDArray[np.float64]], NDArray[np.float64]]]
     "less": np.negative,
     "two-sided": np.abs,
 }
-"""What is large where the alternative holds."""
+"""Transforms t so that it is large where the alternative holds."""
 _CACHED = 16
-"""Portions are so much smaller than memory would allow, so that their sums stay in the processor's cache."""
+"""Factor by which portions are smaller than memory would allow, so that their sums stay in the processor's cache."""
 _TIE = 1e-9
-"""Sums in another order differ by less than this, relatively."""
+"""Relative tolerance for sums that are added in another order."""
 _ROUNDING = 1e-12
 
 
@@ -56,7 +56,7 @@ def specialization_test(
     level: float = 0.05,
     alternative: Alternative = "greater",
 ) -> pa.Table:
-    """Tests for every router, label and expert whether the label chooses the expert more than the others do.
+    """Tests for every router, label and expert whether the label chooses the expert more than the other labels do.
 
     Args:
         counts: of the routers.
@@ -71,8 +71,8 @@ def specialization_test(
         `significant` (q <= level), `n` the label's tokens and `documents`.
 
     Raises:
-        ValueError: resamples or level are out of range, there are no tokens, or a router has documents of one label
-            only, or documents with tokens of several.
+        ValueError: resamples or level are out of range, there are no tokens, a router has documents of one label only,
+            or documents have tokens of several labels.
     """
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
@@ -90,7 +90,7 @@ def specialization_test(
 
 
 def remark(table: pa.Table, resamples: int, level: float) -> str:
-    """What the test found, and whether there were shuffles enough for it to find anything."""
+    """Summarizes the test, and says whether there were enough shuffles to find anything."""
     cells, found = table.num_rows, int(np.count_nonzero(table["significant"].to_numpy()))
     text = f"{found:,} of {cells:,} cells are significant at a false discovery rate of {level:g}"
     needed = int(np.ceil(cells / (level * (resamples + 1)) - _TIE))
@@ -137,9 +137,9 @@ def _test_router(counts: DocumentCounts, resamples: int, seed: int, alternative:
 
 
 def moments(counts: DocumentCounts) -> NDArray[np.float64]:
-    """[D, C] of each document: tokens, tokens^2, and by expert r, r^2 and r * tokens.
+    """Returns for each document tokens, tokens^2, and by expert r, r^2 and r * tokens, of shape [D, C].
 
-    r are its picks beyond the pooled share of its tokens: they make the same differences as picks, and small sums.
+    r are its picks minus the pooled share of its tokens. They give the same differences as picks, and smaller sums.
     """
     tokens_D1 = counts.tokens_D[:, None].astype(np.float64)
     pooled_E = counts.picks_DE.sum(axis=0, dtype=np.float64) / tokens_D1.sum()
@@ -148,11 +148,11 @@ def moments(counts: DocumentCounts) -> NDArray[np.float64]:
 
 
 def studentized(sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]) -> NDArray[np.float64]:
-    """[S, L, E] t of each label and expert; 0 where nothing varies.
+    """Returns t of each label and expert, of shape [S, L, E]; 0 where nothing varies.
 
     Args:
-        sums_SLC: the moments of each label's documents, summed up.
-        documents_L: how many they are.
+        sums_SLC: sums of the moments over each label's documents.
+        documents_L: number of documents of each label.
     """
     others_SLC = sums_SLC.sum(axis=1, keepdims=True) - sums_SLC
     excess_SLE, variance_SLE = _ratio(sums_SLC, documents_L)
@@ -164,12 +164,12 @@ def studentized(sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer])
 def _ratio(
     sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """DS - pooled share, and its variance, of groups of documents."""
+    """Returns DS - pooled share, and its variance, for groups of documents."""
     n_SL1, nn_SL1 = sums_SLC[:, :, :1], sums_SLC[:, :, 1:2]
     r_SLE, rr_SLE, rn_SLE = np.split(sums_SLC[:, :, 2:], 3, axis=2)
     excess_SLE = r_SLE / n_SL1
     squares_SLE = rr_SLE - 2 * excess_SLE * rn_SLE + excess_SLE**2 * nn_SL1
-    squares_SLE = np.maximum(squares_SLE, _ROUNDING * rr_SLE)  # documents that all agree differ by rounding alone
+    squares_SLE = np.maximum(squares_SLE, _ROUNDING * rr_SLE)  # rounding error, if all documents agree
     correction_L1 = (documents_L / np.maximum(documents_L - 1, 1))[:, None]
     return excess_SLE, correction_L1 * squares_SLE / n_SL1**2
 
@@ -182,14 +182,14 @@ def p_values(
     alternative: Alternative = "greater",
     statistic: Callable[[NDArray[np.float64], NDArray[np.integer]], NDArray[np.float64]] = studentized,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A statistic and its p value, [L, E] each, of the labels that have documents in this router.
+    """Returns a statistic and its p value, [L, E] each, for the labels that have documents in this router.
 
     Args:
         counts: of the router.
         resamples: shuffles of the labels.
         seed: of the shuffles.
         alternative: which values of the statistic are extreme.
-        statistic: of what `studentized` takes.
+        statistic: function of the same arguments as `studentized`.
     """
     documents_L = np.bincount(counts.label_D)
     label_D = (np.cumsum(documents_L > 0) - 1)[counts.label_D].astype(np.int32)
@@ -207,10 +207,10 @@ def p_values(
 
 
 def group_sums(label_SD: NDArray[np.integer], values_DC: NDArray[np.float64], labels: int) -> NDArray[np.float64]:
-    """[S, L, C] sums of the documents' values by label, for S labellings of them.
+    """Sums the documents' values by label, for S labellings, into shape [S, L, C].
 
-    A product with an indicator matrix, held by columns: a document's values are read once and added to the sums of all
-    samples, which stay in the processor's cache.
+    This is a product with an indicator matrix in column format: a document's values are read once and added to the sums
+    of all samples, which stay in the processor's cache.
     """
     samples, documents = label_SD.shape
     cells_DS = (label_SD + labels * np.arange(samples, dtype=np.int32)[:, None]).T

@@ -1,12 +1,12 @@
-"""How far do the numbers repeat? Split-half reliability of specialization.
+"""Measures how reproducible specialization is: split-half reliability.
 
-The documents of each label are halved at random, again and again, and what the one half says about the experts is
-correlated with what the other half says, over all cells (label, expert) of a router. `domain_specialization` correlates
-the values themselves, which agree between halves already because some experts are popular with every label;
-`difference` correlates value - pooled share of the same half, which agrees only if labels differ.
+The documents of each label are split into random halves, many times. The values of one half are correlated with those
+of the other over all cells (label, expert) of a router. `domain_specialization` correlates the values themselves, which
+agree between halves merely because some experts are popular with every label; `difference` correlates value - pooled
+share of the same half, which agrees only if labels differ.
 
-A half has half of the documents: Spearman and Brown's 2 r / (1 + r) tells the correlation to expect between two sets of
-documents as large as the whole.
+A half has only half of the documents: the Spearman-Brown formula 2 r / (1 + r) estimates the correlation between two
+sets of documents as large as the whole.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _SCHEMA = pa.schema(
 
 
 def split_half(counts: Iterable[DocumentCounts], *, splits: int = 200, seed: int = 0) -> pa.Table:
-    """Correlations between random halves of each label's documents.
+    """Correlates random halves of each label's documents.
 
     Args:
         counts: of the routers.
-        splits: how often they are halved.
+        splits: number of random splits.
         seed: of the splits.
 
     Returns:
-        For each (stack, layer) and label, and for all labels together (`label` null), two rows: `metric` is
-        `domain_specialization` or `difference`; `value` Pearson's correlation over the cells, mean over the splits;
-        `low` and `high` what 95 % of the splits lie between; `spearman` the mean rank correlation; `spearman_brown`
-        the value stepped up to all documents; `documents` (of the label that has fewest), `splits`. Labels with a
-        single document are left out. Null where nothing varies.
+        Two rows for each (stack, layer) and label, and for all labels together (`label` null): `metric` is
+        `domain_specialization` or `difference`; `value` is Pearson's correlation over the cells, averaged over splits;
+        95 % of the splits lie between `low` and `high`; `spearman` is the mean rank correlation; `spearman_brown` is
+        the value extrapolated to all documents; `documents` (of the label with the fewest), `splits`. Labels with a
+        single document are left out. Values are null where nothing varies.
 
     Raises:
         ValueError: splits is below 1.
@@ -83,7 +83,7 @@ def _of_router(counts: DocumentCounts, splits: int, seed: int) -> Iterator[dict[
 def _halves(
     counts: DocumentCounts, members: Mapping[str, NDArray[np.intp]], splits: int, seed: int
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Tokens [S, L, 1] and picks [S, L, E] of the two halves, in S splits."""
+    """Returns tokens [S, L, 1] and picks [S, L, E] of the two halves, in S splits."""
     values_DC = np.column_stack([counts.tokens_D, counts.picks_DE]).astype(np.float64)
     first_SLC = np.empty((splits, len(members), values_DC.shape[1]))
     total_LC = np.array([values_DC[documents].sum(axis=0) for documents in members.values()])
@@ -100,7 +100,7 @@ def _halves(
 
 
 def _agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> dict[str, object]:
-    """Correlations of two arrays [S, …] of cells, sample by sample, summed up."""
+    """Summarizes the correlations of two arrays [S, …] of cells, sample by sample."""
     first_SC, second_SC = (each.reshape(len(each), -1) for each in (first, second))
     pearson_S = _pearson(first_SC, second_SC)
     spearman_S = _pearson(stats.rankdata(first_SC, axis=1), stats.rankdata(second_SC, axis=1))
@@ -115,7 +115,7 @@ def _agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> dict[
 
 
 def _pearson(first_SC: NDArray[np.float64], second_SC: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[S] correlations; NaN where one side does not vary, or has a single cell."""
+    """Returns the correlations, of shape [S]; NaN where one side does not vary, or has a single cell."""
     if first_SC.shape[1] < 2:
         return np.full(len(first_SC), np.nan)
     with warnings.catch_warnings():

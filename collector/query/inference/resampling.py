@@ -1,12 +1,12 @@
-"""Samples of documents, and what the documents of each sample sum to.
+"""Draws samples of documents, and sums the counts of each sample.
 
-Tokens of one document are correlated, so the document is the unit that is drawn, within its label. A sample is a
-vector of weights over documents (how often each was drawn, or whether it is in), and its sums are the product of that
-vector with the documents' counts: a matrix product for many samples at once.
+Tokens of one document are correlated, so whole documents are drawn, within their label. A sample is a vector of weights
+over documents (how often each was drawn, or whether it is included), and its sums are the product of that vector with
+the documents' counts: one matrix product for many samples.
 
-Guarantees: the draws of a label depend on the seed, the label's name and its number of documents alone, so they are
-the same in all routers and whatever other labels there are; memory is bounded by working in portions of samples.
-Nothing here reads a run.
+Guarantees: the draws of a label depend only on the seed, the label's name and its number of documents, so they are the
+same in all routers and whatever other labels there are; memory is bounded by working in portions of samples. Nothing
+here reads a run.
 
 Shapes: S samples, D documents (N of one label), L labels, E experts, M statistics, C = 1 + M + 3 E columns of counts.
 """
@@ -34,10 +34,10 @@ _PORTION = 4_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sums:
-    """What the views `assignments` and `label_statistics` tell of one router, for S samples of its documents."""
+    """Columns of the views `assignments` and `label_statistics` of one router, for S samples of its documents."""
 
     labels: tuple[str, ...]
-    """The L labels that have documents there."""
+    """The L labels that have documents in the router."""
     tokens_SL: NDArray[np.float64]
     statistics_SLM: NDArray[np.float64]
     """Sums over tokens, in the order of `STATISTICS`."""
@@ -47,7 +47,7 @@ class Sums:
 
     @classmethod
     def of(cls, labels: tuple[str, ...], sums_SLC: NDArray[np.float64]) -> Sums:
-        """Takes apart the sums of `columns`."""
+        """Splits the sums of `columns` into fields."""
         statistics, of_experts = np.split(sums_SLC[:, :, 1:], [len(STATISTICS)], axis=2)
         picks, top1, weight_sum = np.split(of_experts, 3, axis=2)
         return cls(
@@ -57,20 +57,20 @@ class Sums:
 
 
 def columns(counts: DocumentCounts) -> NDArray[np.float64]:
-    """[D, C] tokens, statistics, picks, first choices and weights of each document; float64 is exact up to 2^53."""
+    """Returns tokens, statistics, picks, top-1 and weights by document, [D, C]; float64 is exact up to 2^53."""
     scalars: list[NDArray] = [counts.tokens_D[:, None], counts.statistics_DM]
     blocks = [*scalars, counts.picks_DE, counts.top1_DE, counts.weight_sum_DE]
     return np.concatenate(blocks, axis=1, dtype=np.float64)
 
 
 def documents_of(counts: DocumentCounts) -> dict[str, NDArray[np.intp]]:
-    """Label -> its documents in this router; labels without any are left out."""
+    """Returns the documents of each label in this router; labels without any are left out."""
     members = {name: np.flatnonzero(counts.label_D == i) for i, name in enumerate(counts.labels)}
     return {name: documents for name, documents in members.items() if len(documents)}
 
 
 def document_numbers(counts: DocumentCounts) -> NDArray[np.intp]:
-    """[D] which document a row is of, from 0."""
+    """Returns the number of each row's document, from 0, of shape [D]."""
     names_D2 = np.stack([counts.shard_D, counts.doc_D], axis=1)
     return np.unique(names_D2, axis=0, return_inverse=True)[1].ravel()
 
@@ -81,10 +81,10 @@ def has_token_labels(counts: DocumentCounts) -> bool:
 
 
 def require_document_labels(counts: DocumentCounts) -> None:
-    """What shuffles or halves the documents of labels needs documents with one label each.
+    """Checks that each document has a single label, as shuffling and splitting labels requires.
 
     Raises:
-        ValueError: a document has several.
+        ValueError: a document has several labels.
     """
     if has_token_labels(counts):
         raise ValueError(
@@ -94,40 +94,40 @@ def require_document_labels(counts: DocumentCounts) -> None:
 
 
 def portions(samples: int, numbers: int) -> Iterator[int]:
-    """Sizes of portions of samples, each of which needs at most so many numbers a sample."""
+    """Yields the sizes of portions of samples, if each sample takes at most `numbers` numbers."""
     step = max(1, _PORTION // max(1, numbers))
     for first in range(0, samples, step):
         yield min(step, samples - first)
 
 
 def label_generators(labels: tuple[str, ...], seed: int) -> list[np.random.Generator]:
-    """A random generator for each label, the same whatever other labels there are."""
+    """Returns a random generator for each label, independent of the other labels."""
     return [np.random.default_rng([seed, zlib.crc32(label.encode())]) for label in labels]
 
 
 def draw(rng: np.random.Generator, documents: int, size: int, samples: int) -> NDArray[np.float64]:
-    """[S, N] how often each of N documents is among `size` drawn with replacement."""
+    """Draws `size` of N documents with replacement, S times; returns how often each was drawn, of shape [S, N]."""
     drawn = rng.integers(documents, size=(samples, size)) + documents * np.arange(samples)[:, None]
     return np.bincount(drawn.ravel(), minlength=samples * documents).reshape(samples, documents).astype(np.float64)
 
 
 def whole(counts: DocumentCounts) -> Sums:
-    """Sums of all documents, as one sample."""
+    """Returns the sums of all documents, as one sample."""
     members, values_DC = documents_of(counts), columns(counts)
     return Sums.of(tuple(members), np.array([[values_DC[documents].sum(axis=0) for documents in members.values()]]))
 
 
 def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None) -> Iterator[Sums]:
-    """Sums of bootstrap samples: each label's documents drawn with replacement.
+    """Yields the sums of bootstrap samples, with each label's documents drawn with replacement.
 
-    Where labels are groups of tokens, a document has several: then all documents are drawn together, each with all
-    that it has.
+    If labels are groups of tokens, a document has several labels: then all documents are drawn together, each with all
+    its rows.
 
     Args:
         counts: of one router.
-        resamples: how many samples.
+        resamples: number of samples.
         seed: of the draws.
-        size: documents drawn of each label (default: as many as it has).
+        size: documents drawn for each label (default: as many as it has).
 
     Yields:
         The samples in portions.

@@ -1,5 +1,6 @@
-"""The rollup of a run: counts per document and per label, made once, from which most questions are answered.
+"""The rollup of a run: counts per document and per label that are computed once and answer most queries.
 
-`files` names them and knows whether there is a current one; `counting` counts one router in one shard; `making` does so
-for a whole run. Readers come to it through the views of `warehouse`, and `verify` checks it against the data.
+`files` names its files and tells whether it is current; `counting` counts one router in one shard; `making` makes the
+rollup of a whole run. Queries read it through the views of `query.views`, and `upkeep.verify` checks it against the
+data.
 """

@@ -1,8 +1,8 @@
-"""Counts what one router did in one shard, document by document.
+"""Counts the decisions of one router in one shard, document by document.
 
-Axes: T tokens, k picks of each, E experts; G groups, which are the ordinary or the special tokens of one document;
-N cells, which are the experts that a group chose at all. In numpy, from the columns of the committed files: the
-SQL of the views, which the result is verified against, has no part in it.
+Axes: T tokens, k picks of each, E experts; G groups, each the ordinary or the special tokens of one document; N cells,
+each an expert that a group chose at least once. The counting uses numpy on the committed files, not the SQL of the
+views, so that the views can verify the result independently.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardCounts:
-    """What one router did in one shard."""
+    """Counts of one router in one shard."""
 
     shard: int
     layer: Layer
     doc_g: NDArray[np.int64]
     is_special_g: NDArray[np.bool_]
     sums_g: dict[str, NDArray[Any]]
-    """Scalar column of the rollup -> sum over the group's tokens."""
+    """Sums over each group's tokens, by scalar column of the rollup."""
     group_n: NDArray[np.int64]
-    """In ascending order."""
+    """Index of the cell's group, ascending."""
     expert_n: NDArray[np.int64]
-    """In ascending order within a group."""
+    """The cell's expert, ascending within a group."""
     picks_n: NDArray[np.int64]
     top1_n: NDArray[np.int64]
     weight_sum_n: NDArray[Any]
-    """In float64."""
+    """Sum of the weights, in float64."""
 
     def table(self) -> pa.Table:
-        """The router's rows of the rollup, by document."""
+        """Returns the router's rows of the rollup, by document."""
         schema, groups = SCHEMAS[DOCUMENTS], len(self.doc_g)
         offsets = pa.array(np.searchsorted(self.group_n, np.arange(groups + 1)).astype(np.int32))
         columns = {
@@ -67,13 +67,13 @@ class ShardCounts:
 
 
 def count(shard: int, layer: Layer, routing: Path, doc_t: NDArray[np.int64]) -> ShardCounts:
-    """Counts the rows of one router; all of them are in memory at once.
+    """Counts the rows of one router, all of which are in memory at once.
 
     Args:
         shard: number of the shard.
         layer: the router.
         routing: the shard's routing file.
-        doc_t: [T] each token's document.
+        doc_t: [T] document of each token.
     """
     own = [("stack", "=", layer.stack), ("layer", "=", layer.layer)]
     rows = pq.read_table(routing, columns=_columns(layer), filters=own)
@@ -103,13 +103,13 @@ def _columns(layer: Layer) -> list[str]:
 
 
 def _picks(rows: pa.Table, letter: str, layer: Layer) -> NDArray:
-    """[T, k] of the router's own k."""
+    """Returns the columns of the k picks that begin with a letter, as an array of shape [T, k]."""
     columns = [rows[f"{letter}{i}"].to_numpy() for i in range(layer.top_k)]
     return np.stack(columns, axis=1)
 
 
 def _of_tokens(rows: pa.Table, layer: Layer, weights_tk: NDArray[np.float32]) -> dict[str, NDArray]:
-    """Scalar column of the rollup -> [T] what each token adds to it."""
+    """Returns the contribution of each token, of shape [T], by scalar column of the rollup."""
     positive_tk = np.where(weights_tk > 0, weights_tk, 0).astype(np.float64)
     share_tk = np.divide(
         positive_tk, weights_tk.sum(axis=1, dtype=np.float64)[:, None], out=np.ones_like(positive_tk),

@@ -1,11 +1,11 @@
-"""Where a rollup is, whether it is current, and the columns of its two files.
+"""Names the two files of a rollup, defines their columns, and finds out whether a rollup is current.
 
     rollup/documents-<digest>.parquet    one row per document, router and whether tokens are special
     rollup/assignments-<digest>.parquet  one row per label, router, expert and whether tokens are special
 
-The digest is that of the commits that were counted, so that whoever holds the commit records of a run knows by name
-whether a rollup is of exactly these. Guarantees: a rollup of other commits, or in another layout, is never taken for a
-current one; the documents are published before the assignments, so one that was cut short is none.
+The digest covers the counted commits, so the names alone show whether a rollup matches the commit records of a run.
+Guarantees: a rollup of other commits, or in another layout, is never mistaken for a current one; the documents are
+published before the assignments, so an interrupted rollup does not count as one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collector.store.run_directory import Commit, RunDirectory
 
 DOCUMENTS, LABELS = "document_rollup", "label_rollup"
-"""The relations that the two files are for the views."""
+"""Relations under which the views read the two files."""
 _LAYOUT = 1
-"""Another one gives other names."""
+"""Version of the layout; it is part of the digest."""
 _STACK = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -34,7 +34,7 @@ def _required(fields: Iterable[tuple[str, pa.DataType]]) -> pa.Schema:
 
 
 STATISTICS = ("router_entropy", "weight_entropy", "topk_mass", "margin")
-"""Sums over tokens, of what the view `decisions` has per token."""
+"""Columns of the view `decisions` that the rollup sums over tokens."""
 SCHEMAS = {
     DOCUMENTS: _required(
         [
@@ -53,27 +53,27 @@ SCHEMAS = {
         ]
     ),
 }  # fmt: skip
-"""Relation -> columns; those of documents are told by the view `document_counts`, of labels by `assignments`."""
+"""Schema by relation; the views `document_counts` and `assignments` describe the columns."""
 
 
 class Covered:
-    """The commits of a run, shown one after the other in the order of shards, and the rollup that counts these."""
+    """Computes the names of a rollup from the commits that it covers, added in the order of shards."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256(f"rollup layout {_LAYOUT}\n".encode())
 
     def add(self, commit: Commit) -> None:
-        """Shows the next commit."""
+        """Adds the next commit."""
         self._hash.update(f"{commit.shard} {commit.attempt}\n".encode())
 
     def names(self) -> dict[str, str]:
-        """Relation -> file of a rollup of what was shown."""
+        """Returns the file names, by relation, of a rollup of the added commits."""
         digest = self._hash.hexdigest()[:16]
         return {DOCUMENTS: f"{ROLLUP}/documents-{digest}.parquet", LABELS: f"{ROLLUP}/assignments-{digest}.parquet"}
 
 
 def find(run: RunDirectory, covered: Covered) -> dict[str, dict[str, int]]:
-    """Relation -> file of the run's rollup -> bytes; empty unless there is one of exactly these commits."""
+    """Returns the run's rollup of exactly these commits, as relation -> file -> bytes; empty if there is none."""
     sizes = {entry.name: entry.size for entry in run.store.entries(ROLLUP)}
     names = covered.names()
     if not set(names.values()) <= sizes.keys():
@@ -82,7 +82,7 @@ def find(run: RunDirectory, covered: Covered) -> dict[str, dict[str, int]]:
 
 
 def current(run: RunDirectory) -> dict[str, str]:
-    """Relation -> file of the run's rollup; empty unless there is one of its commits as they are now.
+    """Returns the files of the run's rollup by relation; empty if there is none of the current commits.
 
     Raises:
         DamagedRecordError: a commit record cannot be read.

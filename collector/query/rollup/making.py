@@ -1,8 +1,8 @@
 """Makes the rollup of a run: counts shard by shard, in one pass over the committed files.
 
-Guarantees: a few shards and 128 MB of counts are in memory at once, whatever the size of the run, and beside them one
-number per label, router and expert; files of a remote run are fetched one shard at a time, while the one before is
-counted. Both files appear whole or not at all, and the second makes the first count. Nothing of the run is changed.
+Guarantees: memory holds a few shards and 128 MB of counts, whatever the size of the run, plus a few numbers per label,
+router and expert; files of a remote run are fetched one shard at a time, while the previous one is counted. Each file
+appears whole or not at all, and the rollup counts only once the second exists. Nothing of the run is changed.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ if TYPE_CHECKING:
     from collector.store.tables import Layer
 
 _GATHERED = 128 * 2**20
-"""Bytes of counts that are gathered and then written router by router: row groups must be neither few nor tiny."""
+"""Bytes of counts to gather before writing them router by router, so that row groups are neither few nor tiny."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
-    """What was made."""
+    """Files and size of a new rollup."""
 
     files: dict[str, str]
-    """Relation -> file."""
+    """Files by relation."""
     bytes: int
     shards: int
     tokens: int
-    """Those that the model saw."""
+    """Tokens that the model processed."""
 
 
 def make(run: RunDirectory, progress: Callable[[int, int], None] = lambda _done, _all: None) -> Made:
-    """Counts what is committed now, and publishes the counts; takes the place of a rollup of the same commits.
+    """Counts the shards committed so far and publishes the rollup, replacing one of the same commits.
 
     Args:
         run: the run directory.
-        progress: told after each shard how many of how many are done.
+        progress: called after each shard with the number of shards done and the total.
 
     Raises:
         FileNotFoundError: there is no run, or a committed file is missing.
@@ -90,7 +90,7 @@ class _Fetched:
 
 
 def _fetch(run: RunDirectory, commit: Commit) -> _Fetched:
-    """First stage: the files of a shard, here."""
+    """First stage: fetches the files of a shard."""
     folder = tempfile.TemporaryDirectory(prefix="collector-rollup-")
     needed = ("routing", "tokens", "documents")
     paths = {table: run.store.local_copy(commit.files[table].path, Path(folder.name)) for table in needed}
@@ -98,7 +98,7 @@ def _fetch(run: RunDirectory, commit: Commit) -> _Fetched:
 
 
 def _count(fetched: _Fetched, layers: Sequence[Layer]) -> tuple[Commit, NDArray, list[ShardCounts]]:
-    """Second stage: [documents] their labels, and the counts of each router."""
+    """Second stage: returns the commit, the label of each document, and the counts of each router."""
     with fetched.folder:
         tokens = pq.read_table(fetched.paths["tokens"], columns=["tok", "doc"])
         documents = pq.read_table(fetched.paths["documents"], columns=["doc", "label"])
@@ -112,7 +112,7 @@ def _count(fetched: _Fetched, layers: Sequence[Layer]) -> tuple[Commit, NDArray,
 
 
 class _Documents:
-    """The file of documents: row groups of one router each, over as many shards as memory allows."""
+    """Writes the file of documents: each row group holds one router, over as many shards as memory allows."""
 
     def __init__(self, path: Path) -> None:
         self._writer = _writer(path, SCHEMAS[DOCUMENTS])
@@ -142,7 +142,7 @@ class _Documents:
 
 
 class _Labels:
-    """Sums over documents: per router, label and whether tokens are special, of every expert."""
+    """Sums the counts of every expert over documents, per router, label and whether tokens are special."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[Layer, str, bool], NDArray[np.float64]] = {}
@@ -160,7 +160,7 @@ class _Labels:
             self._sums[key] = self._sums.get(key, 0) + sums[i, special]
 
     def table(self) -> pa.Table:
-        """All sums that are not zero, by router, label, kind of token and expert."""
+        """Returns all nonzero sums, sorted by router, label, is_special and expert."""
         rows = sorted(
             (layer.stack, layer.layer, label, special, expert, *sums[expert].tolist())
             for (layer, label, special), sums in self._sums.items()
@@ -172,7 +172,7 @@ class _Labels:
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """With encodings as for `routing`, by measurement: names by dictionary, weights by byte streams."""
+    """Opens a writer with encodings chosen by measurement, as for `routing`: dictionaries for names, byte streams."""
     return pq.ParquetWriter(
         path, schema, compression=tables.COMPRESSION, compression_level=tables.COMPRESSION_LEVEL,
         use_dictionary=["stack", "layer", "shard", "label", "tokens", "expert", "experts.list.element",

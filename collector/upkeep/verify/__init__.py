@@ -1,13 +1,13 @@
-"""Re-reads everything that a run committed, and says what of it is not what it must be.
+"""Re-reads everything that a run committed, and reports everything that is wrong.
 
-Of every shard of the plan: its commit record, its files with their sizes and SHA-256, the rows of their footers, and
-what the tables hold (`contents`). Of the run: that run.json is of this plan, that the vocabulary can be read, that the
-marks of completeness say the truth, and that a current rollup counts what the tables hold. A run that lacks shards is
-incomplete; one that has something wrong is unsound.
+For every shard of the plan it checks the commit record, the files with their sizes and SHA-256, the row counts in
+their footers, and the contents of the tables (`tables`, `routing`). For the run it checks that run.json belongs to this
+plan, that the vocabulary can be read, that `_SUCCESS` and the manifest are true, and that a current rollup agrees with
+the tables. A run that lacks shards is incomplete; one with anything wrong is unsound.
 
-Guarantees: nothing is trusted but the plan; a few shards are in work at once, each by row groups, so memory does not
-grow with the run; a remote file is fetched once, to a temporary folder. Nothing is written, until `recollect` is asked
-to set wrong shards aside. What a token's experts should have been is not known here: that only the model can tell.
+Guarantees: only the plan is trusted; a few shards are processed at once, each by row groups, so memory does not grow
+with the run; a remote file is fetched once, to a temporary folder. Nothing is written, except that `recollect` sets
+wrong shards aside. Whether the experts of a token are the right ones is not checked, because only the model knows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""How tables are read to be checked: row group by row group, with counts of what is wrong.
+"""Reads tables row group by row group for the checks, and counts what is wrong.
 
-One row group is in memory at a time, and of a shard as a whole some 30 bytes per token and one byte per token and
-router.
+Memory holds one row group at a time, plus some 30 bytes per token of the shard and one byte per token and router.
 """
 
 from __future__ import annotations
@@ -28,27 +27,27 @@ if TYPE_CHECKING:
     from collector.store.tables import Layer
 
     Problems = Generator[str, None, None]
-    """One line each."""
+    """Yields one line per problem."""
 
 STACKS = ("encoder", "decoder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """What run.json says that the tables have to agree with."""
+    """The facts of run.json with which the tables must agree."""
 
     layers: tuple[Layer, ...]
     """The recorded routers."""
     schemas: Mapping[str, pa.Schema]
-    """Table -> columns."""
+    """Schema by table."""
     drops_token_ids: bool
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> Card:
-        """Reads it from run.json's content.
+        """Takes the facts from the content of run.json.
 
         Raises:
-            KeyError, TypeError: run.json is not what a replica writes.
+            KeyError, TypeError: run.json was not written by a replica.
         """
         layers = tables.recorded_layers(info)
         config = info["config"]
@@ -64,19 +63,19 @@ class Card:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Documents:
-    """[D] by `doc`."""
+    """Columns of a shard's documents: arrays of shape [D], indexed by `doc`."""
 
     tokens: NDArray[np.int64]
     target_tokens: NDArray[np.int64] | None
-    """None where no decoder ran beside an encoder."""
+    """None if the model did not run an encoder and a decoder."""
     label: NDArray[np.int64]
-    """Index into `labels`."""
+    """Number of the label in `labels`."""
     labels: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """[T] by `tok`."""
+    """Columns of a shard's tokens: arrays of shape [T], indexed by `tok`."""
 
     stack: NDArray[np.uint8]
     """Index into `STACKS`."""
@@ -85,12 +84,12 @@ class Tokens:
 
 
 def columns(schema: pa.Schema) -> list[tuple[str, str]]:
-    """Names and types, in order."""
+    """Returns names and types of the columns, in order."""
     return [(field.name, str(field.type).replace("element:", "item:")) for field in schema]
 
 
 def groups(path: Path, table: str, commit: Commit, schema: pa.Schema, wrong: Counter[str]) -> Iterator[pa.Table]:
-    """The row groups of a file, up to one with nulls where none may be; counts these, and rows of other shards."""
+    """Yields a file's row groups, up to one with forbidden nulls; counts such nulls and rows of other shards."""
     required = [field.name for field in schema if not field.nullable]
     with pq.ParquetFile(path) as file:
         for index in range(file.num_row_groups):
@@ -104,12 +103,12 @@ def groups(path: Path, table: str, commit: Commit, schema: pa.Schema, wrong: Cou
 
 
 def numbers(column: pa.ChunkedArray) -> NDArray[Any]:
-    """A column without its nulls, as an array."""
+    """Returns a column without its nulls, as an array."""
     return column.drop_null().to_numpy()
 
 
 def codes(column: pa.ChunkedArray, known: Mapping[str, int]) -> NDArray[np.int64]:
-    """[N] the number that stands for each name; -1 for a name that is not known, and for a null."""
+    """Returns the number of each name, of shape [N]; -1 for an unknown name or a null."""
     codes = []
     for chunk in column.chunks:
         names = np.array([known.get(name, -1) for name in chunk.dictionary.to_pylist()] + [-1], np.int64)
@@ -118,13 +117,13 @@ def codes(column: pa.ChunkedArray, known: Mapping[str, int]) -> NDArray[np.int64
 
 
 def told(wrong: Counter[str]) -> Problems:
-    """One line per kind of mistake."""
+    """Yields one line per kind of mistake."""
     yield from (f"{what} in {count:,} rows" for what, count in wrong.items() if count)
 
 
 def each_once(counts: NDArray[Any], what: str) -> Problems:
-    """A line if a number was never met, and one if some were more than once."""
+    """Yields a line if some numbers never occurred, and one if some occurred more than once."""
     if (missing := np.flatnonzero(counts == 0)).size:
         yield f"{what} {missing[0]} is missing, with {missing.size - 1:,} others"
     if (repeated := np.flatnonzero(counts > 1)).size:
-        yield f"{what} {repeated[0]} is there more than once, with {repeated.size - 1:,} others"
+        yield f"{what} {repeated[0]} occurs more than once, with {repeated.size - 1:,} others"

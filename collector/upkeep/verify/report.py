@@ -1,4 +1,4 @@
-"""What verifying found, in lines for people, and how far it is."""
+"""Formats the findings of a verification for people, and its progress."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ _LINES_PER_SHARD = 5
 
 @dataclasses.dataclass(kw_only=True)
 class Report:
-    """What was found."""
+    """The findings of a verification."""
 
     shards: int
-    """Of the plan."""
+    """Number of shards in the plan."""
     missing: list[int] = dataclasses.field(default_factory=list)
-    """Shards that nobody has committed."""
+    """Shards without a commit record."""
     wrong: dict[int, list[str]] = dataclasses.field(default_factory=dict)
-    """Shard -> what is wrong with what was committed of it."""
+    """Problems by committed shard."""
     run: list[str] = dataclasses.field(default_factory=list)
-    """What is wrong with the run's own files."""
+    """Problems of the run's own files."""
     rollup: list[str] | None = None
-    """What is wrong with the rollup; None without a current one."""
+    """Problems of the rollup; None without a current one."""
 
     @property
     def sound(self) -> bool:
-        """Whether what is there is right."""
+        """Whether everything that exists is right."""
         return not self.wrong and not self.run and not self.rollup
 
     @property
     def complete(self) -> bool:
-        """Whether every shard is there."""
+        """Whether every shard is committed."""
         return not self.missing
 
     def lines(self) -> Iterator[str]:
-        """The findings, one line each, and the verdict."""
+        """Yields the findings, one line each, and the verdict."""
         yield from self.run
         for shard, found in sorted(self.wrong.items()):
             yield from (f"shard {shard}: {what}" for what in found[:_LINES_PER_SHARD])
@@ -55,11 +55,11 @@ class Report:
             yield f"incomplete: {len(self.missing):,} of {self.shards:,} shards are not committed ({named})"
         if self.sound:
             also = ", and so is the rollup" if self.rollup is not None else ""
-            yield f"sound: all of {checked:,} committed shards are what they must be{also}"
+            yield f"sound: all of {checked:,} committed shards are correct{also}"
 
 
 class Ticker:
-    """Progress on standard error: in place in a terminal, elsewhere a line a minute."""
+    """Shows progress on standard error: updated in place in a terminal, otherwise one line a minute."""
 
     def __init__(self, done: str = "verified") -> None:
         self._done = done
@@ -67,7 +67,7 @@ class Ticker:
         self._told = time.monotonic()
 
     def __call__(self, done: int, of: int) -> None:
-        """Tells how many shards of how many are done."""
+        """Shows that `done` of `of` shards are done, unless the last update is too recent."""
         now = time.monotonic()
         if now - self._told < (0.2 if self._terminal else 60) and not (self._terminal and done == of):
             return

@@ -1,8 +1,8 @@
-"""Does the rollup count what the data holds?
+"""Checks the rollup of a run against its data.
 
-Counted again while the files of each shard are at hand, by the SQL of the views, which has no part in making a rollup
-(`rollup.counting` does that in numpy). Guarantees: one shard's counts are in memory at a time, and sums per label. Only
-a rollup of exactly the commits that are there is looked at, for no other is ever read.
+The counts are recomputed while the files of each shard are at hand, with the SQL of the views. That is independent of
+the code that makes a rollup, `query.rollup.counting`, which uses numpy. Memory holds one shard's counts at a time, and
+sums per label. Only a rollup of exactly the current commits is checked, because no other is ever read.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _ROUTER = ["stack", "layer"]
 _KEYS = {DOCUMENTS: [*_ROUTER, "shard", "doc", "is_special"], LABELS: [*_ROUTER, "label", "is_special", "expert"]}
 _COUNTS = ["picks", "top1", "weight_sum"]
 _RELATIVE = 1e-4
-"""Sums of float32 values, added in another order."""
+"""Tolerance for sums of float32 values that are added in another order."""
 
 
 @contextlib.contextmanager
 def open_rollup(run: RunDirectory) -> Iterator[RollupCheck | None]:
-    """The run's current rollup, to be checked; None without one, or where a commit record cannot be read."""
+    """Yields a check of the run's current rollup; None without one, or if a commit record cannot be read."""
     try:
         names = files.current(run)
     except DamagedRecordError:
@@ -55,8 +55,8 @@ class RollupCheck:
 
         Args:
             run: the run.
-            names: relation -> file of its current rollup.
-            folder: for files of a remote run.
+            names: files of its current rollup by relation.
+            folder: for the files of a remote run.
         """
         self._info = run.read_json(RUN)
         self._names = names
@@ -68,11 +68,11 @@ class RollupCheck:
         self._wrong: list[str] = []
 
     def check_shard(self, shard: int, paths: Mapping[str, Path]) -> None:
-        """Counts the files of a sound shard, and compares; several threads may do so at once.
+        """Counts the files of a sound shard and compares; safe to call from several threads at once.
 
         Args:
             shard: its number.
-            paths: table -> local file.
+            paths: local files by table.
         """
         found = self._read(DOCUMENTS, shard)
         if found is None:
@@ -87,10 +87,10 @@ class RollupCheck:
                 self._wrong.append(f"{self._names[DOCUMENTS]} has other counts of shard {shard} than its tables give")
 
     def finish(self) -> list[str]:
-        """Compares what all shards together give, every one of which was checked.
+        """Compares the sums over all shards, after every shard was checked.
 
         Returns:
-            What is wrong with the rollup.
+            The problems of the rollup.
         """
         if self._labels is None or self._wrong:
             return sorted(set(self._wrong))
@@ -102,7 +102,7 @@ class RollupCheck:
         return self._wrong
 
     def _read(self, relation: str, shard: int | None = None) -> pa.Table | None:
-        """The rows of a file, or of one shard of the documents; None if it cannot be read."""
+        """Returns the rows of a file, or those of one shard of the documents; None if it cannot be read."""
         try:
             schema = columns(pq.read_schema(self._paths[relation]))
             table = pq.read_table(self._paths[relation]) if shard is None else self._gathered.of_shard(shard)
@@ -116,7 +116,7 @@ class RollupCheck:
 
 
 class _Gathered:
-    """The documents of a rollup by shard: row groups hold many shards, and are read once for those of them in turn."""
+    """Returns the documents of a rollup by shard; keeps the last row groups, because each holds many shards."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -128,14 +128,14 @@ class _Gathered:
             spans = enumerate(_span(file.metadata.row_group(i)) for i in range(file.num_row_groups))
             groups = tuple(i for i, (first, last) in spans if first <= shard <= last)
             if groups not in self._read:
-                self._read = dict(list(self._read.items())[-1:])  # threads may still want the ones before
+                self._read = dict(list(self._read.items())[-1:])  # other threads may still need the previous ones
                 self._read[groups] = file.read_row_groups(groups)
             table = self._read[groups]
         return table.filter(pc.equal(table["shard"], shard))
 
 
 def _span(group: pq.RowGroupMetaData) -> tuple[int, int]:
-    """The first and last shard in a row group."""
+    """Returns the first and last shard in a row group."""
     shard = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "shard")
     return shard.statistics.min, shard.statistics.max
 
@@ -147,7 +147,7 @@ def _summed(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _same(found: pa.Table, expected: pa.Table, keys: Sequence[str]) -> bool:
-    """Whether two tables have the same rows in any order, numbers with a fraction up to rounding."""
+    """Whether two tables have the same rows in any order, with floats equal up to rounding."""
     if found.num_rows != expected.num_rows:
         return False
     found, expected = _ordered(found, keys), _ordered(expected, keys)

@@ -1,7 +1,7 @@
-"""What the routing table of one shard must hold: by each recorded router one decision about each token of its stack.
+"""Checks the routing table of one shard: each recorded router has one decision for each token of its stack.
 
-A decision is k experts of the router, each chosen once, with finite weights and statistics, beside the label and the
-mark of its token. Which experts they should have been is not known here.
+A decision consists of k distinct experts of the router, with finite weights and statistics, and repeats its token's
+label and `is_special`. Whether the experts are the right ones cannot be checked here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def check_routing(path: Path, commit: Commit, card: Card, documents: Documents, tokens: Tokens) -> Problems:
-    """What is wrong with a routing table, one line each, given sound documents and tokens."""
+    """Yields the problems of a routing table, one line each, given sound documents and tokens."""
     wrong: Counter[str] = Counter()
     routers = {(one.stack, one.layer): one for one in card.layers}
     seen = {router: np.zeros(len(tokens.doc), np.uint8) for router in routers}
@@ -49,7 +49,7 @@ def check_routing(path: Path, commit: Commit, card: Card, documents: Documents, 
 
 
 def _by_router(group: pa.Table) -> Iterator[tuple[tuple[str, int], pa.Table]]:
-    """The rows of each router; as a rule a row group holds one."""
+    """Yields the rows of each router; most row groups hold a single router."""
     found = group.select(["stack", "layer"]).group_by(["stack", "layer"]).aggregate([]).to_pylist()
     for router in found:
         name = router["stack"], router["layer"]
@@ -61,7 +61,7 @@ def _check_rows(
     rows: pa.Table, layer: Layer, documents: Documents, tokens: Tokens, seen: NDArray[np.uint8],
     wrong: Counter[str],
 ) -> None:  # fmt: skip
-    """Counts in `wrong` what no row of a router may hold, and in `seen` the tokens that it has routed."""
+    """Counts invalid values of a router's rows in `wrong`, and the tokens that it has routed in `seen`."""
     tok = numbers(rows["tok"])
     inside = tok < len(tokens.doc)
     wrong[f"{layer.name}: tok is no token"] += int((~inside).sum())
@@ -88,7 +88,7 @@ def _check_rows(
 
 
 def _check_picks(rows: pa.Table, layer: Layer, wrong: Counter[str]) -> None:
-    """Of each token k experts of the router, each once, with finite weights; nothing beyond the k."""
+    """Checks that each token has k distinct experts of the router with finite weights, and nothing beyond the k."""
     mine = [f"{letter}{i}" for letter in "ew" for i in range(layer.top_k)]
     mine += [f"d{i}" for i in range(layer.top_k) if layer.has_capacity]
     nulls = {name: rows[name].null_count for name in rows.column_names if name[0] in "ewd" and name[1:].isdigit()}

@@ -1,6 +1,6 @@
-"""The run's own files, commit records and parts: are they there, of this plan, and the bytes that were committed?
+"""Checks the run's own files, commit records and parts: that they exist, belong to this plan and have the right bytes.
 
-What the tables hold is the business of `tables` and `routing`.
+`tables` and `routing` check the contents of the tables.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def verify(run: RunDirectory, progress: Callable[[int, int], None] = lambda _don
 
     Args:
         run: the run directory.
-        progress: told after each shard how many of how many are done.
+        progress: called after each shard with the number of shards done and the total.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -81,15 +81,15 @@ def verify(run: RunDirectory, progress: Callable[[int, int], None] = lambda _don
 def recollect(run: RunDirectory, report: Report) -> list[str]:
     """Sets the commit records of wrong shards aside, so that the same collect command collects them again.
 
-    The marks of completeness go first. Killed at any moment this leaves a run that verify and collect understand, and
-    that is nowhere called complete while a shard is missing.
+    The marks of completeness are removed first. If this is killed at any moment, verify and collect can still handle
+    the run, and it is never marked complete while a shard is missing.
 
     Returns:
-        Where the records are now.
+        The new names of the records.
     """
     run.reopen()
     aside = [run.set_aside(shard) for shard in sorted(report.wrong)]
-    run.reopen()  # a driver that saw every shard committed meanwhile may have put the marks back
+    run.reopen()  # meanwhile a driver that saw every shard committed may have restored the marks
     return aside
 
 
@@ -125,7 +125,7 @@ def _check_vocabulary(run: RunDirectory, report: Report) -> None:
 
 
 def _check_marks(run: RunDirectory, plan: Plan, report: Report) -> None:
-    """`_SUCCESS` and the manifest tell of exactly this plan and exactly these records."""
+    """Checks that `_SUCCESS` and the manifest match exactly this plan and these records."""
     success, stored = run.read_or_none(SUCCESS), run.read_or_none(MANIFEST)
     if success is None:
         return
@@ -142,7 +142,7 @@ def _check_marks(run: RunDirectory, plan: Plan, report: Report) -> None:
     if stored is None or hashlib.sha256(stored).hexdigest() != said[2]:
         report.run.append(f"{MANIFEST} is {'missing' if stored is None else 'not the one that _SUCCESS names'}")
     elif not report.wrong and not _lists_the_records(stored, run):
-        report.run.append(f"{MANIFEST} says other things than the commit records")
+        report.run.append(f"{MANIFEST} differs from the commit records")
 
 
 def _lists_the_records(stored: bytes, run: RunDirectory) -> bool:
@@ -177,7 +177,7 @@ def _check_shard(
     except DamagedRecordError as error:
         return [f"its commit record is damaged ({_first_line(error.__cause__ or error)})"]
     if commit is None:
-        return ["its commit record has gone meanwhile"]
+        return ["its commit record has disappeared"]
     wrong = list(_check_record(commit, shard, plan_hash, card))
     with tempfile.TemporaryDirectory(prefix="collector-verify-") as folder:
         paths: dict[str, Path] = {}
@@ -194,7 +194,7 @@ def _check_shard(
 
 
 def _check_record(commit: Commit, shard: Shard, plan_hash: str, card: Card) -> Iterator[str]:
-    """The record is of this shard of this plan, and counts every row of it."""
+    """Checks that the record belongs to this shard of this plan, and accounts for every row of it."""
     if commit.shard != shard.shard:
         yield f"its commit record is that of shard {commit.shard}"
     if commit.plan_hash != plan_hash:
@@ -215,7 +215,7 @@ def _check_record(commit: Commit, shard: Shard, plan_hash: str, card: Card) -> I
 
 
 def _check_part(run: RunDirectory, commit: Commit, table: str, folder: Path, paths: dict[str, Path]) -> Iterator[str]:
-    """The file is the one that was committed, byte for byte; puts it into `paths`."""
+    """Checks that the file is the committed one, byte for byte, and puts it into `paths`."""
     part = commit.files[table]
     try:
         path = paths[table] = run.store.local_copy(part.path, folder)

@@ -1,8 +1,7 @@
-"""What the documents, tokens and rejects of one shard must hold, checked against each other and the commit record.
+"""Checks the documents, tokens and rejects of one shard against each other and against the commit record.
 
-Guarantees: tokens are looked up by documents, and routing rows by tokens, and every key is there exactly once; nothing
-is taken from the commit record but what has to agree with it. Files are local here, and the committed ones byte for
-byte.
+Tokens are checked against documents, and routing rows against tokens; every key must occur exactly once. The commit
+record serves only as a reference to compare with. The files are local copies, already verified byte for byte.
 """
 
 from __future__ import annotations
@@ -44,15 +43,15 @@ _CHECKS = {"routing": check_routing}
 
 
 def problems(paths: Mapping[str, Path], commit: Commit, card: Card) -> Problems:
-    """What is wrong with a shard's tables, one line each; each table is read only if those before it are sound.
+    """Yields the problems of a shard's tables, one line each; a table is read only if those before it are sound.
 
     Args:
-        paths: table -> local file.
+        paths: local files by table.
         commit: the shard's record.
-        card: what run.json says.
+        card: the facts of run.json.
 
     Raises:
-        pyarrow.ArrowException, OSError: a file is no Parquet or is damaged inside.
+        pyarrow.ArrowException, OSError: a file is not Parquet or is damaged inside.
     """
     for table, path in paths.items():
         found, expected = columns(pq.read_schema(path)), columns(card.schemas[table])
@@ -76,7 +75,7 @@ def problems(paths: Mapping[str, Path], commit: Commit, card: Card) -> Problems:
 
 
 def _finished(checking: Generator[str, None, Any]) -> tuple[Any, list[str]]:
-    """Runs a check to its end: what it read, and what it found wrong."""
+    """Runs a check to its end; returns the data that it read and the problems that it found."""
     wrong = []
     while True:
         try:
@@ -95,7 +94,7 @@ def _check_rejects(path: Path, commit: Commit, card: Card) -> Problems:
     for group in groups(path, REJECTS, commit, card.schemas[REJECTS], wrong):
         rows.update(zip(group["source"].to_pylist(), group["row"].to_pylist(), strict=True))
         reasons.update(group["reason"].to_pylist())
-    wrong["rejects: a row is there twice"] = len(rows) - list(rows.values()).count(1)
+    wrong["rejects: a row occurs twice"] = len(rows) - list(rows.values()).count(1)
     yield from told(wrong)
     if reasons != Counter({reason: skipped.count for reason, skipped in commit.skipped.items()}):
         yield "rejects holds other reasons, or other numbers of rows, than the commit record says"
@@ -150,7 +149,7 @@ def _check_tokens(
         tok, of = numbers(group["tok"]), numbers(group["doc"])
         nulls = group["token_id"].null_count
         wrong["tokens.token_id is null"] += 0 if card.drops_token_ids else nulls
-        wrong["tokens.token_id is there, which the run drops"] += len(group) - nulls if card.drops_token_ids else 0
+        wrong["tokens.token_id is set, but the run drops it"] += len(group) - nulls if card.drops_token_ids else 0
         stacks = codes(group["stack"], {name: code for code, name in enumerate(STACKS)})
         wrong["tokens.stack is neither encoder nor decoder"] += int((stacks < 0).sum())
         wrong["tokens.tok is beyond the shard's tokens"] += int((tok >= count).sum())
@@ -171,7 +170,7 @@ def _check_tokens(
 def _check_lengths(
     stack: NDArray[np.uint8], doc: NDArray[np.int64], position: NDArray[np.int64], documents: Documents
 ) -> Problems:
-    """Every document has as many tokens as it says, at the positions 0, 1, 2 …, in each stack."""
+    """Checks that each document has as many tokens as its row says, at positions 0, 1, 2 …, in each stack."""
     expected = {STACKS[code]: documents.tokens for code in np.unique(stack)}
     if documents.target_tokens is not None:
         expected = {"encoder": documents.tokens, "decoder": documents.target_tokens}
