@@ -63,31 +63,39 @@ def tooltip_of(fields: Mapping[str, str]) -> list[alt.Tooltip]:
     return [alt.Tooltip(f"{field}:{kind}", format=formats.get(field, "")) for field, kind in fields.items()]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Side:
+    """The rows or the columns of a matrix."""
+
+    column: str
+    """Column of the table that names them."""
+    count: int
+    """How many there are at most."""
+    title: str | None = None
+
+
 def matrix(
-    layout: Layout, *, x: str, y: str, columns: int, rows: int, title: str, high: float, x_title: str,
-    y_title: str | None = None, tooltip: Mapping[str, str], significant: bool = False, square: bool = False,
+    layout: Layout, *, x: Side, y: Side, title: str, high: float, tooltip: Mapping[str, str],
+    significant: bool = False, square: bool = False,
 ) -> alt.LayerChart | alt.FacetChart:  # fmt: skip
     """Draws a matrix with cells coloured by `value`, rows and columns in the order of `_row` and `_column`.
 
     Args:
         layout: sizes.
-        x: column of the table that names the columns of the matrix.
-        y: column of the table that names its rows.
-        columns: maximum number of columns; a matrix with few is narrower than the layout.
-        rows: number of rows.
+        x: the columns; a matrix with few is narrower than the layout.
+        y: the rows.
         title: of the colour scale.
         high: value of the last colour; the first is 0.
-        x_title: of the x axis.
-        y_title: of the y axis.
         tooltip: type (N or Q) by column.
         significant: mark the cells whose `q` is below 0.05.
         square: make cells as high as they are wide.
     """
-    width = min(layout.width, columns * layout.row * (1 if square else 3))
-    cell = min(layout.row, width / columns) if square else layout.row
+    width = min(layout.width, x.count * layout.row * (1 if square else 3))
+    cell = min(layout.row, width / x.count) if square else layout.row
+    turned = axis(layout, width / x.count, labelAngle=-90)
     base = alt.Chart(ROWS).encode(
-        x=alt.X(f"{x}:N", sort=place("_column"), title=x_title, axis=axis(layout, width / columns, labelAngle=-90)),
-        y=alt.Y(f"{y}:N", sort=place("_row"), title=y_title, axis=axis(layout, cell)),
+        x=alt.X(f"{x.column}:N", sort=place("_column"), title=x.title, axis=turned),
+        y=alt.Y(f"{y.column}:N", sort=place("_row"), title=y.title, axis=axis(layout, cell)),
     )
     cells = base.mark_rect(aria=False).encode(
         color=alt.Color("value:Q", title=title, scale=alt.Scale(domain=[0, high or 1])), tooltip=tooltip_of(tooltip)
@@ -96,7 +104,7 @@ def matrix(
     if significant:
         mark = base.mark_point(style="significant", shape="circle", size=layout.row / 2, aria=False, tooltip=False)
         layers.append(mark.encode(opacity=alt.condition(_SIGNIFICANT, alt.value(1), alt.value(0))))
-    return alt.layer(*layers).properties(width=width, height=rows * cell)
+    return alt.layer(*layers).properties(width=width, height=y.count * cell)
 
 
 def matrix_with_tree(layout: Layout, labels: int, *, title: str, high: float) -> alt.HConcatChart:

@@ -32,22 +32,32 @@ class Panel:
     high: float
 
 
-def by_depth(
-    layout: Layout, *, panels: Sequence[Panel], series: str, stacks: Sequence[str], main: str, dash: bool = False,
-    band: tuple[str, str] | None = None, faint: bool = False, tooltip: Mapping[str, str],
-) -> alt.VConcatChart:  # fmt: skip
-    """Draws curves over the layers, with one panel per metric and one row of panels per stack.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curves:
+    """How the curves of a panel are drawn."""
+
+    series: str
+    """Column that distinguishes curves by colour."""
+    main: str
+    """The run whose curves are also drawn faintly."""
+    tooltip: Mapping[str, str]
+    """Type (N or Q) by column."""
+    dash: bool = False
+    """Distinguish runs by dashes."""
+    band: tuple[str, str] | None = None
+    """Columns of the lower and upper edge of a band around each coloured curve."""
+    faint: bool = False
+    """Draw the curves of the main run that are not `_coloured`."""
+
+
+def by_depth(layout: Layout, *, panels: Sequence[Panel], stacks: Sequence[str], curves: Curves) -> alt.VConcatChart:
+    """Draws curves over the layers: one panel per metric, and one row of panels per stack.
 
     Args:
         layout: sizes.
         panels: metrics, left to right.
-        series: column that distinguishes curves by colour.
         stacks: of the run.
-        main: the run to which `faint` applies.
-        dash: distinguish runs by dashes.
-        band: columns of the lower and upper edge of a band around each coloured curve.
-        faint: also draw, faintly, the curves of the main run that are not `_coloured`.
-        tooltip: type (N, O or Q) by column.
+        curves: how they are drawn.
     """
     width = layout.column if len(panels) == 1 else layout.width / len(panels) - layout.row * 2.4
     columns = max(2, int(width * len(panels) / layout.text / _NAME))
@@ -55,18 +65,15 @@ def by_depth(
     for stack in stacks:
         drawn = []
         for panel in panels:
-            where = f"datum.metric == '{panel.metric}' && datum.stack == '{stack}'"
-            chart = alt.layer(*_curves(panel, where, series, main, dash, band, faint, layout, columns, tooltip))
+            chart = alt.layer(*_layers(layout, panel, stack, curves, columns))
             title = panel.words if len(stacks) == 1 else f"{stack}: {panel.words}"
             drawn.append(chart.properties(width=width, height=layout.panel, title=title))
         rows.append(alt.hconcat(*drawn, spacing=layout.row))
     return alt.vconcat(*rows)
 
 
-def _curves(
-    panel: Panel, where: str, series: str, main: str, dash: bool, band: tuple[str, str] | None, faint: bool,
-    layout: Layout, columns: int, tooltip: Mapping[str, str],
-) -> list[alt.Chart]:  # fmt: skip
+def _layers(layout: Layout, panel: Panel, stack: str, curves: Curves, columns: int) -> list[alt.Chart]:
+    where = f"datum.metric == '{panel.metric}' && datum.stack == '{stack}'"
     base = (
         alt.Chart(ROWS)
         .transform_filter(where)
@@ -74,26 +81,26 @@ def _curves(
     )
     scale = alt.Scale(domain=[panel.low, panel.high], zero=False, nice=_TICKS)
     y = alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=_TICKS))
-    detail = [alt.Detail(f"{name}:N") for name in dict.fromkeys((series, "run"))]
+    detail = [alt.Detail(f"{name}:N") for name in dict.fromkeys((curves.series, "run"))]
     # a baseline of 0 is the axis
     chance = base.transform_filter("datum.baseline != 0").mark_line(style="baseline", aria=False)
     layers = [chance.encode(y=alt.Y("min(baseline):Q", title=None, scale=scale))]
     coloured = base
-    if faint:
-        others = base.transform_filter(f"!datum.{COLOURED} && datum.run == {json.dumps(main)}")
+    if curves.faint:
+        others = base.transform_filter(f"!datum.{COLOURED} && datum.run == {json.dumps(curves.main)}")
         layers.append(
-            others.mark_line(style="faint", aria=False).encode(y=y, detail=detail, tooltip=tooltip_of(tooltip))
+            others.mark_line(style="faint", aria=False).encode(y=y, detail=detail, tooltip=tooltip_of(curves.tooltip))
         )
         coloured = base.transform_filter(f"datum.{COLOURED}")
     legend = alt.Legend(columns=columns, symbolType="stroke", symbolOpacity=1)
-    coloured = coloured.encode(color=alt.Color(f"{series}:N", title=None, legend=legend))
-    if band:
-        low, high = band
+    coloured = coloured.encode(color=alt.Color(f"{curves.series}:N", title=None, legend=legend))
+    if curves.band:
+        low, high = curves.band
         area = coloured.transform_filter(f"isValid(datum.{low})").mark_area(opacity=0.18, aria=False)
         layers.append(area.encode(y=alt.Y(f"{low}:Q", title=None, scale=scale), y2=f"{high}:Q", detail=detail))
     line = coloured.mark_line(style="curve", point=alt.OverlayMarkDef(size=layout.panel / 8, filled=True), aria=False)
-    line = line.encode(y=y, detail=detail, tooltip=tooltip_of(tooltip))
-    if dash:
+    line = line.encode(y=y, detail=detail, tooltip=tooltip_of(curves.tooltip))
+    if curves.dash:
         runs = alt.Legend(symbolType="stroke")
         line = line.encode(strokeDash=alt.StrokeDash("run:N", title=None, legend=runs))
     return [*layers, line]

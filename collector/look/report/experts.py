@@ -73,10 +73,11 @@ def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str
         title=title,
         text=text,
         draw=functools.partial(
-            curves.by_depth, panels=panels_of(rows, panels, zero=False), series="label", stacks=subject.stacks,
-            faint=True, main=subject.sides[0].name, dash=len(subject.sides) > 1,
-            band=INTERVAL if rows.resamples else None,
-            tooltip={"run": "N", "label": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
+            curves.by_depth, panels=panels_of(rows, panels, zero=False), stacks=subject.stacks, curves=curves.Curves(
+                series="label", main=subject.sides[0].name, faint=True, dash=len(subject.sides) > 1,
+                band=INTERVAL if rows.resamples else None,
+                tooltip={"run": "N", "label": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
+            ),
         ),
         tables={"rows": rows},
         notes=[
@@ -153,9 +154,10 @@ def _load_by_layer(subject: Subject) -> Figure:
         text="All languages together: inequality of the load (0 is even), the largest load relative to the mean, and "
         "dead experts, which less than 0.1 % of the tokens choose.",
         draw=functools.partial(
-            curves.by_depth, panels=panels_of(rows, panels), series="run", stacks=subject.stacks,
-            main=subject.sides[0].name,
-            tooltip={"run": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
+            curves.by_depth, panels=panels_of(rows, panels), stacks=subject.stacks, curves=curves.Curves(
+                series="run", main=subject.sides[0].name,
+                tooltip={"run": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"},
+            ),
         ),
         tables={"rows": rows},
         notes=[f"{span(rows['n'])} tokens.", *(["No expert of any layer is dead."] if none_dead else [])],
@@ -185,8 +187,9 @@ def _coactivation(subject: Subject) -> Figure:
     return dataclasses.replace(
         common,
         draw=functools.partial(
-            charts.matrix, x="other_expert", y="expert", columns=most, rows=most, title="share of tokens", square=True,
-            high=float(kept["value"].max()), x_title="chosen together with", y_title="expert",
+            charts.matrix, x=charts.Side(column="other_expert", count=most, title="chosen together with"),
+            y=charts.Side(column="expert", count=most, title="expert"), title="share of tokens", square=True,
+            high=float(kept["value"].max()),
             tooltip={"expert": "N", "other_expert": "N", "value": "Q", "baseline": "Q", "n": "Q"},
         ),
         tables={"rows": kept},

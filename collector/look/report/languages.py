@@ -70,8 +70,9 @@ def _specialization(subject: Subject, trees: Mapping[Router, Tree]) -> list[Figu
                 + ("Languages are in the order of the dendrogram below; experts with similar columns are adjacent."
                    if main else "Same colours, languages and experts in the same order as above."),
                 draw=functools.partial(
-                    charts.matrix, x="expert", y="label", columns=_most(own, "expert"), rows=len(subject.labels),
-                    title="share of tokens", high=high, x_title="expert", significant=tested,
+                    charts.matrix, x=charts.Side(column="expert", count=_most(own, "expert"), title="expert"),
+                    y=charts.Side(column="label", count=len(subject.labels)),
+                    title="share of tokens", high=high, significant=tested,
                     tooltip={"label": "N", "expert": "N", "value": "Q", "baseline": "Q", "lift": "Q", "n": "Q",
                              **({"q": "Q"} if tested else {})},
                 ),
@@ -224,9 +225,11 @@ def _depth(subject: Subject) -> Figure:
         common,
         draw=functools.partial(
             curves.by_depth, panels=[curves.Panel(metric=metric, words="mean divergence (bits)", low=low, high=high)],
-            series="run", band=band, stacks=subject.stacks, main=subject.sides[0].name,
-            tooltip={"run": "N", "layer": "O", "value": "Q", "median": "Q", "first_quartile": "Q",
-                     "third_quartile": "Q", "n": "Q"},
+            stacks=subject.stacks, curves=curves.Curves(
+                series="run", band=band, main=subject.sides[0].name,
+                tooltip={"run": "N", "layer": "O", "value": "Q", "median": "Q", "first_quartile": "Q",
+                         "third_quartile": "Q", "n": "Q"},
+            ),
         ),
         tables={"rows": rows},
         notes=[f"{span(rows['n'])} pairs of languages. Bands: the middle half of the pairs, not an interval."],

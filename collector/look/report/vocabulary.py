@@ -48,9 +48,10 @@ def _vocabulary_by_layer(subject: Subject) -> Figure:
     return dataclasses.replace(
         common,
         draw=functools.partial(
-            curves.by_depth, panels=panels_of(rows, panels), series="run", stacks=subject.stacks,
-            main=subject.sides[0].name,
-            tooltip={"run": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q", "tokens": "Q"},
+            curves.by_depth, panels=panels_of(rows, panels), stacks=subject.stacks, curves=curves.Curves(
+                series="run", main=subject.sides[0].name,
+                tooltip={"run": "N", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q", "tokens": "Q"},
+            ),
         ),
         tables={"rows": rows},
         notes=[f"{span(rows['n'])} token ids that occur ten times or more, {span(rows['tokens'])} occurrences."],
