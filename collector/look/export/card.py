@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 NAME = "README.md"
 MOST_LABELS = 200
 """Maximum number of labels in the list, those with the most tokens."""
-_ROWS = {
-    **{table: row for recorder in RECORDERS.values() for table, row in recorder.tables.items()},
+_ROWS = {  # of the tables that no recorder writes
     "tokens": "a token that the model saw: document, position, id (see `vocab`), whether the tokenizer added it",
     "documents": "a document: id, label, source, tokens, characters, whether it was cut",
     "rejects": "a row of the source that became no document: its number, and why",
@@ -39,11 +38,12 @@ def write(directory: RunDirectory, run: Run, rows: Mapping[str, int], front_matt
         rows: rows by table.
         front_matter: text before the card, for the hub; the card then also explains how to load the dataset.
     """
+    rows_of = {table: row for recorder in RECORDERS.values() for table, row in recorder.tables.items()} | _ROWS
     sections = [
         f"# Routing decisions of {run.info['model']['id']}",
         summary.summarize(directory)[0].rstrip(),
         "## Tables",
-        _table(("table", "rows", "a row is"), [(f"`{name}`", f"{n:,}", _ROWS[name]) for name, n in rows.items()]),
+        _table(("table", "rows", "a row is"), [(f"`{name}`", f"{n:,}", rows_of[name]) for name, n in rows.items()]),
         "Tokens and decisions belong together by `shard` and `tok`, tokens and documents by `shard` and `doc`.",
         "## Labels",
         _labels(run),
