@@ -160,7 +160,7 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
         "<p class=\"quiet\">Bars: the share of a language's, a spelling's or a position's tokens that chose it, and "
         "the share of its own tokens that also chose another expert. Lines: the baseline. Last column: the number of "
         "tokens. Languages count all tokens, the rest "
-        f"{tokens:,} tokens{sample}. Spellings are those that chose it most often.</p>"
+        f"{tokens:,} tokens{sample}; spellings are those that chose it most often.</p>"
         f'<div class="aspects">{"".join(lists)}</div>'
         + _contexts([(item, weight) for aspect, item, weight, *_ in profile if aspect == "context"])
     )
