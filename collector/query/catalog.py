@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Value = int | float | bool | str | list[str] | None
 GROUPS = {
@@ -149,17 +149,10 @@ def query_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "queries"
 
 
-def macros(relations: Collection[str] | None = None) -> str:
-    """Returns the statements that create the macros; they read the relations of the schema in use.
-
-    Args:
-        relations: only the macros that read no others (default: all macros).
-    """
-    sources = [path.read_text(encoding="utf-8").strip() for path in sorted((query_folder() / "macros").glob("*.sql"))]
-    return "\n".join(
-        f"{sql};\n" for sql in sources
-        if relations is None or set(split_names(read_header(sql)["reads"])) <= set(relations)
-    )  # fmt: skip
+def macros() -> str:
+    """Returns the statements that create the macros; these read relations of the schema in use, by name."""
+    paths = sorted((query_folder() / "macros").glob("*.sql"))
+    return "\n".join(f"{path.read_text(encoding='utf-8').strip()};\n" for path in paths)
 
 
 def _paths() -> list[Path]:

@@ -13,9 +13,17 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
-with located as (
+with summed as (
     select *
-    from label_sums($stack, $layer, $labels, $include_special)
+    from label_sums('label_statistics', $stack, $layer, $labels, $include_special)
+),
+
+located as (
+    select
+        summed.*,
+        layers.top_k
+    from summed
+    inner join layers using (stack, layer)
 ),
 
 metrics as (

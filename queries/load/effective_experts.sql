@@ -24,7 +24,7 @@ with shares as (
             order by picks desc, expert asc
             rows between unbounded preceding and 1 preceding
         ) as picks_before
-    from label_load($stack, $layer, $labels, $include_special)
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 summed as (

@@ -27,7 +27,7 @@
 --   m integer >= 1 = null: experts that coverage counts (default: the layer's k)
 with chosen as (
     select * replace (if($pooled, null, label) as label)
-    from label_load($stack, $layer, $labels, $include_special)
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 load as (
@@ -71,7 +71,7 @@ probable as (
         layer,
         if($pooled, null, label) as label,
         probabilities
-    from chosen_decisions($stack, $layer, $labels, $include_special)
+    from filtered('decisions', $stack, $layer, $labels, $include_special)
     where
         probabilities is not null
 ),

@@ -1,9 +1,9 @@
 -- Question: How much of each label's text did each expert get, special tokens counted or not?
--- Formula: tokens = N_D; picks = N_eD; top1 = tokens whose highest-weight expert is e;
---   weight_sum = sum of w_e; frequency = N_eD / N_D; n_experts = E, top_k = k.
+-- Formula: relation is 'assignments'; the other arguments are those of `filtered`. tokens = N_D;
+--   picks = N_eD; top1 = tokens whose highest-weight expert is e; weight_sum = sum of w_e;
+--   frequency = N_eD / N_D; n_experts = E, top_k = k.
 -- Grain: one row per (stack, layer, label, expert), with zeros for experts never chosen.
--- Reads: assignments
-create or replace macro label_load(of_stack, of_layer, of_labels, with_special) as table
+create or replace macro label_load(relation, of_stack, of_layer, of_labels, with_special) as table
     select
         stack,
         layer,
@@ -16,10 +16,5 @@ create or replace macro label_load(of_stack, of_layer, of_labels, with_special) 
         sum(top1)::bigint as top1,
         sum(weight_sum) as weight_sum,
         sum(picks) / sum(tokens) as frequency
-    from assignments
-    where
-        (of_stack is null or stack = of_stack)
-        and (of_layer is null or layer = of_layer)
-        and (of_labels is null or list_contains(of_labels, label))
-        and (with_special or not is_special)
+    from filtered(relation, of_stack, of_layer, of_labels, with_special)
     group by stack, layer, label, expert, n_experts, top_k

@@ -18,7 +18,7 @@ with load as (
     select
         *,
         frequency / top_k as share
-    from label_load($stack, $layer, $labels, $include_special)
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 paired as (

@@ -25,7 +25,7 @@ with load as (
         coalesce($m, top_k) as m,
         frequency / top_k as share,
         row_number() over (partition by stack, layer, label order by picks desc, expert asc) as place
-    from label_load($stack, $layer, $labels, $include_special)
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 ranked as (

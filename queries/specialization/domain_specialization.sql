@@ -20,7 +20,7 @@ with compared as (
         *,
         sum(frequency) over (partition by stack, layer, expert) as frequency_total,
         count(*) over (partition by stack, layer, expert) as label_count
-    from label_load($stack, $layer, $labels, $include_special)
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 )
 
 -- k is the same for all labels of a layer, so a ratio of frequencies is one of shares

@@ -23,7 +23,7 @@ with load as (
     select
         *,
         top_k * tokens as total
-    from label_load($stack, $layer, $labels, $include_special)
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 pooled as (

@@ -22,7 +22,7 @@ with load as (
     select
         *,
         picks / (top_k * tokens) as share
-    from label_load($stack, $layer, $labels, $include_special)
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 mixed as (

@@ -29,6 +29,7 @@ reference_label as (
 load as (
     select *
     from label_load(
+        'assignments',
         $stack,
         $layer,
         if($labels is null, null, list_append($labels, (select reference_label.label from reference_label))),

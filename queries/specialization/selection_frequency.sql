@@ -20,7 +20,7 @@ with load as (
     select
         *,
         sum(weight_sum) over (partition by stack, layer, label) as weight_total
-    from label_load($stack, $layer, $labels, $include_special)
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 metrics as (

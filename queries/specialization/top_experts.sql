@@ -16,7 +16,7 @@
 --   n integer >= 1 = 10: experts per layer and label
 with load as (
     select *
-    from label_load($stack, $layer, $labels, $include_special)
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 counts as (

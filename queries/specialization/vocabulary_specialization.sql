@@ -19,7 +19,7 @@
 --   min_count integer >= 1 = 10: ids that occur less often are left out
 with chosen as (
     select *
-    from chosen_token_decisions($stack, $layer, $labels, $include_special)
+    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
     where
         token_id is not null
 ),

@@ -23,7 +23,7 @@ with ordered as (
         list_grade_up(
             list_zip(list_transform(weights, lambda w: coalesce(-w, 'infinity'::float)), range(len(weights)))
         ) as weight_order
-    from chosen_decisions($stack, $layer, $labels, $include_special)
+    from filtered('decisions', $stack, $layer, $labels, $include_special)
 ),
 
 chosen as (

@@ -21,7 +21,7 @@ with chosen as (
         layer,
         token_id,
         experts
-    from chosen_token_decisions($stack, $layer, $labels, $include_special)
+    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
     where
         token_id is not null
 ),

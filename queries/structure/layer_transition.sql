@@ -20,7 +20,7 @@ with chosen as (
         layer,
         tok,
         expert
-    from chosen_decisions($stack, null, $labels, $include_special)
+    from filtered('decisions', $stack, null, $labels, $include_special)
 ),
 
 -- all layers are needed here, whichever is asked for

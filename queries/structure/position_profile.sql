@@ -20,7 +20,7 @@ with chosen as (
         label,
         if(position = 0, 0, 2 ** floor(log2(position)))::bigint as first_position,
         experts
-    from chosen_token_decisions($stack, $layer, $labels, $include_special)
+    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
 ),
 
 buckets as (

@@ -25,7 +25,7 @@ with chosen as (
         position,
         expert,
         experts
-    from chosen_token_decisions($stack, $layer, $labels, $include_special)
+    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
 ),
 
 followed as (

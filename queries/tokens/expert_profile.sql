@@ -41,7 +41,7 @@ decided as (
         experts,
         list_contains(experts, $expert) as is_own,
         weights[list_position(experts, $expert)] as weight
-    from chosen_decisions($stack, $layer, $labels, $include_special)
+    from filtered('decisions', $stack, $layer, $labels, $include_special)
     where
         shard in (select sampled.shard from sampled)
 ),

@@ -24,7 +24,7 @@ with chosen as (
         token_id,
         token,
         experts
-    from chosen_token_decisions($stack, $layer, $labels, $include_special)
+    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
     where
         token_id is not null
 ),

@@ -92,6 +92,7 @@ class SampledQuery:
         self._column = column
         self._params = query.bind(params) | _EVERY_ROW.get(query.name, {}) | {"stack": None}
         self._connection = locked_duckdb.connect(())
+        self._connection.execute(macros())
         self._register(given or {})
 
     def values(self, rows: pa.Table, counts: DocumentCounts, sums: Sums) -> NDArray[np.float64]:
@@ -104,8 +105,7 @@ class SampledQuery:
         """
         keys = _keys(rows)
         wanted = rows.select(keys).append_column("row", pa.array(np.arange(rows.num_rows)))
-        self._register({"wanted": wanted})
-        self._register_samples(counts, sums)
+        self._register({"wanted": wanted, **_tables(counts, sums)})
         same = " and ".join(f"wanted.{key} is not distinct from answer.{key}" for key in keys)
         found = self._connection.execute(
             f'select wanted.row, answer.stack as sample, answer."{self._column}"::double as value '
@@ -119,13 +119,8 @@ class SampledQuery:
 
     def answer(self, counts: DocumentCounts, sums: Sums) -> pa.Table:
         """Returns all rows of all samples, with the number of the sample as `stack`."""
-        self._register_samples(counts, sums)
+        self._register(_tables(counts, sums))
         return self._connection.sql(self.query.sql, params=self._params).to_arrow_table()
-
-    def _register_samples(self, counts: DocumentCounts, sums: Sums) -> None:
-        tables = _tables(counts, sums)
-        self._register(tables)
-        self._connection.execute(macros(tables))
 
     def _register(self, tables: Mapping[str, pa.Table]) -> None:
         for name, table in tables.items():
