@@ -27,7 +27,7 @@ with weighed as (
     select
         *,
         list_sort(weights, 'desc', 'nulls last') as sorted_weights
-    from aligned_decisions
+    from filtered('aligned_decisions', $stack, $layer, $labels, $include_special)
 ),
 
 chosen as (
@@ -43,12 +43,7 @@ chosen as (
         shared,
         expert != other_expert as is_flip
     from weighed
-    where
-        case when $by in ('margin', 'lead') then true else error('by takes margin or lead') end
-        and ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
+    where case when $by in ('margin', 'lead') then true else error('by takes margin or lead') end
 ),
 
 -- gaps are few, because what is recorded is rounded; tokens are many
@@ -149,37 +144,13 @@ expected as (
 ),
 
 ours as (
-    select
-        stack,
-        layer,
-        label,
-        expert,
-        n_experts,
-        sum(tokens)::bigint as n,
-        sum(picks) / sum(tokens) as frequency
-    from assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-    group by stack, layer, label, expert, n_experts
+    select *
+    from label_load('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 theirs as (
-    select
-        stack,
-        layer,
-        label,
-        expert,
-        sum(picks) / sum(tokens) as frequency
-    from other.assignments
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
-    group by stack, layer, label, expert
+    select *
+    from label_load('other.assignments', $stack, $layer, $labels, $include_special)
 ),
 
 specialized as (
@@ -188,7 +159,7 @@ specialized as (
         ours.layer,
         ours.label,
         ours.n_experts,
-        any_value(ours.n) as n,
+        any_value(ours.tokens) as n,
         avg(abs(theirs.frequency - ours.frequency)) as change,
         max(abs(theirs.frequency - ours.frequency)) as largest,
         max_by(ours.expert, (ours.frequency, -ours.expert))

@@ -16,12 +16,7 @@ with chosen as (
     select
         * exclude (label),
         if($pooled, null, label) as label
-    from aligned_decisions
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
+    from filtered('aligned_decisions', $stack, $layer, $labels, $include_special)
 ),
 
 measured as (

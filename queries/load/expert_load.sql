@@ -23,7 +23,7 @@ with load as (
         top_k,
         sum(tokens)::bigint as tokens,
         sum(picks)::bigint as picks
-    from label_load('assignments', $stack, $layer, $labels, $include_special)
+    from filtered('assignments', $stack, $layer, $labels, $include_special)
     group by stack, layer, expert, n_experts, top_k
 )
 

@@ -26,8 +26,10 @@
 --   threshold double = 0.001: share of tokens below which an expert is dead
 --   m integer >= 1 = null: experts that coverage counts (default: the layer's k)
 with chosen as (
-    select * replace (if($pooled, null, label) as label)
-    from label_load('assignments', $stack, $layer, $labels, $include_special)
+    select
+        * exclude (label),
+        if($pooled, null, label) as label
+    from filtered('assignments', $stack, $layer, $labels, $include_special)
 ),
 
 load as (
@@ -72,8 +74,7 @@ probable as (
         if($pooled, null, label) as label,
         probabilities
     from filtered('decisions', $stack, $layer, $labels, $include_special)
-    where
-        probabilities is not null
+    where probabilities is not null
 ),
 
 losses as (
@@ -101,12 +102,7 @@ placed as (
         if($pooled, null, label) as label,
         tokens,
         experts
-    from document_counts
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($labels is null or list_contains($labels, label))
-        and ($include_special or not is_special)
+    from filtered('document_counts', $stack, $layer, $labels, $include_special)
 ),
 
 unions as (

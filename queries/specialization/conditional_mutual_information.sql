@@ -123,10 +123,7 @@ chosen as (
         layer,
         tok,
         experts
-    from decisions
-    where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
+    from filtered('decisions', $stack, $layer, null, true)
 ),
 
 -- every decision twice, with its label (place 1) and with a shuffled one (place 2)

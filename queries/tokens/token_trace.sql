@@ -41,13 +41,10 @@ chosen as (
         * exclude (experts, weights),
         list_filter(experts, lambda e: e is not null)::integer[] as experts,
         list_filter(weights, lambda w: w is not null) as weights
-    from decisions
+    from filtered('decisions', $stack, $layer, null, $include_special)
     where
-        ($stack is null or stack = $stack)
-        and ($layer is null or layer = $layer)
-        and ($include_special or not is_special)
         -- constants, which reach the files
-        and shard = (select known.shard from known)
+        shard = (select known.shard from known)
         and tok >= (select min(text.tok) from text)
         and tok <= (select max(text.tok) from text)
 )
