@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from collector.capture.routing import RoutingRecorder
-from collector.store.run_directory import REJECTS, TABLES
+from collector.store import tables
+from collector.store.run_directory import REJECTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,11 +26,19 @@ def recorders_for(model: PreTrainedModel, routers: Sequence[Router], config: Cap
     return [recorder(model, routers, config) for recorder in RECORDERS.values()]
 
 
-def recorded_schemas(info: Mapping[str, Any]) -> dict[str, pa.Schema]:
-    """Table -> columns of all tables that recorders wrote, by the content of run.json."""
-    return {table: schema for each in RECORDERS.values() for table, schema in each.schemas(info).items()}
+def table_schemas(info: Mapping[str, Any]) -> dict[str, pa.Schema]:
+    """Table -> columns of all tables that shards of a run with this run.json may have, those of the recorders first."""
+    config = info["config"]
+    recorded = {table: schema for each in RECORDERS.values() for table, schema in each.schemas(info).items()}
+    return recorded | {
+        "tokens": tables.TOKENS_SCHEMA,
+        "documents": tables.documents_schema(
+            text="text" in (config.get("store") or ()), target=bool(config.get("target_column"))
+        ),
+        REJECTS: tables.REJECTS_SCHEMA,
+    }
 
 
 def table_names(info: Mapping[str, Any]) -> tuple[str, ...]:
-    """All tables that shards of a run may have, those of the recorders first."""
-    return (*recorded_schemas(info), *TABLES, REJECTS)
+    """The names of these tables."""
+    return tuple(table_schemas(info))

@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from collector.capture.recorders import recorded_schemas, table_names
+from collector.capture.recorders import table_names, table_schemas
 from collector.query.catalog import macros
 from collector.query.groupings import LABEL, derived_views, find_grouping
 from collector.query.rollup import files as rollups
 from collector.store import tables
 from collector.store.remote_files import RunFiles
-from collector.store.run_directory import REJECTS, RUN, SUCCESS, VOCAB, ObjectStore, RunDirectory
+from collector.store.run_directory import RUN, SUCCESS, VOCAB, ObjectStore, RunDirectory
 
 if TYPE_CHECKING:
     import os
@@ -246,12 +246,4 @@ def _arrow_type(field: pa.Field) -> str:
 
 
 def _schema(name: str, info: dict[str, Any]) -> pa.Schema:
-    config = info["config"]
-    documents = tables.documents_schema(
-        text="text" in (config.get("store") or ()), target=bool(config.get("target_column"))
-    )
-    schemas = {
-        "documents": documents, "tokens": tables.TOKENS_SCHEMA, REJECTS: tables.REJECTS_SCHEMA,
-        "vocab": tables.VOCAB_SCHEMA,
-    }  # fmt: skip
-    return (schemas | recorded_schemas(info))[name]
+    return (table_schemas(info) | {"vocab": tables.VOCAB_SCHEMA})[name]

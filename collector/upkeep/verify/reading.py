@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collector.capture.recorders import recorded_schemas
+from collector.capture.recorders import table_schemas
 from collector.store import tables
-from collector.store.run_directory import REJECTS
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -49,16 +48,8 @@ class Card:
         Raises:
             KeyError, TypeError: run.json was not written by a replica.
         """
-        layers = tables.recorded_layers(info)
-        config = info["config"]
-        stored = config.get("store") or ()
-        schemas = {
-            **recorded_schemas(info),
-            "tokens": tables.TOKENS_SCHEMA,
-            "documents": tables.documents_schema(text="text" in stored, target=bool(config.get("target_column"))),
-            REJECTS: tables.REJECTS_SCHEMA,
-        }
-        return cls(layers=layers, schemas=schemas, drops_token_ids=config.get("token_ids") == "drop")
+        drops_token_ids = info["config"].get("token_ids") == "drop"
+        return cls(layers=tables.recorded_layers(info), schemas=table_schemas(info), drops_token_ids=drops_token_ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
