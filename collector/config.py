@@ -39,13 +39,23 @@ class DataConfig:
     `hf:NAME[:CONFIG][:SPLIT]` (a dataset of the Hugging Face hub, or a local folder of data files);
     a folder written by `Dataset.save_to_disk`."""
     text_column: str = "text"
-    """Column with the text.
+    """Column with the text; `metadata.text` finds one inside another.
+    A column of conversations (`messages`) is put into words by the model's chat template.
+    Of a wide file each text column gives documents of its own: `sentence_*`, `translation.*` or `en,ko,de`.
     Give a number, from 0, to address a CSV or TSV column by position in a file without a header."""
     label_column: str = "label"
-    """Column with the label that queries group by, usually the language.
-    `@file` labels all documents of a file with the file's name up to its first dot."""
+    """Column with the label that queries group by, usually the language; a list gives a document several labels.
+    `{lang}_{script}` puts a label together from columns.
+    Of the file's path, `@file` takes the name up to its first dot, `@folder` the folder's name, `@folder:2` that of the
+    folder above it, `@path:REGEX` the first group that is found. Folders called KEY=VALUE are columns.
+    The texts of a wide file are labelled by their columns (`@column`)."""
     id_column: str = "id"
     """Column with the document's own id. Without such a column the id is FILE#ROW."""
+    parallel_column: str = "parallel_id"
+    """Column with the id that translations of the same text share. Of a wide file that is the row."""
+    spans_column: str | None = None
+    """Column with labelled parts of the text: a list of `start`, `end` (in characters) and `label`.
+    `--by span` then groups tokens by the part that they lie in. Conversations have their roles as spans."""
     target_column: str | None = None
     """Column with the decoder's text, for encoder–decoder models with --stacks decoder.
     By default the decoder is teacher-forced with the document itself."""

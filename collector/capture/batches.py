@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from collector.data.sources import TextSpan
+
 BATCH_CHARGE = 1 / 16
 """Fixed cost of a forward pass, as a share of the token budget."""
 
@@ -36,6 +38,10 @@ class TokenTable:
     """[D + 1] slot of each document's first token; the last entry is T."""
     truncated: NDArray[np.bool_]
     """[D] whether the document was cut at the maximum length."""
+    span: NDArray[np.int64] | None = None
+    """[T] the span of the text that the token lies in, as an index into `span_labels`, -1 for none; None if no text has
+    any."""
+    span_labels: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -65,7 +71,10 @@ class Batch:
     """[T] slot of each real token, in the row-major order of the mask."""
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int, *, as_target: bool = False) -> TokenTable:
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], max_length: int, *, as_target: bool = False,
+    spans: Sequence[Sequence[TextSpan]] | None = None, is_framed: Sequence[bool] | None = None,
+) -> TokenTable:  # fmt: skip
     """Tokenizes documents as the tokenizer wants them, special tokens included.
 
     Args:
@@ -74,17 +83,68 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int, *, as_target
         max_length: longest document in tokens, special tokens included. The tokenizer itself cuts longer ones,
             so that a closing special token stays.
         as_target: as the decoder's texts, which some tokenizers frame differently (with a language code).
+        spans: [D] labelled parts of each text (default: none), for a fast tokenizer. A token lies in the shortest one
+            that holds the character in its middle.
+        is_framed: [D] whether the text has its special tokens already, from a chat template (default: none has).
     """
     meaning = "text_target" if as_target else "text"
-    encoded = _encode(tokenizer, texts, meaning)
-    truncated = np.array([len(ids) > max_length for ids, _ in encoded], dtype=bool)
-    for index in np.flatnonzero(truncated).tolist():
-        encoded[index] = _encode(tokenizer, [texts[index]], meaning, truncation=True, max_length=max_length)[0]
-    lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
-    flat = [np.concatenate([np.zeros(0, np.int64), *(np.asarray(part, np.int64) for part in column)])
-            for column in (tuple(zip(*encoded, strict=True)) or ((), ()))]  # fmt: skip
-    starts = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
-    return TokenTable(ids=flat[0], is_special=flat[1].astype(bool), starts=starts, truncated=truncated)
+    framed = np.zeros(len(texts), bool) if is_framed is None else np.asarray(is_framed, bool)
+    options = {"return_offsets_mapping": True} if spans and any(spans) else {}
+    encoded: list[_Encoded] = [_Encoded()] * len(texts)
+    for adds_special in (True, False):
+        documents = np.flatnonzero(framed != adds_special).tolist()
+        one_by_one = {"add_special_tokens": adds_special, **options}
+        own = _encode(tokenizer, [texts[d] for d in documents], meaning, **one_by_one)
+        for d, each in zip(documents, own, strict=True):
+            is_cut = len(each.ids) > max_length
+            if is_cut:
+                (each,) = _encode(tokenizer, [texts[d]], meaning, truncation=True, max_length=max_length, **one_by_one)
+            encoded[d] = dataclasses.replace(each, is_cut=is_cut)
+    lengths = np.array([len(each.ids) for each in encoded], dtype=np.int64)
+    ids = _flat([each.ids for each in encoded])
+    is_special = _flat([each.is_special for each in encoded]).astype(bool)
+    if framed.any():
+        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+        is_special |= np.repeat(framed, lengths) & np.isin(ids, special)
+    labels = tuple(dict.fromkeys(span.label for own in spans or () for span in own))
+    placed = [_in_spans(each.offsets, own, labels, len(text))
+              for each, own, text in zip(encoded, spans or ((),) * len(texts), texts, strict=True)]  # fmt: skip
+    return TokenTable(
+        ids=ids,
+        is_special=is_special,
+        starts=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
+        truncated=np.array([each.is_cut for each in encoded], dtype=bool),
+        span=_flat(placed) if labels else None,
+        span_labels=labels,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    """A tokenized document."""
+
+    ids: Sequence[int] = ()
+    is_special: Sequence[int] = ()
+    offsets: Sequence[tuple[int, int]] = ()
+    """First character of each token, and the one after its last; equal for special tokens."""
+    is_cut: bool = False
+
+
+def _flat(parts: Sequence[Any]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *(np.asarray(part, np.int64) for part in parts)])
+
+
+def _in_spans(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[TextSpan], labels: Sequence[str], characters: int
+) -> NDArray[np.int64]:
+    """Returns the span of each token, as an index into `labels`, -1 for none."""
+    if not spans:
+        return np.full(len(offsets), -1)
+    span_of_character = np.full(characters + 1, -1)
+    for span in sorted(spans, key=lambda span: span.start - span.end):  # the shortest last, so that it stays
+        span_of_character[span.start : span.end] = labels.index(span.label)
+    bounds = np.asarray(offsets, np.int64).reshape(-1, 2)
+    return np.where(bounds[:, 0] < bounds[:, 1], span_of_character[bounds.sum(axis=1) // 2], -1)
 
 
 def shift_right(table: TokenTable, start_id: int) -> TokenTable:
@@ -95,17 +155,23 @@ def shift_right(table: TokenTable, start_id: int) -> TokenTable:
     first = table.starts[:-1][table.lengths > 0]
     ids, is_special = np.roll(table.ids, 1), np.roll(table.is_special, 1)
     ids[first], is_special[first] = start_id, True
-    return dataclasses.replace(table, ids=ids, is_special=is_special)
+    span = table.span
+    if span is not None:
+        span = np.roll(span, 1)
+        span[first] = -1
+    return dataclasses.replace(table, ids=ids, is_special=is_special, span=span)
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], meaning: str, **options: Any) -> list[tuple[list[int], list[int]]]:
+def _encode(tokenizer: Any, texts: Sequence[str], meaning: str, **options: Any) -> list[_Encoded]:
     if not texts:
         return []
     # verbose=False: a document beyond the model's length is cut and counted here, not warned about.
     encoded = tokenizer(
         **{meaning: list(texts)}, return_attention_mask=False, return_special_tokens_mask=True, verbose=False, **options
     )
-    return list(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True))
+    offsets = encoded.get("offset_mapping") or [()] * len(texts)
+    columns = (encoded["input_ids"], encoded["special_tokens_mask"], offsets)
+    return [_Encoded(ids=i, is_special=s, offsets=o) for i, s, o in zip(*columns, strict=True)]
 
 
 def pack(lengths: Sequence[int] | NDArray[np.int64], tokens_per_batch: int) -> list[NDArray[np.int64]]:

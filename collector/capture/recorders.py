@@ -31,7 +31,7 @@ def table_schemas(info: Mapping[str, Any]) -> dict[str, pa.Schema]:
     config = info["config"]
     recorded = {table: schema for each in RECORDERS.values() for table, schema in each.schemas(info).items()}
     return recorded | {
-        "tokens": tables.TOKENS_SCHEMA,
+        "tokens": tables.tokens_schema(info["format"]),
         "documents": tables.documents_schema(
             text="text" in (config.get("store") or ()), target=bool(config.get("target_column"))
         ),

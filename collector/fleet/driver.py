@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
 from collector.data import plan as planning
+from collector.data import sources
 from collector.fleet.dispatch import Dispatcher, Job
 from collector.fleet.placement import Need, require_room
 from collector.fleet.progress import ProgressView, Tally
@@ -26,25 +27,30 @@ from collector.query.warehouse import views_sql
 from collector.store.run_directory import PLAN, RUN, VIEWS, RunDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from collector.data.plan import Plan
     from collector.fleet.ray_actor import Actor
     from collector.models.loading import LoadedModel
 
-FORMAT = 1
+FORMAT = 2
 """Version of the run directory's layout."""
 
 
-def freeze_plan(run: RunDirectory, config: RunConfig) -> Plan:
+def freeze_plan(run: RunDirectory, config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Plan:
     """Writes the plan of a new run, or reads the plan of a run to resume.
+
+    Args:
+        run: the run directory.
+        config: the settings.
+        say: called with each warning about the documents.
 
     Raises:
         ValueError: the run was planned with other settings or other sources; names what differs.
     """
     stored = run.read_or_none(PLAN)
     if stored is None:
-        plan = planning.make_plan(config)
+        plan = _new_plan(config, say)
         if run.store.put_new(PLAN, plan.to_parquet()):
             return plan
         stored = run.store.read(PLAN)
@@ -56,6 +62,20 @@ def freeze_plan(run: RunDirectory, config: RunConfig) -> Plan:
             + "\nGo on with the old settings, or choose another --out."
         )  # fmt: skip
     return plan
+
+
+def _new_plan(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Plan:
+    """Plans a run, after a look at whether the model's tokenizer can read the documents."""
+    found = sources.resolve(config.data)
+    conversations = planning.has_conversations(found, config.data)
+    if conversations or config.data.spans_column is not None:
+        from collector.capture.conversations import require_tokenizer
+        from collector.models import loading
+
+        require_tokenizer(loading.load_tokenizer(config.model), config.model.model, conversations=conversations)
+    for warning in planning.label_warnings(found, config.data):
+        say(warning)
+    return planning.make_plan(config, found)
 
 
 def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware: dict[str, Any] | None = None) -> None:
@@ -126,9 +146,12 @@ def collect(
         config = resolve(data=data, model=model, capture=capture, device=pick_device(launch, grows=grows))
         need, (least, _) = Need.of(launch, config.device), launch.replica_range()
         require_room(need, alive_nodes(), least if grows else max(1, least))
-        plan = freeze_plan(run, config)
+        warnings: list[str] = []
+        plan = freeze_plan(run, config, warnings.append)
         tally = Tally(shards=len(plan.shards), documents=plan.documents)
         with ProgressView(tally, as_json=launch.log_format == "json") as view:
+            for warning in warnings:
+                view.say(warning, event="warning")
             work_off(Job(run=run, plan=plan, launch=launch), config, view, need=need, grows=grows)
     finish(run, plan)
     return run
@@ -183,7 +206,7 @@ def collect_in_process(
     """
     from collector.replica.replica import Replica
 
-    run, plan = RunDirectory(root), planning.make_plan(config)
+    run, plan = RunDirectory(root), _new_plan(config)
     run.store.put_new(PLAN, plan.to_parquet())
     with contextlib.closing(Replica(root, config, plan.hash, loaded=loaded, threads=threads)) as replica:
         replica.write_vocabulary()

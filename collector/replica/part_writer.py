@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from collector.capture.batches import TokenTable
     from collector.capture.recorder import Recording
     from collector.capture.shard_text import ShardText
     from collector.data.sources import BadRow
@@ -93,7 +94,7 @@ class PartWriter:
         return expected
 
     def _tokens_table(self, shard: int, text: ShardText) -> pa.Table:
-        schema = tables.TOKENS_SCHEMA
+        schema = tables.tokens_schema()
         parts = []
         for stack, tokens in text.tokens.items():
             count, first = len(tokens.ids), text.first_tok(stack)
@@ -105,6 +106,7 @@ class PartWriter:
                 "position": tokens.position,
                 "token_id": self._recorded(tokens.ids),
                 "is_special": tokens.is_special,
+                "span": _spans(tokens),
             }
             parts.append(pa.Table.from_arrays([pa.array(columns[f.name]).cast(f.type) for f in schema], schema=schema))
         return pa.concat_tables(parts)
@@ -138,6 +140,14 @@ class PartWriter:
             for f in self.documents_schema
         ]
         return pa.Table.from_arrays(arrays, schema=self.documents_schema)
+
+
+def _spans(tokens: TokenTable) -> pa.Array:
+    """[T] the label of the span that each token lies in, or null."""
+    if tokens.span is None:
+        return pa.nulls(len(tokens.ids), pa.string())
+    labels = pa.array(tokens.span_labels, pa.string())
+    return pa.DictionaryArray.from_arrays(pa.array(tokens.span.astype(np.int32), mask=tokens.span < 0), labels)
 
 
 def _rejects_table(shard: int, bad: list[BadRow]) -> pa.Table:

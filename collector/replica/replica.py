@@ -22,6 +22,7 @@ import torch
 
 from collector import token_ids
 from collector.capture import batches
+from collector.capture.conversations import put_into_words
 from collector.capture.hooks import Capture
 from collector.capture.passes import ForwardPasses
 from collector.capture.recorders import recorders_for
@@ -206,7 +207,7 @@ class Replica:
         """First stage: reads rows, makes documents, tokenizes them."""
         watch = Stopwatch()
         with watch("read"):
-            rows = list(plan.read_shard(shard, self.config.data))
+            rows = list(put_into_words(self.loaded.tokenizer, plan.read_shard(shard, self.config.data), shard.name))
         documents = [row for row in rows if isinstance(row, Document)]
         with watch("tokenize"):
             tokens = self._tokenize(documents)
@@ -216,13 +217,18 @@ class Replica:
     def _tokenize(self, documents: list[Document]) -> dict[str, batches.TokenTable]:
         """The tokens of each stack that runs."""
         tokenizer, longest = self.loaded.tokenizer, self.config.capture.max_length
-        text = batches.tokenize(tokenizer, [document.text for document in documents], longest)
+        spans = [document.spans for document in documents]
+        text = batches.tokenize(
+            tokenizer, [document.text for document in documents], longest, spans=spans,
+            is_framed=[bool(document.messages) for document in documents],
+        )  # fmt: skip
         if not self.capture.two_stacks:
             return {"decoder": text}
         tokens = {"encoder": text}
         if self.capture.decodes:
             targets = [document.text if document.target is None else document.target for document in documents]
-            target = batches.tokenize(tokenizer, targets, longest, as_target=True)
+            own = spans if self.config.data.target_column is None else None
+            target = batches.tokenize(tokenizer, targets, longest, as_target=True, spans=own)
             tokens["decoder"] = batches.shift_right(target, int(self.loaded.model.config.decoder_start_token_id))
         return tokens
 
@@ -255,6 +261,7 @@ class Replica:
             tokens=text.count,
             rows=sum(part.rows for table, part in files.items() if table not in (*TABLES, REJECTS)),
             characters=sum(len(document.text) for document in text.documents),
+            several_labels=sum(len(document.labels) > 1 for document in text.documents),
             truncated=int(text.truncated.sum()),
             skipped=text.skipped,
             **dataclasses.asdict(recorded.passes),

@@ -62,6 +62,8 @@ class Commit:
     """Tokens that went through the model, padding included."""
     halved: int = 0
     """Batches that did not fit into memory and were halved."""
+    several_labels: int = 0
+    """Documents with more than one label."""
     seconds: Mapping[str, float]
     """Stage -> wall time."""
     node: str

@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         pa.field("batches", pa.int64(), nullable=False),
         pa.field("padded_tokens", pa.int64(), nullable=False),
         pa.field("halved", pa.int64(), nullable=False),
+        pa.field("several_labels", pa.int64(), nullable=False),
         pa.field("seconds", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("node", pa.string(), nullable=False),
     ]

@@ -30,8 +30,14 @@ COMPRESSION_LEVEL = 3
 NAME = pa.dictionary(pa.int32(), pa.string())
 """Type of a column with few different names."""
 
-TOKENS_SCHEMA = pa.schema(
-    [
+
+def tokens_schema(run_format: int = 2) -> pa.Schema:
+    """Schema of the tokens table; runs of format 1 know no spans.
+
+    `token_id` is null in a run with `--token-ids drop`. `span` is the label of the innermost span of the text that the
+    token lies in, null outside of all.
+    """
+    fields = [
         pa.field("shard", pa.uint32(), nullable=False),
         pa.field("stack", NAME, nullable=False),
         pa.field("tok", pa.uint32(), nullable=False),
@@ -40,8 +46,8 @@ TOKENS_SCHEMA = pa.schema(
         pa.field("token_id", pa.uint32()),
         pa.field("is_special", pa.bool_(), nullable=False),
     ]
-)
-"""`token_id` is null in a run with `--token-ids drop`."""
+    return pa.schema([*fields, pa.field("span", NAME)] if run_format > 1 else fields)
+
 
 REJECTS_SCHEMA = pa.schema(
     [

@@ -58,7 +58,7 @@ CORPUS: dict[str, tuple[bytes, list[object]]] = {
                  b'{"text": "x", "label": 1' + b"0" * 5000 + b"}"),
         ["text is not a string", "no text", *["text is not a string"] * 4, "empty text",
          ("some text", str(10**400)), ("some text", "7"), ("some text", "-1.5"), ("some text", "True"), "no label",
-         ("some text", "inf"), "no label", *["label is not a string or number"] * 2, "no label",
+         ("some text", "inf"), "no label", ("some text", "x"), "label is not a string or number", "no label",
          *["label too long"] * 3, "invalid JSON"],
     ),
     "shapes.jsonl": (
@@ -119,12 +119,12 @@ def write_parquet(folder: Path) -> dict[str, list[object]]:
         "labels.parquet": (
             pa.array(["some text"] * 5),
             pa.array([1.0, math.nan, None, math.inf, -0.0]),
-            [("some text", "1.0"), "no label", "no label", ("some text", "inf"), ("some text", "-0.0")],
+            [("some text", "1"), "no label", "no label", ("some text", "inf"), ("some text", "0")],
         ),
         "lists.parquet": (
             pa.array(["a", "b"]),
-            pa.array([["x"], None]),
-            ["label is not a string or number", "no label"],
+            pa.array([["x", "w"], None]),
+            [("a", "w␟x"), "no label"],
         ),
         "nothing.parquet": (pa.array([], pa.string()), pa.array([], pa.string()), []),
     }

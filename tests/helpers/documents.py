@@ -91,7 +91,7 @@ BAD_JSON = {
     b'{"label": "x"}': "no text", b'{"text": null, "label": "x"}': "no text", b'{"text": "x"}': "no label",
     b'{"text": 5, "label": "x"}': "text is not a string", b'{"text": " \\n", "label": "x"}': "empty text",
     b'{"text": "x", "label": ""}': "no label", b'{"text": "\\ud800", "label": "x"}': "invalid UTF-8",
-    b'{"text": "x", "label": ["y"]}': "label is not a string or number",
+    b'{"text": "x", "label": ["y", {}]}': "label is not a string or number",
 }  # fmt: skip
 
 

@@ -308,7 +308,7 @@ def _tokens(number: int, shard: Shard, stacks: Sequence[str]) -> pa.Table:
         "token_id": np.tile(shard.ids, len(stacks)),
         "is_special": np.tile(shard.is_special, len(stacks)),
     }
-    return _table(columns, tables.TOKENS_SCHEMA)
+    return _table(columns, tables.tokens_schema(1))
 
 
 def _documents(number: int, shard: Shard) -> pa.Table:

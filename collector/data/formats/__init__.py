@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from collector.data.formats.base import REASONS, Columns, Format, Span, even_spans
+from collector.data.formats.base import REASONS, Format, Span, even_spans
+from collector.data.formats.columns import Columns
 from collector.data.formats.delimited import Csv, Tsv
 from collector.data.formats.lines import JsonLines, Text
 from collector.data.formats.parquet import Parquet, table_rows

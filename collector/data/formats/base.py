@@ -1,4 +1,4 @@
-"""Defines what all formats share: spans of rows, names of columns, and the base class `Format`.
+"""Defines what all formats share: spans of rows, and the base class `Format`.
 
 To add a format, subclass `Format`, implement `locate`, `records` and `fields`, and enter the class
 in `FORMATS` of this package. Finding and opening files is done elsewhere.
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from collector.data.formats.columns import Columns
 
 REASONS = (
     "empty line",
@@ -25,9 +27,14 @@ REASONS = (
     "no label",
     "label is not a string or number",
     "label too long",
+    "label contains ␟",
     "no target",
     "target is not a string",
     "empty target",
+    "spans are not a list of start, end and label",
+    "span outside the text",
+    "messages without role and content",
+    "chat template does not take the messages",
 )
 """All reasons for which a row is rejected as a document."""
 
@@ -46,53 +53,6 @@ class Span:
     """Byte at which `first_row` begins (in the decompressed file); None if the format does not need it."""
     damaged: bool = False
     """Whether the file is unreadable here; the span's single row then represents everything from `first_row` on."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Names of the wanted columns in the source."""
-
-    text: str
-    label: str | None
-    """None if the label is not a column of the source."""
-    id: str
-    target: str | None = None
-    """None if documents have no second text."""
-
-    @property
-    def positional(self) -> bool:
-        """Whether columns of a CSV or TSV file are addressed by position, in a file without a header."""
-        return self.text.isdecimal()
-
-    def wanted(self) -> dict[str, str]:
-        """Maps meaning to name in the source, for all columns that the source may have."""
-        named = {
-            "text": self.text,
-            "label": self.label,
-            "id": self.id,
-            "target": self.target,
-            "parallel_id": "parallel_id",
-            "source": "source",
-        }
-        return {meaning: name for meaning, name in named.items() if name is not None}
-
-    def find(self, names: Sequence[str], where: str) -> dict[str, str]:
-        """Maps meaning to name, for the wanted columns that the source has.
-
-        Raises:
-            ValueError: a required or explicitly named column is missing, or a column occurs several times.
-        """
-        found = {meaning: name for meaning, name in self.wanted().items() if name in names}
-        required = ["text", "label", "target"] if self.id == "id" else ["text", "label", "id", "target"]
-        for meaning in required:
-            name = self.wanted().get(meaning, "")
-            if name and meaning not in found:
-                remedy = f"--{meaning}-column" + (", or @file" if meaning == "label" else "")
-                raise ValueError(f"{where} has no column {name!r}; it has {', '.join(names) or 'none'}: set {remedy}")
-        for name in found.values():
-            if (times := list(names).count(name)) > 1:
-                raise ValueError(f"{where} has {times} columns {name!r}: rename all but one")
-        return found
 
 
 class Format:
@@ -118,6 +78,17 @@ class Format:
     def locate(self, every: int) -> Iterator[Span]:
         """Cuts the file into spans of `every` rows; the last one may be shorter."""
         raise NotImplementedError
+
+    def names(self) -> list[str]:
+        """Returns the names of the columns, those inside nested values as dotted paths.
+
+        Of JSON they are those of the first rows. A format without columns has none.
+        """
+        return []
+
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        """Returns the names of the classes by column, where the file stores their numbers (`datasets.ClassLabel`)."""
+        return {}
 
     def records(self, span: Span) -> Iterator[Any]:
         """Yields the raw rows of a span."""

@@ -53,12 +53,11 @@ class _Delimited(LineFormat):
         # An empty file has no columns to check; any other file is checked before it is scanned.
         length = self._first[1]
         if length:
-            self.columns.find(self._names, self.where)
+            self.columns.find(self.names(), self.where)
         return self.mark + (0 if self.columns.positional else length)
 
-    @property
-    def _names(self) -> list[str]:
-        """The names of the columns."""
+    def names(self) -> list[str]:
+        """See `Format.names`; numbers from 0 where columns are addressed by position."""
         if self.columns.positional:
             return [str(place) for place in range(len(self._first[0]))]
         return [field.encode("latin-1").decode(errors="replace") for field in self._first[0]]
@@ -66,7 +65,7 @@ class _Delimited(LineFormat):
     @functools.cached_property
     def _places(self) -> dict[str, int]:
         """Position in a record by meaning."""
-        names = self._names
+        names = self.names()
         return {meaning: names.index(name) for meaning, name in self.columns.find(names, self.where).items()}
 
     def fields(self, record: list[str] | None) -> Mapping[str, Any] | str:

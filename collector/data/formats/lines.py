@@ -18,14 +18,19 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from collector.data.formats.base import DamagedError, Format, Span
+from collector.data.formats.columns import dig, nested_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import BinaryIO
 
+    from collector.data.formats.columns import Columns
+
 _SCAN_BLOCK = 4 << 20
 _READ_BLOCK = 1 << 20
 _OPENING = 64
+# The part of a file in which a required column must occur.
+_LOOKED_AT = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Byte order marks of UTF-16 and UTF-32 start with one of these; UTF-8 never does.
 _OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
@@ -141,11 +146,6 @@ class Text(LineFormat):
 class JsonLines(LineFormat):
     """JSON lines with one object per line."""
 
-    @functools.cached_property
-    def _wanted(self) -> tuple[tuple[str, str], ...]:
-        """Meaning and name of the columns that a row may have."""
-        return tuple(self.columns.wanted().items())
-
     @property
     def start(self) -> int:
         """Byte at which the first row begins.
@@ -158,16 +158,53 @@ class JsonLines(LineFormat):
             raise ValueError(f"{self.where} is one JSON array: write an object per line instead (jq -c '.[]')")
         return self.mark
 
+    def locate(self, every: int) -> Iterator[Span]:
+        """See `LineFormat.locate`.
+
+        Raises:
+            ValueError: none of the first rows has a required column.
+        """
+        if names := self.names():
+            self.columns.find(names, self.where)
+        return super().locate(every)
+
+    @functools.cached_property
+    def _first_names(self) -> list[str]:
+        try:
+            with self.open() as file:
+                file.seek(self.start)
+                block = file.read(_LOOKED_AT)
+        except DamagedError:  # reported where the rows are located
+            return []
+        lines = block.split(b"\n")
+        # The last line may be cut, unless it is the only one.
+        rows = map(_parse, lines[:-1] or lines)
+        return list(dict.fromkeys(itertools.chain.from_iterable(nested_names(r) for r in rows if isinstance(r, dict))))
+
+    def names(self) -> list[str]:
+        """See `Format.names`."""
+        return self._first_names
+
     def fields(self, record: bytes) -> Mapping[str, Any] | str:
         """See `Format.fields`."""
         if not record.strip():
             return "empty line"
-        try:
-            row = json.loads(record.decode())
-        except UnicodeDecodeError:
-            return "invalid UTF-8"
-        except (ValueError, RecursionError):
-            return "invalid JSON"
-        if not isinstance(row, dict):
-            return "not an object"
-        return {meaning: row[name] for meaning, name in self._wanted if name in row}
+        row = _parse(record)
+        return row if isinstance(row, str) else wanted_of(row, self.columns)
+
+
+def wanted_of(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    """Returns the wanted columns that a row of nested values has, by meaning."""
+    found = {meaning: dig(row, name) for meaning, name in columns.wanted}
+    return {meaning: value for meaning, (value, is_there) in found.items() if is_there}
+
+
+def _parse(line: bytes) -> dict[str, Any] | str:
+    """Returns the object of a line, or one of `REASONS`."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return "invalid UTF-8"
+    except (ValueError, RecursionError):
+        return "invalid JSON"
+    return row if isinstance(row, dict) else "not an object"

@@ -10,16 +10,18 @@ thousand rows.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from collector.data.formats.base import Format, Span, even_spans
+from collector.data.formats.columns import class_names, dig, schema_names, top_level
 from collector.data.formats.kept import Kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from typing import BinaryIO
 
-    from collector.data.formats.base import Columns
+    from collector.data.formats.columns import Columns
 
 _BATCH = 512
 _BUFFER = 4 << 20
@@ -27,9 +29,15 @@ _KEPT_FILES = 4
 
 
 def table_rows(table: Any, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of an Arrow table or batch, keyed by meaning instead of name."""
-    columns = [_values(table.column(name)) for name in names.values()]
+    """Yields the rows of an Arrow table or batch, keyed by meaning instead of name or dotted path."""
+    columns = [_column(table, name) for name in names.values()]
     return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _column(table: Any, path: str) -> list[Any]:
+    name, inside = top_level(path, table.schema.names)
+    values = _values(table.column(name))
+    return [dig(value, inside)[0] for value in values] if inside else values
 
 
 def _values(column: Any) -> list[Any]:
@@ -63,7 +71,7 @@ class _OpenFile:
         self._file = open_file()
         # Without pre_buffer and with a buffer size, a column is streamed rather than loaded whole.
         self.parquet = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_BUFFER)
-        self.names = columns.find(self.parquet.schema_arrow.names, where)
+        self.names = columns.find(schema_names(self.parquet.schema_arrow), where)
         self._group, self._next, self._rest = -1, 0, None
         self._batches: Iterator[Any] = iter(())
 
@@ -105,6 +113,13 @@ class Parquet(Format):
         Raises:
             ValueError: the file is not Parquet, or a column is missing.
         """
+        schema, rows = self._footer
+        self.columns.find(schema_names(schema), self.where)
+        return even_spans(rows, every)
+
+    @functools.cached_property
+    def _footer(self) -> tuple[Any, int]:
+        """Schema and number of rows."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -113,8 +128,15 @@ class Parquet(Format):
                 parquet = pq.ParquetFile(file)
             except (pa.ArrowInvalid, OSError) as error:
                 raise ValueError(f"{self.where} cannot be read as Parquet: {error}") from error
-            self.columns.find(parquet.schema_arrow.names, self.where)
-            return even_spans(parquet.metadata.num_rows, every)
+            return parquet.schema_arrow, parquet.metadata.num_rows
+
+    def names(self) -> list[str]:
+        """See `Format.names`."""
+        return schema_names(self._footer[0])
+
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        """See `Format.classes`."""
+        return class_names(self._footer[0].metadata)
 
     def read(self, span: Span, keep: Collection[int] | None) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
         """See `Format.read`; reads only row groups with a wanted row."""

@@ -18,7 +18,16 @@ towards either limit; once the limit is reached, reading stops.
 from __future__ import annotations
 
 from collector.data.plan.frozen import Plan, Shard
-from collector.data.plan.making import make_plan
+from collector.data.plan.making import has_conversations, label_warnings, make_plan
 from collector.data.plan.reading import check_sources, differences, read_shard
 
-__all__ = ["Plan", "Shard", "check_sources", "differences", "make_plan", "read_shard"]
+__all__ = [
+    "Plan",
+    "Shard",
+    "check_sources",
+    "differences",
+    "has_conversations",
+    "label_warnings",
+    "make_plan",
+    "read_shard",
+]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _PIECE = 1 << 16
-_STRINGS = ("source", "name", "kind", "fingerprint")
+_STRINGS = ("source", "name", "kind", "fingerprint", "options")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +43,8 @@ class Shard:
     keep: tuple[int, ...] | None
     """Numbers of the selected rows; None means all."""
     fingerprint: str
+    options: str = ""
+    """The source's options, see `Source.options`, as JSON; empty if there are none."""
 
     @property
     def planned(self) -> int:
@@ -132,14 +134,19 @@ def _schema() -> Any:
             pa.field("offset", pa.uint64()),
             pa.field("keep", pa.list_(pa.uint64())),
             pa.field("fingerprint", pa.string(), nullable=False),
+            pa.field("options", pa.string(), nullable=False),
         ]
     )
 
 
 def _shards(table: Any) -> Iterator[Shard]:
     """Yields the shards in a piece of the file."""
-    columns = [_keeps(table[name]) if name == "keep" else _values(table[name]) for name in _FIELDS]
-    for shard, source, name, kind, first_row, rows, offset, keep, fingerprint in zip(*columns, strict=True):
+    columns = [_keeps(table[name]) if name == "keep" else _values(table[name]) for name in _FIELDS[:-1]]
+    # Plans of earlier versions have no options.
+    options = _values(table["options"]) if "options" in table.column_names else itertools.repeat("", len(table))
+    for shard, source, name, kind, first_row, rows, offset, keep, fingerprint, told in zip(
+        *columns, options, strict=True
+    ):
         yield Shard(
             shard=shard,
             source=source,
@@ -150,6 +157,7 @@ def _shards(table: Any) -> Iterator[Shard]:
             offset=offset,
             keep=keep,
             fingerprint=fingerprint,
+            options=told,
         )
 
 
@@ -182,4 +190,5 @@ def _canonical_lines(shards: Iterable[Shard]) -> Iterator[str]:
         strings = (spell(s.source), spell(s.name), spell(s.kind), spell(s.fingerprint))
         offset = "null" if s.offset is None else s.offset
         keep = "null" if s.keep is None else f"[{','.join(map(str, s.keep))}]"
-        yield f"\n[{s.shard},{','.join(strings[:3])},{s.first_row},{s.rows},{offset},{keep},{strings[3]}]"
+        options = f",{spell(s.options)}" if s.options else ""
+        yield f"\n[{s.shard},{','.join(strings[:3])},{s.first_row},{s.rows},{offset},{keep},{strings[3]}{options}]"

@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
+import json
 from typing import TYPE_CHECKING, TypeVar
 
 from collector.data import sources
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _THREADS = 16
 _AHEAD = 4 * _THREADS
+_LOOKED_AT = 1000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,8 +45,12 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
         pool.shutdown(cancel_futures=True)
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, found: list[Source] | None = None) -> Plan:
     """Lists the sources and cuts them into shards.
+
+    Args:
+        config: the settings.
+        found: the sources, if they have been listed already.
 
     Raises:
         ValueError: a source or column is missing, or there are no rows at all.
@@ -53,7 +59,7 @@ def make_plan(config: RunConfig) -> Plan:
     cut = _cut_selected if data.per_label is not None or data.limit is not None else _cut_whole
     shards: list[Shard] = []
     fingerprints: dict[str, str | None] = {}
-    for source, fingerprint, cuts in cut(sources.resolve(data), data):
+    for source, fingerprint, cuts in cut(sources.resolve(data) if found is None else found, data):
         fingerprints[source.location] = fingerprint
         for number, (span, keep) in enumerate(cuts, len(shards)):
             assert fingerprint is not None, "what was not read has no rows"
@@ -61,6 +67,25 @@ def make_plan(config: RunConfig) -> Plan:
     if not shards:
         raise ValueError(f"--data {' '.join(data.data)} holds no row at all")
     return Plan(shards=tuple(shards), config=config.to_dict(), sources=fingerprints)
+
+
+def has_conversations(found: list[Source], data: DataConfig) -> bool:
+    """Whether documents are conversations; looks at the first good rows of the first source."""
+    first = sources.settle(found[0], data)[0]
+    for span in itertools.islice(sources.reader(first, data).locate(_LOOKED_AT), 1):
+        for _, row in sources.documents(first, data, span) if not span.damaged else ():
+            if isinstance(row, Document) or row.reason.startswith("messages"):
+                return isinstance(row, BadRow) or bool(row.messages)
+    return False
+
+
+def label_warnings(found: list[Source], data: DataConfig) -> list[str]:
+    """Returns a line for each label that the path gives to files in folders that differ."""
+    return [
+        f"label {label!r} comes from {len(places)} folders ({places[0]}, {places[1]} …): "
+        "if each of them has a label of its own, set --label-column @folder"
+        for label, places in sources.spread_labels(found, data).items()
+    ]
 
 
 def _shard(number: int, source: Source, span: Span, keep: tuple[int, ...] | None, fingerprint: str) -> Shard:
@@ -74,6 +99,7 @@ def _shard(number: int, source: Source, span: Span, keep: tuple[int, ...] | None
         offset=span.offset,
         keep=keep,
         fingerprint=fingerprint,
+        options=json.dumps(source.options, sort_keys=True) if source.options else "",
     )
 
 
@@ -83,11 +109,14 @@ def _shard(number: int, source: Source, span: Span, keep: tuple[int, ...] | None
 def _cut_whole(found: list[Source], data: DataConfig) -> Iterator[tuple[Source, str | None, Iterator[Cut]]]:
     """Yields the fingerprint and spans of each source."""
 
-    def look(source: Source) -> tuple[str, list[Span]]:
-        return sources.fingerprint(source), list(sources.reader(source, data).locate(data.docs_per_shard))
+    def look(source: Source) -> tuple[str, list[tuple[Source, list[Span]]]]:
+        settled = sources.settle(source, data)
+        located = [(each, list(sources.reader(each, data).locate(data.docs_per_shard))) for each in settled]
+        return sources.fingerprint(source), located
 
-    for source, (fingerprint, spans) in in_order(look, found):
-        yield source, fingerprint, ((span, None) for span in spans)
+    for _, (fingerprint, located) in in_order(look, found):
+        for source, spans in located:
+            yield source, fingerprint, ((span, None) for span in spans)
 
 
 # -- a selection of rows -----------------------------------------------------------------------------
@@ -108,9 +137,9 @@ class _Selection:
     def takes(self, row: Document | BadRow) -> bool:
         if isinstance(row, BadRow):
             return True
-        if self.per_label is not None and self.taken[row.label] >= self.per_label:
+        if self.per_label is not None and all(self.taken[label] >= self.per_label for label in row.labels):
             return False
-        self.taken[row.label] += 1
+        self.taken.update(row.labels)
         self.total += 1
         return True
 
@@ -121,9 +150,10 @@ def _cut_selected(found: list[Source], data: DataConfig) -> Iterator[tuple[Sourc
     for source in found:
         if selection.full():
             yield source, None, iter(())
-        else:
-            fingerprint = sources.fingerprint(source)
-            yield source, fingerprint, _pack(_taken(source, data, fingerprint, selection), data.docs_per_shard)
+            continue
+        fingerprint = sources.fingerprint(source)
+        for each in sources.settle(source, data):
+            yield each, fingerprint, _pack(_taken(each, data, fingerprint, selection), data.docs_per_shard)
 
 
 def _taken(source: Source, data: DataConfig, fingerprint: str, selection: _Selection) -> Iterator[tuple[int, Span]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
+from collector.config import DataConfig
 from collector.data import sources
 from collector.data.plan.making import in_order
 from collector.data.sources import BadRow, Document, Source, Span
@@ -12,12 +14,19 @@ from collector.data.sources import BadRow, Document, Source, Span
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from collector.config import DataConfig, RunConfig
+    from collector.config import RunConfig
     from collector.data.plan.frozen import Plan, Shard
 
 
+_DEFAULTS = dataclasses.asdict(DataConfig())
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Describes the differences between two sets of settings, one line each."""
+    """Describes the differences between two sets of settings, one line each.
+
+    A setting that an earlier version did not know differs if it is not at its default.
+    """
+    old = {**old, **{key: value for key, value in _DEFAULTS.items() if key in new and key not in old}}
     keys = [*old, *(key for key in new if key not in old)]
     pairs = [(f"--{key.replace('_', '-')}", _spoken(old.get(key)), _spoken(new.get(key))) for key in keys]
     return [f"{flag} was {was}, is now {now}" for flag, was, now in pairs if was != now]
@@ -70,7 +79,8 @@ def read_shard(shard: Shard, data: DataConfig) -> Iterator[Document | BadRow]:
     Raises:
         ValueError: the source has changed since the plan was made, or is damaged here (`DamagedError`).
     """
-    source = Source(location=shard.source, name=shard.name, kind=shard.kind)
+    options = json.loads(shard.options) if shard.options else {}
+    source = Source(location=shard.source, name=shard.name, kind=shard.kind, options=options)
     _require_unchanged(source, shard.fingerprint)
     span = Span(first_row=shard.first_row, rows=shard.rows, offset=shard.offset)
     keep = None if shard.keep is None else frozenset(shard.keep)

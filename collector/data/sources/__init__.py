@@ -17,45 +17,23 @@ from typing import TYPE_CHECKING
 
 from collector.config import DEMO, DataConfig
 from collector.data.corpus import SOURCE, corpus_path
-from collector.data.formats import FORMATS, Columns, Format, Span
+from collector.data.formats import FORMATS, Format, Span
 from collector.data.sources import compressed, embedded, files, huggingface
-from collector.data.sources.documents import BadRow, Document, are_utf8, as_document
+from collector.data.sources.documents import BadRow, Document, Message, TextSpan, are_utf8, as_document
+from collector.data.sources.labels import LABEL_SEPARATOR
+from collector.data.sources.meaning import Meaning, is_wide, spread_labels, wide_columns
+from collector.data.sources.source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
     from typing import BinaryIO
 
-__all__ = ["BadRow", "Document", "Source", "Span", "documents", "fingerprint", "is_pinned", "reader", "resolve"]
+__all__ = [
+    "LABEL_SEPARATOR", "BadRow", "Document", "Message", "Source", "Span", "TextSpan", "documents", "fingerprint",
+    "is_pinned", "reader", "resolve", "settle", "spread_labels",
+]  # fmt: skip
 
-FROM_FILE = "@file"
 _FORMATS = {**FORMATS, "demo": embedded.Embedded, "saved": huggingface.Saved}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """One file, saved folder, or split of the embedded corpus."""
-
-    location: str
-    """Absolute path, URL, or `demo:SPLIT`."""
-    name: str
-    """The source's part of a document's default id: the location without the folder common to all sources."""
-    kind: str
-    """Format: jsonl, csv, tsv, parquet, txt, demo or saved; text formats may be followed by `.gz` or `.zst`."""
-
-    @property
-    def format(self) -> str:
-        """The kind without its compression."""
-        return self.kind.partition(".")[0]
-
-    @property
-    def compression(self) -> str:
-        """`gz`, `zst`, or an empty string."""
-        return self.kind.partition(".")[2]
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the source is a file or folder, rather than the embedded corpus."""
-        return self.kind != "demo"
 
 
 def _find(spec: str) -> list[tuple[str, str]]:
@@ -105,11 +83,25 @@ def fingerprint(source: Source) -> str:
     return files.fingerprint(source.location)
 
 
-def _file_label(source: Source, data: DataConfig) -> str | None:
-    """Returns the common label of a source's documents; None if each has its own."""
-    if source.format == "txt" or (source.is_file and data.label_column == FROM_FILE):
-        return files.file_name(source.location).name.split(".")[0]
-    return None
+def settle(source: Source, data: DataConfig) -> list[Source]:
+    """Looks into a source, and returns it with the options that its readers need; a wide file once per text column.
+
+    Raises:
+        ValueError: it has no such text column.
+    """
+    if not source.is_file:
+        return [source]
+    found = reader(source, data)
+    wanted = {name for _, name in found.columns.wanted}
+    names = {**source.options.get("names", {}), **found.classes()}
+    names = {name: classes for name, classes in names.items() if name in wanted}
+    options = {**source.options, "names": names} if names else source.options
+    if not is_wide(data.text_column) or data.text_column in (columns := found.names()):
+        return [dataclasses.replace(source, options=options)]
+    return [
+        dataclasses.replace(source, options={**options, "text": text, "column": column})
+        for text, column in wide_columns(data.text_column, columns, source.location).items()
+    ]
 
 
 def reader(source: Source, data: DataConfig, version: str | None = None) -> Format:
@@ -123,10 +115,7 @@ def reader(source: Source, data: DataConfig, version: str | None = None) -> Form
     Raises:
         ValueError: a target column is requested from a source without columns.
     """
-    if data.target_column is not None and source.format in ("txt", "demo"):
-        raise ValueError(f"{source.location} has texts alone, so there is no column for --target-column")
-    label = None if data.label_column == FROM_FILE else data.label_column
-    columns = Columns(text=data.text_column, label=label, id=data.id_column, target=data.target_column)
+    columns = Meaning.of(source, data).columns
     return _FORMATS[source.format](_opener(source, version), columns, source.location, version)
 
 
@@ -145,7 +134,10 @@ def documents(
     Raises:
         DamagedError: the span, or a part of it, cannot be read.
     """
-    label = _file_label(source, data)
+    meaning = Meaning.of(source, data)
+    has_target = data.target_column is not None
     for row, fields in reader(source, data, version).read(span, keep):
-        has_target = data.target_column is not None
-        yield row, as_document(fields, name=source.name, row=row, label=label, has_target=has_target)
+        yield row, as_document(
+            meaning.complete(fields), name=source.name, row=row, label=meaning.label, column=meaning.column,
+            has_target=has_target,
+        )  # fmt: skip

@@ -7,14 +7,31 @@ its content leaves this module.
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from collector.data.sources.labels import LABEL_SEPARATOR, as_text, label_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-LONGEST_LABEL = 1000
-"""In characters. Labels are repeated for every token; a longer one is probably a text in the wrong column."""
+    from collector.data.sources.labels import LabelParts
+
+
+class TextSpan(NamedTuple):
+    """A part of a document's text with a label of its own: a speaker's turn, a quotation, a piece of code."""
+
+    start: int
+    """Index of its first character in the text."""
+    end: int
+    """Index after its last character."""
+    label: str
+
+
+class Message(NamedTuple):
+    """A turn of a conversation."""
+
+    role: str
+    content: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,16 +39,27 @@ class Document:
     """One text whose routing is collected."""
 
     text: str
+    """Empty for a conversation that the model's chat template has not put into words yet."""
     label: str
-    """Label that queries group by, usually the language."""
+    """Label that queries group by, usually the language; several are joined by `LABEL_SEPARATOR`."""
     id: str
     """The row's own id, or NAME#ROW."""
     parallel_id: str | None
-    """Id that translations of the same text share; column `parallel_id`."""
+    """Id that translations of the same text share."""
     source: str | None
     """Column `source`, or the name of the file."""
     target: str | None = None
     """The decoder's text, if a target column was named."""
+    spans: tuple[TextSpan, ...] = ()
+    messages: tuple[Message, ...] = ()
+    """The turns of a conversation; empty for a plain text."""
+    row: int = dataclasses.field(default=0, compare=False)
+    """Number of the row in the source, from 0."""
+
+    @property
+    def labels(self) -> list[str]:
+        """Its single labels."""
+        return self.label.split(LABEL_SEPARATOR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,39 +80,50 @@ class BadRow:
 
 
 def as_document(
-    fields: Mapping[str, Any] | str, *, name: str, row: int, label: str | None, has_target: bool = False
-) -> Document | BadRow:
+    fields: Mapping[str, Any] | str, *, name: str, row: int, label: LabelParts, column: str = "",
+    has_target: bool = False,
+) -> Document | BadRow:  # fmt: skip
     """Turns one row into a document, or into a bad row if it is unusable.
 
     Args:
         fields: the row's columns by meaning, or the reason why the row is unusable.
         name: name of the source, unique in the plan.
         row: number of the row in the source.
-        label: common label of the source's rows; None if each has its own.
+        label: what the label is made of.
+        column: what tells this text of a wide row from the others; empty if a row is one text.
         has_target: whether a document also needs a target.
     """
     if isinstance(fields, str):
         return BadRow(source=name, row=row, reason=fields)
-    own_label = label or fields.get("label")
-    reason = _text_reason(fields, has_target=has_target) or _label_reason(own_label)
+    messages = _messages(fields.get("text"))
+    reason = messages if isinstance(messages, str) else ""
+    reason = reason or _text_reason(fields, ("text",) * (not messages) + ("target",) * has_target)
+    own_label, label_reason = label_of(label, fields)
+    text = "" if messages else fields.get("text")
+    spans = _spans(fields.get("spans"), text) if not reason and isinstance(text, str) else ()
+    reason = reason or label_reason or (spans if isinstance(spans, str) else "")
     # JSON can encode half a surrogate pair, which neither tokenizers nor tables accept.
-    if reason is None and not are_utf8(fields.values()):
+    if not reason and not are_utf8((*fields.values(), own_label, *(part for turn in messages for part in turn))):
         reason = "invalid UTF-8"
-    if reason is not None:
+    if reason:
         return BadRow(source=name, row=row, reason=reason)
+    given_id = _string(fields.get("id")) or f"{name}#{row}"
     return Document(
-        text=fields["text"],
-        label=str(own_label),
-        id=_string(fields.get("id")) or f"{name}#{row}",
-        parallel_id=_string(fields.get("parallel_id")),
+        text=text or "",
+        label=own_label or "",
+        id=f"{given_id}:{column}" if column else given_id,
+        parallel_id=_string(fields.get("parallel_id")) or (given_id if column else None),
         source=_string(fields.get("source")) or name,
         target=fields["target"] if has_target else None,
+        spans=() if messages or isinstance(spans, str) else spans,
+        messages=() if isinstance(messages, str) else messages,
+        row=row,
     )
 
 
-def _text_reason(fields: Mapping[str, Any], *, has_target: bool) -> str | None:
-    """Returns why the texts are unusable, or None if they are fine."""
-    for meaning in ("text", "target") if has_target else ("text",):
+def _text_reason(fields: Mapping[str, Any], meanings: Iterable[str]) -> str:
+    """Returns why the texts are unusable, or an empty string if they are fine."""
+    for meaning in meanings:
         text = fields.get(meaning)
         if text is None:
             return f"no {meaning}"
@@ -92,20 +131,50 @@ def _text_reason(fields: Mapping[str, Any], *, has_target: bool) -> str | None:
             return f"{meaning} is not a string"
         if not text or text.isspace():
             return f"empty {meaning}"
-    return None
+    return ""
 
 
-def _label_reason(label: Any) -> str | None:
-    """Returns why a value is unusable as a label, or None if it is fine."""
-    if isinstance(label, (list, dict, bytes)):
-        return "label is not a string or number"
-    # pandas writes NaN for a missing label.
-    if label is None or (isinstance(label, float) and math.isnan(label)):
-        return "no label"
-    text = str(label)
-    if not text or text.isspace():
-        return "no label"
-    return "label too long" if len(text) > LONGEST_LABEL else None
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+"""Names of roles in data that writes turns as `from` and `value`."""
+
+
+def _messages(value: Any) -> tuple[Message, ...] | str:
+    """Returns the turns of a conversation, none for anything else, or the reason why a conversation is unusable."""
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(turn, dict) for turn in value):
+        return ()
+    turns = []
+    for turn in value:
+        role, content = turn.get("role"), _content(turn.get("content"))
+        if role is None and isinstance(turn.get("from"), str):
+            role, content = _ROLES.get(turn["from"], turn["from"]), turn.get("value")
+        if not isinstance(role, str) or not role or not isinstance(content, str):
+            return "messages without role and content"
+        turns.append(Message(role, content))
+    return tuple(turns)
+
+
+def _content(content: Any) -> Any:
+    """Returns the text of a turn whose content is written as a list of parts, if all parts are text."""
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def _spans(value: Any, text: str) -> tuple[TextSpan, ...] | str:
+    """Returns the spans of a text, or the reason why they are unusable."""
+    found = []
+    for span in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
+        start, end, label = map(span.get, ("start", "end", "label")) if isinstance(span, dict) else (None, None, None)
+        if type(start) is not int or type(end) is not int or not isinstance(label, str) or not label:
+            return "spans are not a list of start, end and label"
+        if not are_utf8([label]):
+            return "invalid UTF-8"
+        if not 0 <= start < end <= len(text):
+            return "span outside the text"
+        found.append(TextSpan(start, end, label))
+    return tuple(found)
 
 
 def are_utf8(values: Iterable[Any]) -> bool:
@@ -121,4 +190,4 @@ def are_utf8(values: Iterable[Any]) -> bool:
 
 def _string(value: Any) -> str | None:
     """Converts a scalar to text; returns None for an empty value and for anything else."""
-    return None if value is None or isinstance(value, (list, dict, bytes)) else str(value) or None
+    return None if value is None or isinstance(value, (list, dict, bytes)) else as_text(value) or None

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collector.data.formats import Format, Span, even_spans, table_rows
+from collector.data.formats.columns import class_names, schema_names, top_level
 from collector.data.sources.files import COMPRESSIONS, KINDS, absolute, file_name, is_known
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
 PREFIX = "hf:"
 DEFAULT_SPLIT = "train"
@@ -124,23 +125,26 @@ class Saved(Format):
         Raises:
             ValueError: a column is missing.
         """
-        dataset = self._dataset()
-        self.columns.find(dataset.column_names, self.where)
-        return even_spans(len(dataset), every)
+        self.columns.find(self.names(), self.where)
+        return even_spans(len(self._dataset()), every)
+
+    def names(self) -> list[str]:
+        """See `Format.names`."""
+        return schema_names(self._dataset().features.arrow_schema)
+
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        """See `Format.classes`."""
+        return class_names(self._dataset().features.arrow_schema.metadata)
 
     def read(self, span: Span, keep: Collection[int] | None) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
         """See `Format.read`."""
         dataset = self._dataset()
-        names = self.columns.find(dataset.column_names, self.where)
-        wanted = dataset.select_columns(sorted(set(names.values())))
-        name_of_class = getattr(dataset.features.get(names.get("label")), "int2str", None)
+        names = self.columns.find(self.names(), self.where)
+        wanted = dataset.select_columns(sorted({top_level(name, dataset.column_names)[0] for name in names.values()}))
         rows = range(span.first_row, span.first_row + span.rows)
         for first in range(rows.start, rows.stop, _BATCH):
             batch = range(first, min(first + _BATCH, rows.stop))
             if keep is None or any(row in keep for row in batch):
                 for row, fields in zip(batch, table_rows(wanted[batch.start : batch.stop], names), strict=True):
-                    if keep is not None and row not in keep:
-                        continue
-                    if name_of_class and isinstance(fields.get("label"), int) and fields["label"] >= 0:
-                        fields = {**fields, "label": name_of_class(fields["label"])}
-                    yield row, fields
+                    if keep is None or row in keep:
+                        yield row, fields
