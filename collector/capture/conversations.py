@@ -86,14 +86,15 @@ def _turns(tokenizer: Any, messages: Sequence[Message], text: str) -> Iterator[T
         so_far = text if number == len(messages) else _rendered(tokenizer, messages[:number])
         appended = so_far is not None and text.startswith(so_far) and len(so_far) > begin
         end = len(so_far) if so_far is not None and appended else len(text)
-        content = turn.content.strip()
-        place = -1
-        if content:
+        # Templates of reasoning models leave the thoughts of earlier turns out.
+        for content in (turn.content.strip(), turn.content.rpartition("</think>")[2].strip()):
             # The last place in the turn's own text, because a header may hold the same word; else the next place.
             place = text.rfind(content, begin, end) if appended else text.find(content, begin)
-        if place >= 0:
-            yield TextSpan(place, place + len(content), turn.role)
-        begin = end if appended else max(begin, place + len(content))
+            if content and place >= 0:
+                yield TextSpan(place, place + len(content), turn.role)
+                begin = place + len(content)
+                break
+        begin = end if appended else begin
 
 
 def _with_thoughts(text: str, spans: Iterable[TextSpan]) -> Iterator[TextSpan]:
