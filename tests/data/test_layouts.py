@@ -1,8 +1,12 @@
-"""The layouts of public data sets and of people's own: what becomes a document's text, label and id."""
+"""The layouts of public data sets and of people's own: what becomes a document's text, label and id.
+
+The flags of each layout are those that the page *Data and labels* gives.
+"""
 
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 import datasets
@@ -14,6 +18,7 @@ import pytest
 from collector.data import plan, sources
 from collector.data.sources import BadRow
 from tests.helpers.documents import brief, config, pack, read
+from tests.helpers.paths import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +36,16 @@ def parquet(path: Path, *rows: dict) -> Path:
     return path
 
 
+def flags(layout: str) -> dict[str, str]:
+    """The settings in the page's row of a layout."""
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "data.md").read_text(encoding="utf-8").splitlines()]
+    (told,) = [row[-1].rstrip(" |").strip("`") for row in rows if row[0] == f"| {layout}"]
+    words = shlex.split(told)
+    return {
+        flag.removeprefix("--").replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)
+    }
+
+
 # -- public data sets --------------------------------------------------------------------------------
 
 
@@ -41,7 +56,7 @@ def test_flores_plus_labels_by_language_and_script(tmp_path: Path) -> None:
         {"id": 0, "iso_639_3": "nob", "iso_15924": "Latn", "text": "hei"},
         {"id": 0, "iso_639_3": None, "iso_15924": "Latn", "text": "?"},
     )
-    found = read(tmp_path / "dev" / "*", label_column="{iso_639_3}_{iso_15924}", parallel_column="id")
+    found = read(tmp_path / "dev" / "*", **flags("FLORES+"))
     assert brief(found) == [("안녕", "kor_Hang"), ("hei", "nob_Latn"), "no label"]
     assert [row.parallel_id for row in found[:2]] == ["0", "0"]
 
@@ -49,27 +64,27 @@ def test_flores_plus_labels_by_language_and_script(tmp_path: Path) -> None:
 def test_fineweb_2_labels_by_the_folder_above_the_split(tmp_path: Path) -> None:
     for language in ("kor_Hang", "deu_Latn"):
         parquet(tmp_path / "data" / language / "train" / "000_00000.parquet", {"text": f"in {language}", "id": "<urn>"})
-    found = read(tmp_path / "data" / "**" / "*.parquet", label_column="@folder:2")
+    found = read(tmp_path / "data" / "**" / "*.parquet", **flags("FineWeb-2"))
     assert brief(found) == [("in deu_Latn", "deu_Latn"), ("in kor_Hang", "kor_Hang")]
 
 
 def test_culturax_labels_by_the_folder(tmp_path: Path) -> None:
     for language in ("af", "ko"):
         parquet(tmp_path / language / f"{language}_part_00000.parquet", {"text": f"in {language}", "source": "mC4"})
-    assert brief(read(tmp_path / "*" / "*.parquet", label_column="@folder")) == [("in af", "af"), ("in ko", "ko")]
+    assert brief(read(tmp_path / "*" / "*.parquet", **flags("CulturaX"))) == [("in af", "af"), ("in ko", "ko")]
 
 
 def test_mc4_labels_by_a_part_of_the_file_name(tmp_path: Path) -> None:
     for name in ("c4-af.tfrecord-00000-of-00064", "c4-zh-Latn.tfrecord-00000-of-00001", "c4-af-validation.tfrecord-0"):
         pack(json_lines(tmp_path / f"{name}.json", {"text": f"in {name}", "url": "https://…"}), "gz")
-    found = read(tmp_path / "*.json.gz", label_column=r"@path:c4-(.+?)(-validation)?\.tfrecord")
+    found = read(tmp_path / "*.json.gz", **flags("mC4"))
     assert [row.label for row in found] == ["af", "af", "zh-Latn"]
 
 
 def test_oscar_labels_by_a_nested_column(tmp_path: Path) -> None:
     row = {"content": "teks", "metadata": {"identification": {"label": "af", "prob": 0.9}, "harmful_pp": None}}
     pack(json_lines(tmp_path / "af_meta" / "af_meta.jsonl", row), "zst")
-    columns = {"text_column": "content", "label_column": "metadata.identification.label"}
+    columns = flags("OSCAR")
     assert brief(read(tmp_path / "*" / "*.jsonl.zst", **columns)) == [("teks", "af")]
     parquet(tmp_path / "same.parquet", row)
     assert brief(read(tmp_path / "same.parquet", **columns)) == [("teks", "af")]
@@ -79,7 +94,7 @@ def test_wide_flores_gives_a_document_per_language_and_sentence(tmp_path: Path) 
     rows = [{"id": 7, "domain": "news", "sentence_kor_Hang": "하나", "sentence_eng_Latn": "one"},
             {"id": 8, "domain": "wiki", "sentence_kor_Hang": "둘", "sentence_eng_Latn": None}]  # fmt: skip
     for path in (parquet(tmp_path / "all.parquet", *rows), json_lines(tmp_path / "all.jsonl", *rows)):
-        found = read(path, text_column="sentence_*")
+        found = read(path, **flags("Wide files"))
         assert brief(found) == [("하나", "kor_Hang"), ("둘", "kor_Hang"), ("one", "eng_Latn"), "no text"]
         assert [row.id for row in found[:3]] == ["7:kor_Hang", "8:kor_Hang", "7:eng_Latn"]
         assert [row.parallel_id for row in found[:3]] == ["7", "8", "7"]
@@ -88,7 +103,7 @@ def test_wide_flores_gives_a_document_per_language_and_sentence(tmp_path: Path) 
 def test_translations_give_a_document_per_language(tmp_path: Path) -> None:
     rows = [{"translation": {"de": "eins", "en": "one"}}, {"translation": {"de": "zwei", "en": "two"}}]
     for path in (parquet(tmp_path / "a.parquet", *rows), json_lines(tmp_path / "a.jsonl", *rows)):
-        found = read(path, text_column="translation.*")
+        found = read(path, **flags("Translations"))
         assert brief(found) == [("eins", "de"), ("zwei", "de"), ("one", "en"), ("two", "en")]
         assert [row.parallel_id for row in found] == [f"{path.name}#{row}" for row in (0, 1, 0, 1)]
         assert brief(read(path, text_column="translation.en", label_column="@file")) == [("one", "a"), ("two", "a")]
@@ -96,7 +111,7 @@ def test_translations_give_a_document_per_language(tmp_path: Path) -> None:
 
 def test_a_wide_csv_file_by_a_list_of_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("nr,en,ko,de\n1,one,하나,eins\n", encoding="utf-8")
-    found = read(tmp_path / "a.csv", text_column="en, ko", id_column="nr")
+    found = read(tmp_path / "a.csv", **flags("Columns by name"))
     assert [(row.text, row.label, row.id) for row in found] == [("one", "en", "1:en"), ("하나", "ko", "1:ko")]
     with pytest.raises(ValueError, match=r"no column 'fr'; it has nr, en, ko, de: set --text-column"):
         read(tmp_path / "a.csv", text_column="en,fr")
@@ -119,7 +134,7 @@ def test_hive_folders_are_columns(tmp_path: Path) -> None:
         parquet(tmp_path / f"lang={language}" / "year=2024" / "part-0.parquet", {"text": f"in {language}"})
     (tmp_path / "lang=ko").mkdir()
     (tmp_path / "lang=ko" / "a.txt").write_text("plain\n", encoding="utf-8")
-    found = read(tmp_path / "lang=[ekp]*" / "**" / "*.*", label_column="lang")
+    found = read(tmp_path / "lang=[ekp]*" / "**" / "*.*", **flags("Hive folders"))
     assert brief(found) == [("in en", "en"), ("plain", "ko"), ("in pt%2DBR", "pt-BR")]
     found = read(tmp_path / "lang=en" / "**" / "*.*", label_column="{lang}/{year}")
     assert [row.label for row in found] == ["en/2024"]
@@ -258,10 +273,10 @@ def test_turns_in_the_usual_spellings(tmp_path: Path) -> None:
         [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
         [{"role": role, "content": [{"type": "text", "text": content}]} for role, content in turns],
     ):
-        path = json_lines(tmp_path / "a.jsonl", {"messages": messages, "label": "x"})
-        (found,) = read(path, text_column="messages")
+        path = json_lines(tmp_path / "a.jsonl", {"messages": messages, "lang": "x"})
+        (found,) = read(path, **flags("Conversations"))
         assert found.messages == tuple(turns)
-    data = config(path, text_column="messages").data
+    data = config(path, **flags("Conversations")).data
     assert plan.has_conversations(sources.resolve(data), data)
 
 
@@ -287,8 +302,8 @@ def test_spans_of_a_text(tmp_path: Path) -> None:
         ],
     }  # fmt: skip
     rows = [[good], None, *(value for values in bad.values() for value in values)]
-    path = json_lines(tmp_path / "a.jsonl", *({"text": "abc", "label": "x", "parts": value} for value in rows))
-    found = read(path, spans_column="parts")
+    path = json_lines(tmp_path / "a.jsonl", *({"text": "abc", "label": "x", "spans": value} for value in rows))
+    found = read(path, **flags("Labelled parts"))
     assert [row.spans for row in found[:2]] == [((0, 2, "code"),), ()]
     assert [row.reason for row in found[2:] if isinstance(row, BadRow)] == [
         r for r, values in bad.items() for _ in values
