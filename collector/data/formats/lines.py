@@ -164,26 +164,33 @@ class JsonLines(LineFormat):
         Raises:
             ValueError: none of the first rows has a required column.
         """
-        if names := self.names():
-            self.columns.find(names, self.where)
+        required = {name for meaning, name in self.columns.wanted if meaning in self.columns.required}
+        for row in self._first_rows():
+            required -= {name for name in required if dig(row, name)[1]}
+            if not required:
+                break
+        else:  # names what there is, unless there is no row to go by
+            if names := self.names():
+                self.columns.find(names, self.where)
         return super().locate(every)
 
-    @functools.cached_property
-    def _first_names(self) -> list[str]:
+    def _first_rows(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows in the part of the file where a required column must occur."""
         try:
             with self.open() as file:
                 file.seek(self.start)
                 block = file.read(_LOOKED_AT)
         except DamagedError:  # reported where the rows are located
-            return []
+            return
         lines = block.split(b"\n")
         # The last line may be cut, unless it is the only one.
-        rows = map(_parse, lines[:-1] or lines)
-        return list(dict.fromkeys(itertools.chain.from_iterable(nested_names(r) for r in rows if isinstance(r, dict))))
+        for row in map(_parse, lines[:-1] or lines):
+            if isinstance(row, dict):
+                yield row
 
     def names(self) -> list[str]:
         """See `Format.names`."""
-        return self._first_names
+        return list(dict.fromkeys(itertools.chain.from_iterable(map(nested_names, self._first_rows()))))
 
     def fields(self, record: bytes) -> Mapping[str, Any] | str:
         """See `Format.fields`."""

@@ -71,8 +71,8 @@ def make_plan(config: RunConfig, found: list[Source] | None = None) -> Plan:
 
 def has_conversations(found: list[Source], data: DataConfig) -> bool:
     """Whether documents are conversations; looks at the first good rows of the first source."""
-    first = sources.settle(found[0], data)[0]
-    for span in itertools.islice(sources.reader(first, data).locate(_LOOKED_AT), 1):
+    first, reader = sources.settle(found[0], data)[0]
+    for span in itertools.islice(reader.locate(_LOOKED_AT), 1):
         for _, row in sources.documents(first, data, span) if not span.damaged else ():
             if isinstance(row, Document) or row.reason.startswith("messages"):
                 return isinstance(row, BadRow) or bool(row.messages)
@@ -111,7 +111,7 @@ def _cut_whole(found: list[Source], data: DataConfig) -> Iterator[tuple[Source, 
 
     def look(source: Source) -> tuple[str, list[tuple[Source, list[Span]]]]:
         settled = sources.settle(source, data)
-        located = [(each, list(sources.reader(each, data).locate(data.docs_per_shard))) for each in settled]
+        located = [(each, list(reader.locate(data.docs_per_shard))) for each, reader in settled]
         return sources.fingerprint(source), located
 
     for _, (fingerprint, located) in in_order(look, found):
@@ -152,7 +152,7 @@ def _cut_selected(found: list[Source], data: DataConfig) -> Iterator[tuple[Sourc
             yield source, None, iter(())
             continue
         fingerprint = sources.fingerprint(source)
-        for each in sources.settle(source, data):
+        for each, _ in sources.settle(source, data):
             yield each, fingerprint, _pack(_taken(each, data, fingerprint, selection), data.docs_per_shard)
 
 

@@ -83,25 +83,28 @@ def fingerprint(source: Source) -> str:
     return files.fingerprint(source.location)
 
 
-def settle(source: Source, data: DataConfig) -> list[Source]:
-    """Looks into a source, and returns it with the options that its readers need; a wide file once per text column.
+def settle(source: Source, data: DataConfig) -> list[tuple[Source, Format]]:
+    """Looks into a source, and returns it with the options that its readers need, and a reader.
+
+    A wide file is returned once per text column.
 
     Raises:
         ValueError: it has no such text column.
     """
-    if not source.is_file:
-        return [source]
     found = reader(source, data)
+    if not source.is_file:
+        return [(source, found)]
     wanted = {name for _, name in found.columns.wanted}
     names = {**source.options.get("names", {}), **found.classes()}
     names = {name: classes for name, classes in names.items() if name in wanted}
-    options = {**source.options, "names": names} if names else source.options
+    settled = dataclasses.replace(source, options={**source.options, "names": names} if names else source.options)
     if not is_wide(data.text_column) or data.text_column in (columns := found.names()):
-        return [dataclasses.replace(source, options=options)]
-    return [
-        dataclasses.replace(source, options={**options, "text": text, "column": column})
+        return [(settled, found)]
+    texts = [
+        dataclasses.replace(settled, options={**settled.options, "text": text, "column": column})
         for text, column in wide_columns(data.text_column, columns, source.location).items()
     ]
+    return [(text, reader(text, data)) for text in texts]
 
 
 def reader(source: Source, data: DataConfig, version: str | None = None) -> Format:
