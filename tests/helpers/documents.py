@@ -82,7 +82,9 @@ def write(folder: Path, kind: str) -> Path:
 
 
 def expected_of(text: str, label: str) -> tuple[str, str] | str:
-    return "empty text" if not text.strip() else "no label" if not label.strip() else (text, label)
+    if not text.strip():
+        return "empty text"
+    return "no label" if not label.strip() else "label contains ␟" if "␟" in label else (text, label)
 
 
 BAD_JSON = {

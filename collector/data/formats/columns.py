@@ -7,6 +7,7 @@ name wins over a path, and so does the longer name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class Columns:
     def of(cls, required: Mapping[str, str], optional: Mapping[str, str] | None = None) -> Columns:
         """Takes names by meaning: of columns that a file must have, and of those that it may have."""
         return cls(wanted=(*required.items(), *(optional or {}).items()), required=frozenset(required))
+
+    @functools.cached_property
+    def paths(self) -> tuple[tuple[str, str], ...]:
+        """Those of the wanted columns whose names may be paths."""
+        return tuple((meaning, name) for meaning, name in self.wanted if "." in name)
 
     @property
     def positional(self) -> bool:

@@ -202,8 +202,12 @@ class JsonLines(LineFormat):
 
 def wanted_of(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     """Returns the wanted columns that a row of nested values has, by meaning."""
-    found = {meaning: dig(row, name) for meaning, name in columns.wanted}
-    return {meaning: value for meaning, (value, is_there) in found.items() if is_there}
+    found = {meaning: row[name] for meaning, name in columns.wanted if name in row}
+    for meaning, name in columns.paths:
+        if meaning not in found:
+            value, is_there = dig(row, name)
+            found |= {meaning: value} if is_there else {}
+    return found
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:

@@ -7,9 +7,10 @@ its content leaves this module.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from collector.data.sources.labels import LABEL_SEPARATOR, as_text, label_of
+from collector.data.sources.labels import LABEL_SEPARATOR, UnusableError, as_text, label_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -93,53 +94,49 @@ def as_document(
         column: what tells this text of a wide row from the others; empty if a row is one text.
         has_target: whether a document also needs a target.
     """
-    if isinstance(fields, str):
-        return BadRow(source=name, row=row, reason=fields)
-    messages = _messages(fields.get("text"))
-    reason = messages if isinstance(messages, str) else ""
-    reason = reason or _text_reason(fields, ("text",) * (not messages) + ("target",) * has_target)
-    own_label, label_reason = label_of(label, fields)
-    text = "" if messages else fields.get("text")
-    spans = _spans(fields.get("spans"), text) if not reason and isinstance(text, str) else ()
-    reason = reason or label_reason or (spans if isinstance(spans, str) else "")
-    # JSON can encode half a surrogate pair, which neither tokenizers nor tables accept.
-    if not reason and not are_utf8((*fields.values(), own_label, *(part for turn in messages for part in turn))):
-        reason = "invalid UTF-8"
-    if reason:
-        return BadRow(source=name, row=row, reason=reason)
+    try:
+        if isinstance(fields, str):
+            raise UnusableError(fields)
+        text = fields.get("text")
+        messages = () if isinstance(text, str) else _messages(text)
+        for meaning in ("text",) * (not messages) + ("target",) * has_target:
+            _require_text(meaning, fields.get(meaning))
+        own_label = label_of(label, fields)
+        spans = _spans(fields["spans"], str(text)) if "spans" in fields and not messages else ()
+        # JSON can encode half a surrogate pair, which neither tokenizers nor tables accept.
+        if not (are_utf8(fields.values()) and are_utf8(itertools.chain([own_label], *messages, *spans))):
+            raise UnusableError("invalid UTF-8")
+    except UnusableError as error:
+        return BadRow(source=name, row=row, reason=str(error))
     given_id = _string(fields.get("id")) or f"{name}#{row}"
     return Document(
-        text=text or "",
-        label=own_label or "",
+        text="" if messages else str(text),
+        label=own_label,
         id=f"{given_id}:{column}" if column else given_id,
         parallel_id=_string(fields.get("parallel_id")) or (given_id if column else None),
         source=_string(fields.get("source")) or name,
         target=fields["target"] if has_target else None,
-        spans=() if messages or isinstance(spans, str) else spans,
-        messages=() if isinstance(messages, str) else messages,
+        spans=spans,
+        messages=messages,
         row=row,
     )
 
 
-def _text_reason(fields: Mapping[str, Any], meanings: Iterable[str]) -> str:
-    """Returns why the texts are unusable, or an empty string if they are fine."""
-    for meaning in meanings:
-        text = fields.get(meaning)
-        if text is None:
-            return f"no {meaning}"
-        if not isinstance(text, str):
-            return f"{meaning} is not a string"
-        if not text or text.isspace():
-            return f"empty {meaning}"
-    return ""
+def _require_text(meaning: str, text: Any) -> None:
+    if text is None:
+        raise UnusableError(f"no {meaning}")
+    if not isinstance(text, str):
+        raise UnusableError(f"{meaning} is not a string")
+    if not text or text.isspace():
+        raise UnusableError(f"empty {meaning}")
 
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """Names of roles in data that writes turns as `from` and `value`."""
 
 
-def _messages(value: Any) -> tuple[Message, ...] | str:
-    """Returns the turns of a conversation, none for anything else, or the reason why a conversation is unusable."""
+def _messages(value: Any) -> tuple[Message, ...]:
+    """Returns the turns of a conversation, none for anything else."""
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(turn, dict) for turn in value):
         return ()
     turns = []
@@ -148,7 +145,7 @@ def _messages(value: Any) -> tuple[Message, ...] | str:
         if role is None and isinstance(turn.get("from"), str):
             role, content = _ROLES.get(turn["from"], turn["from"]), turn.get("value")
         if not isinstance(role, str) or not role or not isinstance(content, str):
-            return "messages without role and content"
+            raise UnusableError("messages without role and content")
         turns.append(Message(role, content))
     return tuple(turns)
 
@@ -162,17 +159,15 @@ def _content(content: Any) -> Any:
     return content
 
 
-def _spans(value: Any, text: str) -> tuple[TextSpan, ...] | str:
-    """Returns the spans of a text, or the reason why they are unusable."""
+def _spans(value: Any, text: str) -> tuple[TextSpan, ...]:
+    """Returns the spans of a text."""
     found = []
     for span in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
         start, end, label = map(span.get, ("start", "end", "label")) if isinstance(span, dict) else (None, None, None)
         if type(start) is not int or type(end) is not int or not isinstance(label, str) or not label:
-            return "spans are not a list of start, end and label"
-        if not are_utf8([label]):
-            return "invalid UTF-8"
+            raise UnusableError("spans are not a list of start, end and label")
         if not 0 <= start < end <= len(text):
-            return "span outside the text"
+            raise UnusableError("span outside the text")
         found.append(TextSpan(start, end, label))
     return tuple(found)
 

@@ -44,6 +44,11 @@ class LabelParts:
     fields: tuple[str, ...]
     """Columns, and parts of the path (with `@`)."""
 
+    @functools.cached_property
+    def is_single(self) -> bool:
+        """Whether the label is one field with nothing around it."""
+        return len(self.fields) == 1 and self.literals == ("", "")
+
     @property
     def meanings(self) -> dict[str, str]:
         """Maps a meaning, `label`, `label 2` …, to each field that is a column."""
@@ -109,41 +114,50 @@ def hive_columns(location: str) -> dict[str, str]:
     return {unquote(key): unquote(value) for key, equals, value in pairs if key and equals and value != _HIVE_NULL}
 
 
-def label_of(parts: LabelParts, fields: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Puts a document's label together.
+class UnusableError(Exception):
+    """No document can be made of a row. The message is one of `formats.REASONS`."""
+
+
+def label_of(parts: LabelParts, fields: Mapping[str, Any]) -> str:
+    """Puts a document's label together; several labels are sorted and joined by `LABEL_SEPARATOR`.
 
     Args:
         parts: of the label.
         fields: their values, by meaning.
 
-    Returns:
-        The label, several of them sorted and joined by `LABEL_SEPARATOR`; or None and one of `formats.REASONS`.
+    Raises:
+        UnusableError: there is no usable label.
     """
-    if len(parts.fields) == 1 and parts.literals == ("", ""):
+    if parts.is_single:
         value = fields.get("label")
+        if isinstance(value, str):
+            return _checked(value)
         labels = value if isinstance(value, (list, tuple)) else [value]
-        labels = [label for label in labels if not _is_missing(label)]
+        texts = sorted({_scalar_text(label) for label in labels if not _is_missing(label)})
     else:
         values = [fields.get(meaning_of(number)) for number in range(len(parts.fields))]
-        if any(_is_missing(value) for value in values):
-            return None, "no label"
-        if any(isinstance(value, (list, dict, bytes)) for value in values):
-            return None, "label is not a string or number"
-        labels = ["".join(_interleave(parts.literals, map(as_text, values)))]
-    return _joined(labels)
+        has_all = not any(map(_is_missing, values))
+        texts = ["".join(_interleave(parts.literals, map(_scalar_text, values)))] if has_all else []
+    if not texts:
+        raise UnusableError("no label")
+    return LABEL_SEPARATOR.join(map(_checked, texts))
 
 
-def _joined(labels: list[Any]) -> tuple[str | None, str]:
-    if any(isinstance(label, (list, dict, bytes)) for label in labels):
-        return None, "label is not a string or number"
-    texts = sorted({as_text(label) for label in labels})
-    if not texts or any(text.isspace() or not text for text in texts):
-        return None, "no label"
-    if any(LABEL_SEPARATOR in text for text in texts):
-        return None, f"label contains {LABEL_SEPARATOR}"
-    if any(len(text) > LONGEST_LABEL for text in texts):
-        return None, "label too long"
-    return LABEL_SEPARATOR.join(texts), ""
+def _scalar_text(value: Any) -> str:
+    if isinstance(value, (list, dict, bytes)):
+        raise UnusableError("label is not a string or number")
+    return as_text(value)
+
+
+def _checked(label: str) -> str:
+    """Returns a text if it is usable as a single label."""
+    if not label or label.isspace():
+        raise UnusableError("no label")
+    if LABEL_SEPARATOR in label:
+        raise UnusableError(f"label contains {LABEL_SEPARATOR}")
+    if len(label) > LONGEST_LABEL:
+        raise UnusableError("label too long")
+    return label
 
 
 def meaning_of(number: int) -> str:
