@@ -19,6 +19,7 @@ DEMO = "demo"
 """Name of both the embedded model and the embedded corpus."""
 
 Store = Literal["text", "probabilities"]
+Record = Literal["routing", "outputs"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stack = Literal["encoder", "decoder"]
 
@@ -117,6 +118,8 @@ class CaptureConfig:
     tokens_per_batch: int | None = None
     """Padded tokens per forward pass, encoder and decoder together (default: 4096 on a CPU, 32768 on a GPU).
     A document longer than this is a batch of its own. Lower it if the device runs out of memory."""
+    record: tuple[Record, ...] = ("routing",)
+    """What to record: `routing`, always, and `outputs`, what the chosen experts put out and contribute."""
     store: tuple[Store, ...] = ()
     """Also store `text` (each document's text and target) or `probabilities` (of all experts).
     Probabilities are stored for every token and layer, at 4 bytes each before compression."""

@@ -31,10 +31,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from collector.capture.experts_apart import ExpertsApart
 from collector.capture.padding import ExpertsWithoutPadding, Grid, encoder_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from transformers import PreTrainedModel
@@ -100,12 +101,16 @@ class Capture:
         self._kept: dict[int, Any] = {}
         self._grids: dict[str, Grid] = {}
         self._narrowing = ExpertsWithoutPadding(model, self._grids)
+        self._apart = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         try:
             self._narrowing.__enter__()
             for index, hook in enumerate(self._hooks):
-                self._handles.append(hook.module.register_forward_hook(self._hook(index)))
+                if hook.of_experts:
+                    self._apart.enter_context(ExpertsApart(hook.module, self._hook(index)))
+                else:
+                    self._handles.append(hook.module.register_forward_hook(self._output_hook(index)))
             self._probe()
         except BaseException:
             self._remove()
@@ -118,6 +123,7 @@ class Capture:
         self._remove()
 
     def _remove(self) -> None:
+        self._apart.close()
         self._narrowing.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
@@ -137,10 +143,14 @@ class Capture:
         if not any(recorder.needs_whole_pass for recorder in self.recorders):
             self._last = list(self._kept)[-1]
 
-    def _hook(self, index: int) -> Any:
+    def _output_hook(self, index: int) -> Callable[[torch.nn.Module, Any, Any], None]:
+        listen = self._hook(index)
+        return lambda _module, _inputs, outputs: listen(outputs)
+
+    def _hook(self, index: int) -> Callable[[Any], None]:
         hook = self._hooks[index]
 
-        def record(_module: torch.nn.Module, _inputs: Any, outputs: Any) -> None:
+        def record(outputs: Any) -> None:
             if index in self._kept:
                 raise RuntimeError(f"{hook.name} fired twice in one forward pass")
             self._kept[index] = self._reduce(hook, hook.read(outputs))
@@ -151,9 +161,11 @@ class Capture:
 
     def _reduce(self, hook: Hook, reading: Any) -> Any:
         grid, positions, device = self._grids[hook.stack], len(reading[0]), reading[0].device
-        if positions != grid.positions:
+        # Experts as a rule see real tokens only.
+        has_padding = grid.real is not None and not (hook.of_experts and positions == len(grid.real))
+        if positions != grid.positions and (has_padding or grid.real is None):
             raise RuntimeError(f"{hook.name} saw {positions} tokens of a batch of {grid.positions}")
-        if grid.real is not None:
+        if has_padding:
             real = grid.real_on(device)
             reading = type(reading)(*(None if part is None else part.index_select(0, real) for part in reading))
         self._devices.add(device)

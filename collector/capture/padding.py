@@ -70,13 +70,17 @@ def encoder_of(model: PreTrainedModel) -> Any:
     return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
 
 
+def argument_names(module: torch.nn.Module) -> tuple[str, ...] | None:
+    """The names under which an experts module's forward takes hidden states, choice and weights; None of any other."""
+    parameters = inspect.signature(module.forward).parameters.keys()
+    return next((names for names in _TAKEN if set(names) <= parameters), None)
+
+
 def _experts(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, tuple[str, ...]]]:
     """Yields each experts module with the names of its forward's arguments."""
     for module in model.modules():
-        parameters = inspect.signature(module.forward).parameters.keys()
-        for names in _TAKEN:
-            if set(names) <= parameters:
-                yield module, names
+        if (names := argument_names(module)) is not None:
+            yield module, names
 
 
 class ExpertsWithoutPadding:

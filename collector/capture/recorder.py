@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hook:
-    """Reads the output of one module, which fires exactly once in a forward pass."""
+    """Reads the output of one module, which fires exactly once in a forward pass.
+
+    Of an experts module it may read what single experts put out instead: see `of_experts`.
+    """
 
     name: str
     """The module in messages."""
@@ -42,6 +45,8 @@ class Hook:
     Parts may be None, but for the first."""
     keep: Callable[[Any], Any]
     """The same NamedTuple without padding -> a NamedTuple of what the recorder keeps, reduced on the device."""
+    of_experts: bool = False
+    """Whether the module is an experts module, and `read` takes an `ExpertCall`."""
 
 
 class Recording(abc.ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from collector.capture.outputs import OutputsRecorder
 from collector.capture.routing import RoutingRecorder
 from collector.store import tables
 from collector.store.run_directory import REJECTS
@@ -18,18 +19,25 @@ if TYPE_CHECKING:
     from collector.config import CaptureConfig
     from collector.models.routers import Router
 
-RECORDERS: dict[str, type[Recorder]] = {"routing": RoutingRecorder}
+RECORDERS: dict[str, type[Recorder]] = {"routing": RoutingRecorder, "outputs": OutputsRecorder}
+"""By the name that `--record` takes."""
 
 
 def recorders_for(model: PreTrainedModel, routers: Sequence[Router], config: CaptureConfig) -> list[Recorder]:
     """The recorders of a run, for a model that is loaded."""
-    return [recorder(model, routers, config) for recorder in RECORDERS.values()]
+    return [recorder(model, routers, config) for recorder in _chosen(config.record)]
+
+
+def _chosen(record: Sequence[str]) -> list[type[Recorder]]:
+    """The recorders of these names; the routing is always recorded."""
+    return [recorder for name, recorder in RECORDERS.items() if name == "routing" or name in record]
 
 
 def table_schemas(info: Mapping[str, Any]) -> dict[str, pa.Schema]:
     """Table -> columns of all tables that shards of a run with this run.json may have, those of the recorders first."""
     config = info["config"]
-    recorded = {table: schema for each in RECORDERS.values() for table, schema in each.schemas(info).items()}
+    recorders = _chosen(config.get("record") or ())
+    recorded = {table: schema for each in recorders for table, schema in each.schemas(info).items()}
     return recorded | {
         "tokens": tables.tokens_schema(info["format"]),
         "documents": tables.documents_schema(

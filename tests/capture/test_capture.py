@@ -275,7 +275,7 @@ def test_a_router_that_fires_twice_fails_the_batch(tiny_model):
     routers = find_routers(tiny_model.model)
     with router_capture(tiny_model.model, routers) as capture:
         again = routers[0].module.register_forward_hook(
-            lambda module, args, _out: capture._hook(0)(module, args, type(module).forward(module, *args))
+            lambda module, args, _out: capture._hook(0)(type(module).forward(module, *args))
         )
         ids = torch.tensor([[5, 6]])
         with pytest.raises(RuntimeError, match="fired twice"):

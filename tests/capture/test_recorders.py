@@ -89,15 +89,18 @@ def second(monkeypatch) -> None:
 @pytest.fixture
 def config(tmp_path, tiny_folder):
     texts = write_jsonl(tmp_path / "texts.jsonl", 20)
-    return run_config(DataConfig(data=(str(texts),), docs_per_shard=8), ModelConfig(model=str(tiny_folder)))
+    data = DataConfig(data=(str(texts),), docs_per_shard=8)
+    return run_config(data, ModelConfig(model=str(tiny_folder)), record=("norms",))
 
 
-def test_the_routing_is_the_only_recorder_of_a_run():
-    assert list(RECORDERS) == ["routing"]
+def test_the_routing_is_always_recorded_and_alone_unless_told():
+    assert list(RECORDERS) == ["routing", "outputs"]
+    assert CaptureConfig().record == ("routing",)
 
 
 def test_a_second_recorder_gets_every_token_and_leaves_the_routing_as_it_is(tmp_path, config, tiny_model, monkeypatch):
-    alone = collect_here(tmp_path / "alone", config, loaded=tiny_model)
+    capture = dataclasses.replace(config.capture, record=("routing",))
+    alone = collect_here(tmp_path / "alone", dataclasses.replace(config, capture=capture), loaded=tiny_model)
     monkeypatch.setitem(RECORDERS, "norms", LastNormRecorder)
     run = collect_here(tmp_path / "both", config, loaded=tiny_model)
     assert_same_content(run, alone)
@@ -139,11 +142,10 @@ def test_the_pass_ends_early_only_where_no_recorder_needs_the_rest(tiny_model, m
     handle = tiny_model.model.norm.register_forward_hook(lambda *_: ran.append(True))
     ids = torch.tensor([[3, 4, 5]])
     try:
-        for names, expected in (("routing",), False), (("routing", "norms"), True):
-            monkeypatch.setitem(RECORDERS, "norms", LastNormRecorder)
-            for name in set(RECORDERS) - set(names):
-                monkeypatch.delitem(RECORDERS, name)
-            recorders = recorders_for(tiny_model.model, find_routers(tiny_model.model), CaptureConfig())
+        monkeypatch.setitem(RECORDERS, "norms", LastNormRecorder)
+        for names, expected in ((), False), (("routing", "norms"), True):
+            config = CaptureConfig(record=names)
+            recorders = recorders_for(tiny_model.model, find_routers(tiny_model.model), config)
             with Capture(tiny_model.model, recorders) as capture:
                 ran.clear()
                 capture.run(ids, torch.ones_like(ids)).wait()
