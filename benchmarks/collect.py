@@ -307,12 +307,14 @@ def print_table(
             print(f"\n{name}: {shares(spent)}", flush=True)
 
 
-def wide_model(dtype: Literal["bfloat16", "float32"]) -> tuple[Any, ModelConfig, tempfile.TemporaryDirectory[str]]:
-    """Builds a model of OLMoE-1B-7B's width with 4 layers and random weights; saves only config and tokenizer."""
+def wide_model(
+    dtype: Literal["bfloat16", "float32"], layers: int = 4
+) -> tuple[Any, ModelConfig, tempfile.TemporaryDirectory[str]]:
+    """Builds a model of OLMoE-1B-7B's width with random weights; saves only config and tokenizer."""
     from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
     folder = tempfile.TemporaryDirectory()
-    config = OlmoeConfig(**WIDE, dtype=dtype, architectures=["OlmoeForCausalLM"])
+    config = OlmoeConfig(**(WIDE | {"num_hidden_layers": layers}), dtype=dtype, architectures=["OlmoeForCausalLM"])
     config.save_pretrained(folder.name)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder.name)
     torch.manual_seed(0)
