@@ -19,7 +19,7 @@ DEMO = "demo"
 """Name of both the embedded model and the embedded corpus."""
 
 Store = Literal["text", "probabilities"]
-Record = Literal["routing", "outputs"]
+Record = Literal["routing", "outputs", "loss"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stack = Literal["encoder", "decoder"]
 
@@ -119,7 +119,8 @@ class CaptureConfig:
     """Padded tokens per forward pass, encoder and decoder together (default: 4096 on a CPU, 32768 on a GPU).
     A document longer than this is a batch of its own. Lower it if the device runs out of memory."""
     record: tuple[Record, ...] = ("routing",)
-    """What to record: `routing`, always, and `outputs`, what the chosen experts put out and contribute."""
+    """What to record: `routing`, always; `outputs`, what the chosen experts put out and contribute;
+    `loss`, how surprised the model is by each token."""
     store: tuple[Store, ...] = ()
     """Also store `text` (each document's text and target) or `probabilities` (of all experts).
     Probabilities are stored for every token and layer, at 4 bytes each before compression."""

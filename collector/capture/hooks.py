@@ -169,7 +169,7 @@ class Capture:
             real = grid.real_on(device)
             reading = type(reading)(*(None if part is None else part.index_select(0, real) for part in reading))
         self._devices.add(device)
-        kept = hook.keep(reading)
+        kept = hook.keep(reading, grid)
         return type(kept)(*map(_to_host, kept))
 
     @torch.inference_mode()
@@ -195,13 +195,13 @@ class Capture:
         self._kept = {}
         self._grids.clear()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        self._grids["encoder" if self.two_stacks else "decoder"] = Grid.of(attention_mask, self._to_device)
+        self._grids["encoder" if self.two_stacks else "decoder"] = Grid.of(attention_mask, self._to_device, input_ids)
         options: dict[str, Any] = {} if self.two_stacks and not self.decodes else {"use_cache": False}
         if self.decodes:
             assert decoder_input_ids is not None, "a hook sees the decoder's tokens"
             assert decoder_attention_mask is not None, "a hook sees the decoder's tokens"
             inputs |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
-            self._grids["decoder"] = Grid.of(decoder_attention_mask, self._to_device)
+            self._grids["decoder"] = Grid.of(decoder_attention_mask, self._to_device, decoder_input_ids)
         elif not self.two_stacks and (attention_mask[:, 0] == 0).any():
             # A causal model numbers positions from the left edge of the batch unless told otherwise.
             inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)

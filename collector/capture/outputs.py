@@ -132,7 +132,7 @@ class OutputsRecorder(Recorder):
                 module=experts_of(router),
                 stack=router.token_stack,
                 read=lambda call: call,
-                keep=effects,
+                keep=lambda call, _grid: effects(call),
                 of_experts=True,
             )
             for router in self.routers

@@ -47,6 +47,8 @@ class Grid:
     real: torch.Tensor | None
     """[R] indices of the real tokens, on the device of the inputs; None if all are."""
     _copies: dict[torch.device, torch.Tensor] = dataclasses.field(default_factory=dict)
+    _host: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Mask and token ids, [B, S] each, on the host."""
 
     def real_on(self, device: torch.device) -> torch.Tensor:
         """`real` on another device of a model that spans several; copied once for each."""
@@ -57,12 +59,35 @@ class Grid:
             self._copies[device] = self.real.to(device, non_blocking=True)
         return self._copies[device]
 
+    def following_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the real tokens that follow another one of their row.
+
+        Both are found on the host, because asking the device for them would wait for it.
+
+        Returns:
+            [F] their places among the real tokens, and [F] their ids.
+        """
+        assert self._host is not None, "made with token ids"
+        mask, ids = self._host
+        real = mask.flatten().nonzero().squeeze(1)
+        row = real // mask.shape[1]
+        following = (row[1:] == row[:-1]).nonzero().squeeze(1) + 1
+        found = following, ids.flatten()[real[following]]
+        if device.type == "cuda":
+            found = found[0].pin_memory(), found[1].pin_memory()
+        return found[0].to(device, non_blocking=True), found[1].to(device, non_blocking=True)
+
     @classmethod
-    def of(cls, attention_mask: torch.Tensor, to_device: Callable[[torch.Tensor], torch.Tensor]) -> Grid:
-        """Reads a mask [B, S] on the host, because asking the device for indices would wait for it."""
+    def of(
+        cls, attention_mask: torch.Tensor, to_device: Callable[[torch.Tensor], torch.Tensor],
+        input_ids: torch.Tensor | None = None,
+    ) -> Grid:  # fmt: skip
+        """Reads a mask [B, S], and token ids of the same shape, on the host."""
         real = attention_mask.flatten().nonzero().squeeze(1)
         positions = attention_mask.numel()
-        return cls(positions=positions, real=None if len(real) == positions else to_device(real))
+        whole = len(real) == positions
+        host = None if input_ids is None else (attention_mask, input_ids)
+        return cls(positions=positions, real=None if whole else to_device(real), _host=host)
 
 
 def encoder_of(model: PreTrainedModel) -> Any:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from collector.capture.batches import Batch, TokenTable
+    from collector.capture.padding import Grid
     from collector.capture.shard_text import ShardText
     from collector.config import CaptureConfig
+    from collector.models.heads import Head
     from collector.models.routers import Router
 
 
@@ -43,8 +45,9 @@ class Hook:
     read: Callable[[Any], Any]
     """The module's return value -> a NamedTuple of tensors with one row per position of the batch, padding included.
     Parts may be None, but for the first."""
-    keep: Callable[[Any], Any]
-    """The same NamedTuple without padding -> a NamedTuple of what the recorder keeps, reduced on the device."""
+    keep: Callable[[Any, Grid], Any]
+    """The same NamedTuple without padding, and the batch -> a NamedTuple of what the recorder keeps, reduced on the
+    device."""
     of_experts: bool = False
     """Whether the module is an experts module, and `read` takes an `ExpertCall`."""
 
@@ -69,13 +72,17 @@ class Recording(abc.ABC):
             ValueError: a slot was left out, or holds a value that no model returns.
         """
 
-    @abc.abstractmethod
-    def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:
+    def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:  # noqa: ARG002
         """Writes a Parquet file per table, named like the table.
 
         Returns:
             Table -> the rows that its file must hold.
         """
+        return {}
+
+    def token_columns(self) -> dict[str, pa.Array]:
+        """Returns the columns that it adds to the tokens table, in the order of that table."""
+        return {}
 
 
 class Recorder(abc.ABC):
@@ -83,17 +90,25 @@ class Recorder(abc.ABC):
 
     tables: ClassVar[Mapping[str, str]]
     """Table -> what a row of it is, in words."""
+    token_fields: ClassVar[Sequence[pa.Field]] = ()
+    """Columns that it adds to the tokens table."""
+    needs_head: ClassVar[bool] = False
+    """Whether it needs the model's language-model head."""
     needs_whole_pass: ClassVar[bool] = False
     """Whether the pass must run to its end; otherwise it ends at the last hook of all recorders."""
 
-    def __init__(self, model: PreTrainedModel, routers: Sequence[Router], config: CaptureConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, routers: Sequence[Router], config: CaptureConfig, head: Head | None = None
+    ) -> None:
         """Prepares nothing on the model.
 
         Args:
             model: a base model in eval mode.
             routers: the routers that the run records.
             config: what to record.
+            head: the model's language-model head, if one of the recorders needs it.
         """
+        self.head = head
         self.model = model
         self.routers = list(routers)
         self.config = config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from collector.capture.loss import LossRecorder
 from collector.capture.outputs import OutputsRecorder
 from collector.capture.routing import RoutingRecorder
 from collector.store import tables
@@ -17,15 +18,27 @@ if TYPE_CHECKING:
 
     from collector.capture.recorder import Recorder
     from collector.config import CaptureConfig
+    from collector.models.heads import Head
     from collector.models.routers import Router
 
-RECORDERS: dict[str, type[Recorder]] = {"routing": RoutingRecorder, "outputs": OutputsRecorder}
+RECORDERS: dict[str, type[Recorder]] = {
+    "routing": RoutingRecorder,
+    "outputs": OutputsRecorder,
+    "loss": LossRecorder,
+}
 """By the name that `--record` takes."""
 
 
-def recorders_for(model: PreTrainedModel, routers: Sequence[Router], config: CaptureConfig) -> list[Recorder]:
+def recorders_for(
+    model: PreTrainedModel, routers: Sequence[Router], config: CaptureConfig, head: Head | None = None
+) -> list[Recorder]:
     """The recorders of a run, for a model that is loaded."""
-    return [recorder(model, routers, config) for recorder in _chosen(config.record)]
+    return [recorder(model, routers, config, head) for recorder in _chosen(config.record)]
+
+
+def need_head(config: CaptureConfig) -> bool:
+    """Whether a recorder of this run needs the model's language-model head."""
+    return any(recorder.needs_head for recorder in _chosen(config.record))
 
 
 def _chosen(record: Sequence[str]) -> list[type[Recorder]]:
@@ -38,8 +51,9 @@ def table_schemas(info: Mapping[str, Any]) -> dict[str, pa.Schema]:
     config = info["config"]
     recorders = _chosen(config.get("record") or ())
     recorded = {table: schema for each in recorders for table, schema in each.schemas(info).items()}
+    added = [field for each in recorders for field in each.token_fields]
     return recorded | {
-        "tokens": tables.tokens_schema(info["format"]),
+        "tokens": tables.tokens_schema(info["format"], added),
         "documents": tables.documents_schema(
             text="text" in (config.get("store") or ()), target=bool(config.get("target_column"))
         ),

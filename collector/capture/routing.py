@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
@@ -19,7 +18,9 @@ if TYPE_CHECKING:
 
     from collector.capture.batches import Batch, TokenTable
     from collector.capture.decisions import LayerDecision
+    from collector.capture.padding import Grid
     from collector.capture.shard_text import ShardText
+    from collector.models.routers import Reading
 
 TABLE = "routing"
 
@@ -48,7 +49,9 @@ class RoutingRecorder(Recorder):
         """One per router."""
         from collector.capture.decisions import decision
 
-        keep = functools.partial(decision, probabilities=self._probabilities)
+        def keep(reading: Reading, _grid: Grid) -> LayerDecision:
+            return decision(reading, probabilities=self._probabilities)
+
         return [
             Hook(
                 name=f"router {router.name}",

@@ -138,6 +138,11 @@ def _files(config: ModelConfig) -> list[str]:
         return checkpoints.weight_files(_location(config), config.revision)
 
 
+def checkpoint_tensors(config: ModelConfig) -> dict[str, Any]:
+    """Returns the tensors of a model's checkpoint by name, each read when it is sliced (`tensor[...]`)."""
+    return checkpoints.lazy_tensors(_files(config))
+
+
 def _empty(architecture: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Builds the model on the meta device: all shapes, but no memory."""
     from transformers import AutoModel

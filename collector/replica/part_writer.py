@@ -21,7 +21,7 @@ from collector.store import tables
 from collector.store.run_directory import REJECTS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -39,7 +39,7 @@ class PartWriter:
 
     def __init__(
         self, run: RunDirectory, *, documents: pa.Schema, token_ids: TokenIds,
-        hashed_ids: NDArray[np.uint32] | None = None,
+        hashed_ids: NDArray[np.uint32] | None = None, added_fields: Sequence[pa.Field] = (),
     ) -> None:  # fmt: skip
         """Touches nothing on the store yet.
 
@@ -48,11 +48,13 @@ class PartWriter:
             documents: schema of the documents table.
             token_ids: what is recorded of token ids.
             hashed_ids: [vocabulary] the number that replaces each id, for `hash`.
+            added_fields: columns that the recorders add to the tokens table.
         """
         self.run = run
         self.documents_schema = documents
         self.token_ids = token_ids
         self.hashed_ids = hashed_ids
+        self.added_fields = added_fields
 
     def write(
         self, shard: int, attempt: str, text: ShardText, recordings: Sequence[Recording], watch: Stopwatch
@@ -85,7 +87,8 @@ class PartWriter:
         expected: dict[str, int] = {}
         for recording in recordings:
             expected |= recording.write(folder, shard, text)
-        tables.write_table(folder / "tokens", self._tokens_table(shard, text))
+        added = {name: column for recording in recordings for name, column in recording.token_columns().items()}
+        tables.write_table(folder / "tokens", self._tokens_table(shard, text, added))
         tables.write_table(folder / "documents", self._documents_table(shard, text))
         expected |= {"tokens": text.count, "documents": len(text.documents)}
         if text.bad:
@@ -93,8 +96,8 @@ class PartWriter:
             expected[REJECTS] = len(text.bad)
         return expected
 
-    def _tokens_table(self, shard: int, text: ShardText) -> pa.Table:
-        schema = tables.tokens_schema()
+    def _tokens_table(self, shard: int, text: ShardText, added: Mapping[str, pa.Array]) -> pa.Table:
+        schema = tables.tokens_schema(added=self.added_fields)
         parts = []
         for stack, tokens in text.tokens.items():
             count, first = len(tokens.ids), text.first_tok(stack)
@@ -107,6 +110,7 @@ class PartWriter:
                 "token_id": self._recorded(tokens.ids),
                 "is_special": tokens.is_special,
                 "span": _spans(tokens),
+                **{name: column.slice(first, count) for name, column in added.items()},
             }
             parts.append(pa.Table.from_arrays([pa.array(columns[f.name]).cast(f.type) for f in schema], schema=schema))
         return pa.concat_tables(parts)

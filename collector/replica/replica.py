@@ -25,11 +25,11 @@ from collector.capture import batches
 from collector.capture.conversations import put_into_words
 from collector.capture.hooks import Capture
 from collector.capture.passes import ForwardPasses
-from collector.capture.recorders import recorders_for
+from collector.capture.recorders import need_head, recorders_for
 from collector.capture.shard_text import ShardText
 from collector.data import plan
 from collector.data.sources import BadRow, Document
-from collector.models import loading
+from collector.models import heads, loading
 from collector.models.routers import find_routers
 from collector.pipeline import IN_WORK, DeviceLost, Pipeline, Stage, Stopwatch
 from collector.replica.card import describe, vocabulary
@@ -111,7 +111,8 @@ class Replica:
         two_stacks = bool(getattr(self.loaded.model.config, "is_encoder_decoder", False))
         stacks = config.capture.stacks or (("encoder",) if two_stacks else None)
         self.routers = find_routers(self.loaded.model, config.capture.layers, stacks)
-        recorders = recorders_for(self.loaded.model, self.routers, config.capture)
+        head = heads.load_head(config.model, self.loaded) if need_head(config.capture) else None
+        recorders = recorders_for(self.loaded.model, self.routers, config.capture, head)
         self.capture = Capture(self.loaded.model, recorders, device=self.loaded.device)
         self._check_target()
         self.capture.__enter__()
@@ -123,6 +124,7 @@ class Replica:
             ),
             token_ids=config.capture.token_ids,
             hashed_ids=self._hashed_ids(),
+            added_fields=[field for recorder in recorders for field in recorder.token_fields],
         )
 
     def close(self) -> None:

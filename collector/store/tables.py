@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -31,8 +31,8 @@ NAME = pa.dictionary(pa.int32(), pa.string())
 """Type of a column with few different names."""
 
 
-def tokens_schema(run_format: int = 2) -> pa.Schema:
-    """Schema of the tokens table; runs of format 1 know no spans.
+def tokens_schema(run_format: int = 2, added: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Schema of the tokens table, with the columns that recorders add; runs of format 1 know no spans.
 
     `token_id` is null in a run with `--token-ids drop`. `span` is the label of the innermost span of the text that the
     token lies in, null outside of all.
@@ -46,7 +46,8 @@ def tokens_schema(run_format: int = 2) -> pa.Schema:
         pa.field("token_id", pa.uint32()),
         pa.field("is_special", pa.bool_(), nullable=False),
     ]
-    return pa.schema([*fields, pa.field("span", NAME)] if run_format > 1 else fields)
+    spans = [pa.field("span", NAME)] if run_format > 1 else []
+    return pa.schema([*fields, *spans, *added])
 
 
 REJECTS_SCHEMA = pa.schema(

@@ -48,7 +48,7 @@ class LastNormRecorder(Recorder):
             Hook(
                 name="norm", module=self.model.norm, stack="decoder",
                 read=lambda hidden: Output(hidden.flatten(0, 1)),
-                keep=lambda output: Norm(output.hidden_th.float().norm(dim=-1)),
+                keep=lambda output, _grid: Norm(output.hidden_th.float().norm(dim=-1)),
             )
         ]  # fmt: skip
 
@@ -94,7 +94,7 @@ def config(tmp_path, tiny_folder):
 
 
 def test_the_routing_is_always_recorded_and_alone_unless_told():
-    assert list(RECORDERS) == ["routing", "outputs"]
+    assert list(RECORDERS) == ["routing", "outputs", "loss"]
     assert CaptureConfig().record == ("routing",)
 
 

@@ -1,0 +1,70 @@
+"""The language-model head of every family, apart from its base model: the same logits as transformers' own model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from collector.models.heads import build_head
+from tests.models.test_families import CAPTURED, built
+
+WITHOUT_HEAD = {
+    "deepseek_ocr2", "diffusion_gemma", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "mistral4", "mistral_large4",
+    "muse_spark", "openai_privacy_filter", "qwen3_omni_moe", "qwen3_vl_moe", "step3p7", "unlimited_ocr",
+}  # fmt: skip
+"""Families for whose text model transformers has no class with a head; most are parts of multimodal models."""
+
+
+def whole_model(base):
+    """Transformers' own model with a head, around the base model."""
+    torch.manual_seed(0)
+    auto = AutoModelForSeq2SeqLM if base.config.is_encoder_decoder else AutoModelForCausalLM
+    whole = auto.from_config(base.config).eval()
+    places = [name for name, child in whole.named_children() if type(child) is type(base)]
+    own = ("shared", "encoder", "decoder")
+    for place, part in [(place, base) for place in places] or [(place, getattr(base, place)) for place in own]:
+        setattr(whole, place, part)
+    if getattr(whole.config.get_text_config(), "tie_word_embeddings", False):
+        whole.lm_head.weight = base.get_input_embeddings().weight
+    return whole
+
+
+@pytest.mark.parametrize("name", [name for name in CAPTURED if name not in WITHOUT_HEAD])
+def test_logits_are_those_of_the_whole_model(name: str) -> None:
+    base = copy.deepcopy(built(name))
+    whole = whole_model(base)
+    ids = torch.randint(3, 60, (1, 6), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "use_cache": False} | (
+        {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
+    )
+    with torch.inference_mode():
+        expected = whole(**inputs).logits[0]
+        hidden = base(**inputs).last_hidden_state[0]
+    head = build_head(base, whole.state_dict(), name, dtype=torch.float32)
+    torch.testing.assert_close(head.logits(hidden), expected, rtol=1e-5, atol=1e-6)
+    assert head.vocabulary == expected.shape[1]
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_HEAD & set(CAPTURED)))
+def test_a_family_without_a_head_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"--record loss: .* --model {name}"):
+        build_head(built(name), None, name, dtype=torch.float32)
+
+
+def test_a_checkpoint_without_a_head_is_refused() -> None:
+    base = built("olmoe")
+    with pytest.raises(ValueError, match=r"has no lm_head\.weight: it was saved without its head"):
+        build_head(base, base.state_dict(), "olmoe", dtype=torch.float32)
+
+
+def test_a_random_head_depends_on_the_seed_alone() -> None:
+    base = built("olmoe")
+    hidden = torch.ones(2, base.config.hidden_size)
+    one, same, other = (
+        build_head(base, None, "x", dtype=torch.float32, seed=seed).logits(hidden) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
