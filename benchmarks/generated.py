@@ -131,7 +131,7 @@ def generate(root: str, geometry: Geometry) -> RunDirectory:
     rng = np.random.default_rng(geometry.seed)
     run, routers = RunDirectory(root), geometry.routers
     info = {
-        "format": 1, "config": {"model": "generated", "store": [], "token_ids": "keep"}, "plan_hash": "generated",
+        "format": 2, "config": {"model": "generated", "store": [], "token_ids": "keep"}, "plan_hash": "generated",
         "plan": {"shards": geometry.shards, "documents": geometry.shards * geometry.docs_per_shard},
         "model": {"id": "generated", "model_type": "none", "weights": "random"}, "memory": {"summary": "no weights"},
         "tokenizer": {"entries": VOCABULARY},

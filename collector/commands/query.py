@@ -35,7 +35,7 @@ class Query:
     """List the queries. With --format markdown the list is their complete documentation.
     Given RUN and --beside OTHER, two runs of the demo, it also contains example rows of each query."""
     by: str = "label"
-    """What to group by: label (as recorded), source, script, length, position or token_class."""
+    """What to group by: label (as recorded), source, script, length, position, token_class or span."""
     format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
     """Format of the rows on standard output."""
     interval: float | None = None
@@ -132,7 +132,7 @@ class Sql:
     statement: tyro.conf.Positional[str]
     """For example: select label, count(*) from documents group by all."""
     by: str = "label"
-    """What to group by: label (as recorded), source, script, length, position or token_class."""
+    """What to group by: label (as recorded), source, script, length, position, token_class or span."""
     format: RowFormat = "table"
     """Format of the rows on standard output."""
 

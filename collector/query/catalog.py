@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import graphlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,8 +152,10 @@ def query_folder() -> Path:
 
 def macros() -> str:
     """Returns the statements that create the macros; these read relations of the schema in use, by name."""
-    paths = sorted((query_folder() / "macros").glob("*.sql"))
-    return "\n".join(f"{path.read_text(encoding='utf-8').strip()};\n" for path in paths)
+    bodies = {path.stem: path.read_text(encoding="utf-8").strip() for path in (query_folder() / "macros").glob("*.sql")}
+    # A macro can only be created after those that it calls.
+    calls = {name: {other for other in bodies if f" {other}(" in bodies[name]} - {name} for name in sorted(bodies)}
+    return "\n".join(f"{bodies[name]};\n" for name in graphlib.TopologicalSorter(calls).static_order())
 
 
 def _paths() -> list[Path]:

@@ -37,8 +37,9 @@ order by shard, doc, label, is_special
 class DocumentCounts:
     """Counts of one router for a run's documents. D documents with tokens there, E experts, M `STATISTICS`.
 
-    If labels are groups of tokens (for example with `by="position"`), a document has a row for each group of its
-    tokens: rows with the same `shard_D` and `doc_D` belong together.
+    A document with several labels has one row, under its labels joined. If labels are groups of tokens (for example
+    with `by="position"`), a document has a row for each group of its tokens: rows with the same `shard_D` and `doc_D`
+    belong together.
     """
 
     stack: str
@@ -47,7 +48,7 @@ class DocumentCounts:
     """Number of experts, E."""
     top_k: int
     labels: tuple[str, ...]
-    """The names of labels, sorted."""
+    """The recorded labels, sorted; that of a document with several labels is these, joined by `LABEL_SEPARATOR`."""
     label_D: NDArray[np.int64]
     """Index into `labels`."""
     shard_D: NDArray[np.int64]
@@ -86,6 +87,7 @@ def document_counts(
     """
     chosen = None if labels is None else list(labels)
     run.check(stack=stack, layer=layer, labels=chosen)
+    chosen = None if chosen is None else run.with_sets(chosen)
     for router in run.info["layers"]:
         if stack in (None, router["stack"]) and layer in (None, router["layer"]):
             where = {"stack": router["stack"], "layer": router["layer"]}

@@ -90,7 +90,8 @@ class LabelCounts:
         """Counts these routers, replacing earlier counts without weights."""
         cursor = self._connection.cursor()
         cursor.execute(f"use {self._schema}")
-        names = [name for (name,) in cursor.execute("select label from labels order by label").fetchall()]
+        recorded = "select label from labels union select label_set from label_sets order by 1"
+        names = [name for (name,) in cursor.execute(recorded).fetchall()]
         for stack in sorted({layer.stack for layer in layers}):
             own = [layer for layer in layers if layer.stack == stack]
             counts = _count_stack(cursor, own, names, weights=weights)

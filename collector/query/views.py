@@ -15,6 +15,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from collector.capture.recorders import table_names, table_schemas
+from collector.data.sources import LABEL_SEPARATOR
 from collector.query.catalog import macros
 from collector.query.groupings import LABEL, derived_views, find_grouping
 from collector.query.rollup import files as rollups
@@ -53,6 +54,8 @@ class Located:
     """Selects of the derived views, by name."""
     by: str
     """What `label` means: the recorded label, or the name of a grouping."""
+    several_labels: bool
+    """Whether documents have several labels."""
     schema: str
     """Schema of the views."""
     script: str
@@ -83,7 +86,8 @@ def locate(
     """
     grouping, run = find_grouping(by), RunDirectory(root)
     info = _read_info(run)
-    files = _committed_files(run, info, rollup=rollup)
+    files, several = _committed_files(run, info, rollup=rollup)
+    several_labels = several and grouping is None  # a grouping gives each document, or token, one label
     _check_grouping(grouping, info, files)
     views = derived_views(grouping, rollup=rollups.DOCUMENTS in files)
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
@@ -98,17 +102,28 @@ def locate(
         paths |= {_escape_glob(path) for path in paths}
     return Located(
         info=info, complete=run.read_or_none(SUCCESS) is not None, paths=frozenset(paths), mounts=mounts,
-        views=views, by=by, schema=schema,
-        script=_script(files, info, views, prefix=_escape_glob(prefix), schema=schema),
+        views=views, by=by, several_labels=several_labels, schema=schema,
+        script=_script(
+            files, info, views, prefix=_escape_glob(prefix), schema=schema, several_labels=several_labels
+        ),
     )  # fmt: skip
 
 
 def _check_grouping(grouping: Grouping | None, info: dict[str, Any], files: Mapping[str, Mapping[str, int]]) -> None:
-    if grouping is not None and not all(files[relation] for relation in grouping.needs):
-        raise ValueError(
-            f"--by {grouping.name} needs {' and '.join(grouping.needs)}, which this run does not have, because it was "
-            f"collected with --token-ids {info['config'].get('token_ids')}; a run with --token-ids keep has it"
-        )
+    """Rejects a grouping that reads a relation without rows, or a column (`tokens.span`), that this run does not have."""
+    for needed in () if grouping is None else grouping.needs:
+        assert grouping is not None
+        relation, _, column = needed.partition(".")
+        if column and column not in table_schemas(info)[relation].names:
+            raise ValueError(
+                f"--by {grouping.name} needs the column {column} of {relation}, which a run of an earlier version does not "
+                "have: collect it again"
+            )
+        if not column and not files[relation]:
+            raise ValueError(
+                f"--by {grouping.name} needs {' and '.join(grouping.needs)}, which this run does not have, because it was "
+                f"collected with --token-ids {info['config'].get('token_ids')}; a run with --token-ids keep has it"
+            )
 
 
 def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
@@ -123,8 +138,8 @@ def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
     views = derived_views(None, rollup=False)
     spelled = {str(path) for path in paths.values()} | {name for one in files.values() for name in one}
     return Located(
-        info=info, complete=False, paths=frozenset(spelled), mounts=(), views=views, by=LABEL, schema="main",
-        script=_script(files, info, views, prefix=""),
+        info=info, complete=False, paths=frozenset(spelled), mounts=(), views=views, by=LABEL, several_labels=True,
+        schema="main", script=_script(files, info, views, prefix="", several_labels=True),
     )  # fmt: skip
 
 
@@ -143,7 +158,7 @@ def committed_files(root: str | os.PathLike[str], table: str) -> list[str]:
         ValueError: there is no such table.
     """
     run = RunDirectory(root)
-    files = _committed_files(run, _read_info(run))
+    files, _ = _committed_files(run, _read_info(run))
     if table not in files:
         raise ValueError(f"a run has no table {table!r}; it has {', '.join(files)}")
     return [run.store.location(path) for path in files[table]]
@@ -162,7 +177,8 @@ def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
     head = f"-- The views of this run, over its committed files.{start}\n\n"
     views = derived_views(None, rollup=False)
     info = _read_info(run_directory)
-    return head + _script(_committed_files(run_directory, info), info, views, prefix=prefix)
+    files, several = _committed_files(run_directory, info)
+    return head + _script(files, info, views, prefix=prefix, several_labels=several)
 
 
 def _read_info(run: RunDirectory) -> dict[str, Any]:
@@ -176,18 +192,27 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
     return info
 
 
-def _committed_files(run: RunDirectory, info: Mapping[str, Any], *, rollup: bool = False) -> dict[str, dict[str, int]]:
-    """Returns relation -> path in the run directory -> bytes, with the current rollup if it is wanted and exists."""
+def _committed_files(
+    run: RunDirectory, info: Mapping[str, Any], *, rollup: bool = False
+) -> tuple[dict[str, dict[str, int]], bool]:
+    """Finds the files that count, and whether documents have several labels.
+
+    Returns:
+        Relation -> path in the run directory -> bytes, with the current rollup if it is wanted and exists; and whether
+        a commit counts a document with several labels.
+    """
+    several = False
     files: dict[str, dict[str, int]] = {table: {} for table in (*table_names(info), "vocab")}
     covered = rollups.Covered()
     for commit in run.commits():
         covered.add(commit)
+        several |= commit.several_labels > 0
         for table in files.keys() & commit.files.keys():
             files[table][commit.files[table].path] = commit.files[table].bytes
     vocabulary = run.read_or_none(VOCAB)
     if vocabulary is not None:
         files["vocab"][VOCAB] = len(vocabulary)
-    return files | (rollups.find(run, covered) if rollup else {})
+    return files | (rollups.find(run, covered) if rollup else {}), several
 
 
 def _script(
@@ -197,17 +222,31 @@ def _script(
     *,
     prefix: str,
     schema: str = "main",
+    several_labels: bool = False,
 ) -> str:
     """Returns the statements for the views of a schema, and the macros; `prefix` is put before the files' paths."""
     statements = {"layers": _layers_select(info["layers"])}
     for name, paths in files.items():
         select = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
         statements[f"recorded_{name}" if name in views else name] = select
+    documents = "recorded_documents" if "documents" in views else "documents"
+    statements["label_sets"] = _label_sets_select(documents) if several_labels else _NO_LABEL_SETS
     statements |= views
     within = "" if schema == "main" else f"{schema}."
     created = [f"create or replace view {within}{name} as\n{select};\n" for name, select in statements.items()]
     # Those of the main schema are found in the others, too, and read the views of the schema in use.
     return "\n".join([*created, macros()] if schema == "main" else created)
+
+
+_NO_LABEL_SETS = "select null::varchar as label_set, null::varchar as label where false"
+
+
+def _label_sets_select(documents: str) -> str:
+    """Returns a select with a row for each recorded label that stands for several, and each of these."""
+    return (
+        f"select distinct label as label_set, unnest(string_split(label, {literal(LABEL_SEPARATOR)})) as label\n"
+        f"from {documents}\nwhere contains(label, {literal(LABEL_SEPARATOR)})"
+    )
 
 
 def literal(text: str) -> str:

@@ -45,6 +45,7 @@ class Run:
         complete: bool,
         by: str = LABEL,
         schema: str = "main",
+        several_labels: bool = False,
         label_counts: LabelCounts | None = None,
     ) -> None:
         self.connection = connection
@@ -57,6 +58,8 @@ class Run:
         """What `label` means: the recorded label, or the name of a grouping."""
         self.schema = schema
         """Schema of the views."""
+        self.several_labels = several_labels
+        """Whether documents have several labels."""
         self._label_counts = label_counts
         """Counts on demand; None if the views read a rollup."""
 
@@ -91,7 +94,16 @@ class Run:
         """
         values = query.bind(params)
         self.check(stack=values.get("stack"), layer=values.get("layer"), labels=values.get("labels"))
+        if isinstance(labels := values.get("labels"), list):
+            values["labels"] = self.with_sets(labels)
         return values
+
+    def with_sets(self, labels: list[str]) -> list[str]:
+        """Adds the sets of labels that have one of these in them, by which documents with several are recorded."""
+        if not self.several_labels:
+            return labels
+        sets = "select distinct label_set from label_sets where list_contains($labels, label) order by label_set"
+        return [*labels, *(name for (name,) in self.cursor().sql(sets, params={"labels": labels}).fetchall())]
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """Returns a connection to the same DuckDB, in which bare names refer to the views of this run."""
@@ -157,7 +169,7 @@ def open_run(
     Args:
         root: the run directory: a path, or the URL that it was collected to.
         by: what `label` means in all views and queries: the recorded label, or a grouping of
-            `queries/groupings/`: source, script, length, position or token_class.
+            `queries/groupings/`: source, script, length, position, token_class or span.
         rollup: whether to read counts from the run's rollup if there is a current one.
         memory_limit: maximum memory of DuckDB, for example 4GB (default: 80 % of the machine's memory); what does not
             fit spills to the folder for temporary files.
@@ -180,8 +192,9 @@ def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
     if counts_tokens(located.views):
         counts = LabelCounts(connection, tables.recorded_layers(located.info), located.views, located.schema)
     return Run(
-        connection, located.info, complete=located.complete, by=located.by, schema=located.schema, label_counts=counts
-    )
+        connection, located.info, complete=located.complete, by=located.by, schema=located.schema,
+        several_labels=located.several_labels, label_counts=counts,
+    )  # fmt: skip
 
 
 def open_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Run:
@@ -194,4 +207,4 @@ def open_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Run:
     located = locate_shard(paths, info)
     connection = locked_duckdb.connect(located.paths)
     connection.execute(located.script)
-    return Run(connection, info, complete=False)
+    return Run(connection, info, complete=False, several_labels=located.several_labels)

@@ -12,7 +12,7 @@
 --   With $pooled these three are the mean (the largest: the largest) over labels of equal weight.
 -- Source: the measures of this package; DS as in OLMoE, arXiv 2409.02060, section 5.
 -- Grain: metric, stack, layer, label (null if pooled), decile. n = tokens.
--- Reads: aligned_decisions, assignments, other.assignments, layers
+-- Reads: aligned_decisions, assignments, other.assignments, label_sets, layers
 -- Example: --layer 4 --pooled true
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -34,7 +34,7 @@ chosen as (
     select
         stack,
         layer,
-        if($pooled, null, label) as label,
+        label,
         if(
             $by = 'lead',
             coalesce(sorted_weights[1] - sorted_weights[2], margin),
@@ -80,6 +80,13 @@ deciles as (
     from gaps
 ),
 
+by_label_and_gap as (
+    select by_gap.* replace (if($pooled, null, coalesce(label_sets.label, by_gap.label)) as label)
+    from by_gap
+    left join label_sets on not $pooled and by_gap.label = label_sets.label_set
+    where $pooled or $labels is null or list_contains($labels, coalesce(label_sets.label, by_gap.label))
+),
+
 cells as (
     select
         stack,
@@ -89,17 +96,17 @@ cells as (
         shared,
         is_flip,
         n
-    from by_gap
+    from by_label_and_gap
     union all
     select
-        by_gap.stack,
-        by_gap.layer,
-        by_gap.label,
+        by_label_and_gap.stack,
+        by_label_and_gap.layer,
+        by_label_and_gap.label,
         deciles.decile,
-        by_gap.shared,
-        by_gap.is_flip,
-        by_gap.n
-    from by_gap
+        by_label_and_gap.shared,
+        by_label_and_gap.is_flip,
+        by_label_and_gap.n
+    from by_label_and_gap
     inner join deciles using (stack, layer, gap)
 ),
 

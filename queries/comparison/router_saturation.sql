@@ -13,10 +13,8 @@
 --     language codes); they say nothing about the text
 --   pooled boolean = false: all labels together, in one row, instead of label by label
 with chosen as (
-    select
-        * exclude (label),
-        if($pooled, null, label) as label
-    from filtered('aligned_decisions', $stack, $layer, $labels, $include_special)
+    select *
+    from by_label('aligned_decisions', $stack, $layer, $labels, $include_special, $pooled)
 ),
 
 measured as (

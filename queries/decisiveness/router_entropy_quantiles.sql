@@ -19,7 +19,7 @@ with chosen as (
         *,
         -- the last of its 12
         if(weight_entropy = 0, 1, pow(2, floor(log2(abs(weight_entropy))) - 11)) as bit
-    from filtered('decisions', $stack, $layer, $labels, $include_special)
+    from by_label('decisions', $stack, $layer, $labels, $include_special, false)
 ),
 
 measured as (

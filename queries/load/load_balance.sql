@@ -26,10 +26,8 @@
 --   threshold double = 0.001: share of tokens below which an expert is dead
 --   m integer >= 1 = null: experts that coverage counts (default: the layer's k)
 with chosen as (
-    select
-        * exclude (label),
-        if($pooled, null, label) as label
-    from filtered('assignments', $stack, $layer, $labels, $include_special)
+    select *
+    from by_label('assignments', $stack, $layer, $labels, $include_special, $pooled)
 ),
 
 load as (
@@ -71,9 +69,9 @@ probable as (
     select
         stack,
         layer,
-        if($pooled, null, label) as label,
+        label,
         probabilities
-    from filtered('decisions', $stack, $layer, $labels, $include_special)
+    from by_label('decisions', $stack, $layer, $labels, $include_special, $pooled)
     where probabilities is not null
 ),
 
@@ -99,10 +97,10 @@ placed as (
         doc,
         stack,
         layer,
-        if($pooled, null, label) as label,
+        label,
         tokens,
         experts
-    from filtered('document_counts', $stack, $layer, $labels, $include_special)
+    from by_label('document_counts', $stack, $layer, $labels, $include_special, $pooled)
 ),
 
 unions as (

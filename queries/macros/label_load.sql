@@ -16,5 +16,5 @@ create or replace macro label_load(relation, of_stack, of_layer, of_labels, with
         sum(top1)::bigint as top1,
         sum(weight_sum) as weight_sum,
         sum(picks) / sum(tokens) as frequency
-    from filtered(relation, of_stack, of_layer, of_labels, with_special)
+    from by_label(relation, of_stack, of_layer, of_labels, with_special, false)
     group by stack, layer, label, expert, n_experts, top_k

@@ -14,5 +14,5 @@ create or replace macro label_sums(relation, of_stack, of_layer, of_labels, with
         sum(margin) as margin,
         sum(dropped_tokens)::bigint as dropped_tokens,
         sum(dropped_picks)::bigint as dropped_picks
-    from filtered(relation, of_stack, of_layer, of_labels, with_special)
+    from by_label(relation, of_stack, of_layer, of_labels, with_special, false)
     group by stack, layer, label

@@ -30,7 +30,7 @@ with chosen as (
             list_transform(weights, lambda w: w / list_sum(weights)),
             probabilities
         ) as shares
-    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
+    from by_label('token_decisions', $stack, $layer, $labels, $include_special, false)
     where
         parallel_id is not null
 ),

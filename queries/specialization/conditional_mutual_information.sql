@@ -12,7 +12,7 @@
 -- Source: conditional mutual information with a permutation baseline; ours.
 -- Grain: metric, stack, layer. n = tokens of all labels, labels = #D. No rows where the run dropped the ids
 --   of its tokens.
--- Reads: decisions, labelled_tokens, layers
+-- Reads: decisions, labelled_tokens, label_sets, layers
 -- Example: --layer 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -21,7 +21,19 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   seed integer = 0: of the shuffle
-with labelled as (
+with expanded as (
+    select
+        labelled_tokens.shard,
+        labelled_tokens.tok,
+        labelled_tokens.stack,
+        labelled_tokens.token_id,
+        labelled_tokens.is_special,
+        coalesce(label_sets.label, labelled_tokens.label) as label
+    from labelled_tokens
+    left join label_sets on labelled_tokens.label = label_sets.label_set
+),
+
+labelled as (
     select
         shard,
         tok,
@@ -29,7 +41,7 @@ with labelled as (
         token_id,
         label,
         hash(shard, tok, $seed) as lot
-    from labelled_tokens
+    from expanded
     where
         token_id is not null
         and ($labels is null or list_contains($labels, label))
@@ -87,11 +99,11 @@ drawn as (
         labelled.*,
         row_number() over (
             partition by labelled.stack, labelled.token_id
-            order by labelled.shard, labelled.tok
+            order by labelled.shard, labelled.tok, labelled.label
         ) as place,
         row_number() over (
             partition by labelled.stack, labelled.token_id
-            order by labelled.lot, labelled.shard, labelled.tok
+            order by labelled.lot, labelled.shard, labelled.tok, labelled.label
         ) as draw
     from labelled
     inner join ids using (stack, token_id)

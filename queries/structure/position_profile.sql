@@ -20,7 +20,7 @@ with chosen as (
         label,
         if(position = 0, 0, 2 ** floor(log2(position)))::bigint as first_position,
         experts
-    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
+    from by_label('token_decisions', $stack, $layer, $labels, $include_special, false)
 ),
 
 buckets as (

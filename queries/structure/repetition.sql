@@ -7,7 +7,7 @@
 --   pair, and the tokens on their two sides are none.
 -- Source: Mixtral, arXiv 2401.04088, table 5.
 -- Grain: metric, stack, layer, label. n = pairs.
--- Reads: token_decisions, layers
+-- Reads: token_decisions, label_sets, layers
 -- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -54,20 +54,32 @@ compared as (
     where next_position = position + 1
 ),
 
+expanded as (
+    select compared.* replace (coalesce(label_sets.label, compared.label) as label)
+    from compared
+    left join label_sets on compared.label = label_sets.label_set
+),
+
+labelled as (
+    select *
+    from expanded
+    where $labels is null or list_contains($labels, label)
+),
+
 measured as (
     select
-        compared.stack,
-        compared.layer,
-        compared.label,
+        labelled.stack,
+        labelled.layer,
+        labelled.label,
         layers.n_experts as e,
         layers.top_k as k,
         count(*) as n,
-        count_if(compared.is_same) / count(*) as top1_same,
-        count_if(compared.shared > 0) / count(*) as any_shared,
-        avg(compared.shared) as mean_shared
-    from compared
+        count_if(labelled.is_same) / count(*) as top1_same,
+        count_if(labelled.shared > 0) / count(*) as any_shared,
+        avg(labelled.shared) as mean_shared
+    from labelled
     inner join layers using (stack, layer)
-    group by compared.stack, compared.layer, compared.label, layers.n_experts, layers.top_k
+    group by labelled.stack, labelled.layer, labelled.label, layers.n_experts, layers.top_k
 ),
 
 metrics as (

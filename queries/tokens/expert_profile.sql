@@ -13,7 +13,7 @@
 --   by N_ae, labels and contexts by value, the first $n of each; positions in their order, all. n = N_a, but
 --   N_e for the aspects expert and context; count = N_ae. No tokens where the run dropped their ids, no
 --   contexts where it has no vocabulary.
--- Reads: decisions, labelled_tokens, shards
+-- Reads: decisions, labelled_tokens, label_sets, shards
 -- Example: --layer 4 --expert 55 --n 2
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -97,15 +97,26 @@ by_token as (
     group by stack, layer, token_id
 ),
 
+labelled as (
+    select
+        chosen.stack,
+        chosen.layer,
+        chosen.is_own,
+        coalesce(label_sets.label, chosen.label) as item
+    from chosen
+    left join label_sets on chosen.label = label_sets.label_set
+),
+
 by_label as (
     select
         stack,
         layer,
-        label as item,
+        item,
         count(*) as n,
         count_if(is_own) as own
-    from chosen
-    group by stack, layer, label
+    from labelled
+    where $labels is null or list_contains($labels, item)
+    group by stack, layer, item
 ),
 
 by_position as (

@@ -11,7 +11,7 @@
 -- Grain: metric, label. n = documents that value counts; documents without a token to count are in none.
 --   tokens and characters are those of the documents that were not truncated. The text is what the encoder
 --   reads of an encoder-decoder model.
--- Reads: labelled_tokens
+-- Reads: labelled_tokens, label_sets
 -- Example: --labels eng_Latn,kor_Hang
 -- Params:
 --   labels varchar[] = null: only these labels (default: all)
@@ -51,16 +51,43 @@ counted as (
     group by label
 ),
 
+-- all labels together, each document once
+everything as (
+    select
+        sum(documents) as all_documents,
+        sum(truncated) as all_truncated,
+        sum(whole) as all_whole,
+        sum(tokens) as all_tokens,
+        sum(characters) as all_characters
+    from counted
+),
+
+labelled as (
+    select counted.* replace (coalesce(label_sets.label, counted.label) as label)
+    from counted
+    left join label_sets on counted.label = label_sets.label_set
+),
+
+of_labels as (
+    select
+        label,
+        sum(documents)::bigint as documents,
+        sum(truncated)::bigint as truncated,
+        sum(whole)::bigint as whole,
+        sum(tokens)::bigint as tokens,
+        sum(characters)::bigint as characters
+    from labelled
+    where $labels is null or list_contains($labels, label)
+    group by label
+),
+
 pooled as (
     select
-        *,
-        sum(documents) over () as all_documents,
-        sum(truncated) over () as all_truncated,
-        sum(whole) over () as all_whole,
-        sum(tokens) over () as all_tokens,
-        sum(characters) over () as all_characters,
+        of_labels.*,
+        everything.*,
         count(*) over () as labels
-    from counted
+    from of_labels
+    cross join everything
 ),
 
 metrics as (

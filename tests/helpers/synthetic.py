@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from collector.capture import routing_table
 from collector.capture.routing_table import STATISTICS, LayerRouting
+from collector.data.sources import LABEL_SEPARATOR
 from collector.store import tables
 from collector.store.run_directory import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory
 from collector.store.tables import Layer
@@ -59,6 +60,8 @@ class Shard:
     probabilities: Mapping[Key, np.ndarray] | None = None
     token_ids: np.ndarray | None = None
     """[T], or all ids in turn."""
+    spans: Sequence[str | None] | None = None
+    """[T], or none."""
     characters: np.ndarray | None = None
     """[documents], or 4 per token."""
     truncated: np.ndarray | None = None
@@ -228,7 +231,7 @@ def write_run(
     token_ids = "drop" if vocabulary is None else "keep"
     config = {"model": "synthetic", "store": ["probabilities"] if probabilities else [], "token_ids": token_ids}
     info = {
-        "format": 1, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},
+        "format": 2, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},
         "layers": routers,
     }  # fmt: skip
     run.store.put_new(RUN, json.dumps(info).encode())
@@ -283,6 +286,7 @@ def commit_shard(run: RunDirectory, number: int, parts: dict[str, Part], shard: 
     record = Commit(
         shard=number, attempt="a", plan_hash="0", files=parts, documents=len(shard.documents), tokens=tokens,
         rows=parts["routing"].rows, characters=4 * tokens, truncated=0, skipped={}, batches=1,
+        several_labels=sum(LABEL_SEPARATOR in label for label, _ in shard.documents),
         padded_tokens=tokens, seconds={}, node="synthetic",
     )  # fmt: skip
     return run.commit(record)
@@ -307,8 +311,9 @@ def _tokens(number: int, shard: Shard, stacks: Sequence[str]) -> pa.Table:
         "position": np.tile(np.concatenate([np.arange(n) for n in lengths]) if lengths else each, len(stacks)),
         "token_id": np.tile(shard.ids, len(stacks)),
         "is_special": np.tile(shard.is_special, len(stacks)),
+        "span": [*(shard.spans or [None] * len(each))] * len(stacks),
     }
-    return _table(columns, tables.tokens_schema(1))
+    return _table(columns, tables.tokens_schema())
 
 
 def _documents(number: int, shard: Shard) -> pa.Table:

@@ -62,7 +62,8 @@ def hand_shard() -> Shard:
     shard = random_shard(np.random.default_rng(2), LAYERS, documents, special=0)
     ids = np.array([i for *_, ids in TEXTS for i in ids])
     sources = [source for _, source, _ in TEXTS]
-    return dataclasses.replace(shard, token_ids=ids, is_special=ids == BOS, sources=sources)
+    return dataclasses.replace(shard, token_ids=ids, is_special=ids == BOS, sources=sources,
+                               spans=[(None, "user", "assistant")[place % 3] for place in range(len(ids))])  # fmt: skip
 
 
 def bucket(number: int) -> str:
@@ -73,6 +74,8 @@ def bucket(number: int) -> str:
 
 def token_groups(shard: Shard, by: str) -> list[str]:
     """[T] the group of each token."""
+    if by == "span":
+        return ["(none)" if span is None else span for span in shard.spans]
     if by == "token_class":
         return [CLASSES[i] for i in shard.ids]
     return [bucket(position) for _, length in shard.documents for position in range(length)]
@@ -109,7 +112,7 @@ def test_groups_of_documents_worked_out_by_hand(folder, by) -> None:
     assert [row[1] for row in run.sql(joined).fetchall()] == HAND[by]
 
 
-@pytest.mark.parametrize("by", ["position", "token_class"])
+@pytest.mark.parametrize("by", ["position", "span", "token_class"])
 def test_groups_of_tokens_worked_out_by_hand(folder, by) -> None:
     run, shard = open_run(folder, by=by), hand_shard()
     expected = token_groups(shard, by)
@@ -177,7 +180,7 @@ def test_queries_over_groups_of_documents_are_those_over_such_labels(with_rollup
                 assert x == (pytest.approx(y, rel=1e-5, abs=1e-6) if isinstance(y, float) else y), name
 
 
-@pytest.mark.parametrize("by", ["position", "token_class"])
+@pytest.mark.parametrize("by", ["position", "span", "token_class"])
 def test_queries_over_groups_of_tokens_count_these_tokens(with_rollup, by) -> None:
     run, shard = open_run(with_rollup, by=by), hand_shard()
     single = dataclasses.replace(shard, documents=[(group, 1) for group in token_groups(shard, by)])
@@ -267,8 +270,17 @@ def test_a_run_that_dropped_its_token_ids_says_so(tmp_path, by) -> None:
     assert open_run(folder, by="position").query("top_experts").fetchall()
 
 
+def test_a_run_of_an_earlier_version_has_no_spans(tmp_path) -> None:
+    folder = write_run(tmp_path / "run", LAYERS, [hand_shard()], vocabulary=ENTRIES)
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | {"format": 1}))
+    with pytest.raises(ValueError, match=r"--by span needs the column span of tokens.*collect it again"):
+        open_run(folder, by="span")
+    assert open_run(folder).query("top_experts").fetchall()
+
+
 def test_headers_tell_everything() -> None:
-    assert GROUPINGS == ["length", "position", "script", "source", "token_class"]
+    assert GROUPINGS == ["length", "position", "script", "source", "span", "token_class"]
     for name in GROUPINGS:
         grouping = find_grouping(name)
         header = read_header(grouping.sql)
@@ -276,7 +288,9 @@ def test_headers_tell_everything() -> None:
         assert header["formula"]
         assert header["groups"] in ("documents", "tokens")
         assert grouping.of in ("document", "token")
-        assert set(grouping.needs) <= {each.strip() for each in header["reads"].split(",")}
+        assert {needed.partition(".")[0] for needed in grouping.needs} <= {
+            each.strip() for each in header["reads"].split(",")
+        }
 
 
 # ---- by command ----

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from collector.data.sources import LABEL_SEPARATOR
 from collector.query import locked_duckdb
 from collector.query.catalog import find_query, list_queries, macros
 from collector.query.document_counts import STATISTICS
@@ -146,7 +147,10 @@ def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
         "experts": {"stack": np.repeat(sample_S, experts), "expert": np.tile(expert_E, samples)},
     }
     geometry = {"layer": counts.layer, "n_experts": counts.n_experts, "top_k": counts.top_k}
-    return {name: _with_constants(each, geometry) for name, each in columns.items()}
+    sets = [(name, label) for name in sums.labels if LABEL_SEPARATOR in name for label in name.split(LABEL_SEPARATOR)]
+    text = pa.schema([("label_set", pa.string()), ("label", pa.string())])
+    label_sets = pa.Table.from_pylist([dict(zip(text.names, pair, strict=True)) for pair in sets], schema=text)
+    return {name: _with_constants(each, geometry) for name, each in columns.items()} | {"label_sets": label_sets}
 
 
 def _keys_of_labels(sums: Sums, rows: int) -> dict[str, NDArray | pa.Array]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from collector.data.sources import LABEL_SEPARATOR
 from collector.query.inference.answers import KEYS, ask
 from collector.query.inference.bootstrap import (
     effective_documents,
@@ -62,7 +63,7 @@ def sample_size_curve(
         ordered by key, then documents.
 
     Raises:
-        ValueError: a size is below 2; and for the same reasons as `intervals`.
+        ValueError: a size is below 2, or documents have several labels; and for the same reasons as `intervals`.
     """
     require_range(level, resamples)
     if sizes is not None and min(sizes, default=0) < 2:
@@ -71,6 +72,9 @@ def sample_size_curve(
     keys = answer.select([name for name in answer.column_names if name in ("stack", *KEYS)])
     tables = []
     for place, rows, counts in routers(run, asked, answer, params):
+        if any(LABEL_SEPARATOR in name for name in counts.labels):
+            raise ValueError("documents have several labels here, so that many of each label cannot be drawn: see the "
+                             "intervals of `collector query`")  # fmt: skip
         available_R = fewest_documents(rows, counts)
         worth_R = effective_documents(rows, counts) / available_R
         for size in sizes or _sizes(int(available_R.min())):

@@ -2,7 +2,8 @@
 
 The null hypothesis, for every (stack, layer, expert, label): the label's domain specialization N_eD / N_D equals that
 of the other documents, and so that of all documents pooled. The labels of documents are shuffled, so that each label
-keeps its number of documents. The statistic is the difference of the two ratios in units of its standard error,
+keeps its number of documents; a document with several labels passes all of them on together. The statistic is the
+difference of the two ratios in units of its standard error,
 
     t = (DS_D - DS_O) / sqrt(V_D + V_O),    V = m / (m - 1) * sum of (picks - DS * tokens)^2 / N^2,
 
@@ -19,13 +20,14 @@ Shapes: S shuffles, D documents, L labels, E experts, C = 2 + 3 E columns of mom
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 from scipy import sparse, stats
 
-from collector.query.inference.resampling import documents_of, portions, require_document_labels
+from collector.query.inference.resampling import documents_of, memberships, portions, require_document_labels, strata_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -115,7 +117,8 @@ def _test_router(counts: DocumentCounts, resamples: int, seed: int, alternative:
     picks_LE = np.array([counts.picks_DE[documents].sum(axis=0, dtype=np.int64) for documents in members.values()])
     t_LE, p_LE = p_values(counts, resamples=resamples, seed=seed, alternative=alternative)
     value_LE = picks_LE / tokens_L[:, None]
-    pooled_LE = np.broadcast_to(picks_LE.sum(axis=0) / tokens_L.sum(), value_LE.shape)
+    pooled_E = counts.picks_DE.sum(axis=0, dtype=np.int64) / counts.tokens_D.sum()
+    pooled_LE = np.broadcast_to(pooled_E, value_LE.shape)
     lift_LE = np.divide(value_LE, pooled_LE, out=np.full(value_LE.shape, np.nan), where=pooled_LE > 0)
     labels, experts = value_LE.shape
     columns = {
@@ -147,16 +150,21 @@ def moments(counts: DocumentCounts) -> NDArray[np.float64]:
     return np.concatenate([tokens_D1, tokens_D1**2, r_DE, r_DE**2, r_DE * tokens_D1], axis=1)
 
 
-def studentized(sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer]) -> NDArray[np.float64]:
+def studentized(
+    sums_SLC: NDArray[np.float64], documents_L: NDArray[np.integer],
+    whole: tuple[NDArray[np.float64], int] | None = None,
+) -> NDArray[np.float64]:  # fmt: skip
     """Returns t of each label and expert, of shape [S, L, E]; 0 where nothing varies.
 
     Args:
         sums_SLC: sums of the moments over each label's documents.
         documents_L: number of documents of each label.
+        whole: sums [C] over all documents, and their number, where documents have several labels (default: all labels
+            together).
     """
-    others_SLC = sums_SLC.sum(axis=1, keepdims=True) - sums_SLC
+    total_C, documents = (sums_SLC.sum(axis=1, keepdims=True), documents_L.sum()) if whole is None else whole
     excess_SLE, variance_SLE = _ratio(sums_SLC, documents_L)
-    others_excess_SLE, others_variance_SLE = _ratio(others_SLC, documents_L.sum() - documents_L)
+    others_excess_SLE, others_variance_SLE = _ratio(total_C - sums_SLC, documents - documents_L)
     error_SLE = np.sqrt(variance_SLE + others_variance_SLE)
     return np.divide(excess_SLE - others_excess_SLE, error_SLE, out=np.zeros_like(error_SLE), where=error_SLE > 0)
 
@@ -180,7 +188,7 @@ def p_values(
     resamples: int,
     seed: int,
     alternative: Alternative = "greater",
-    statistic: Callable[[NDArray[np.float64], NDArray[np.integer]], NDArray[np.float64]] = studentized,
+    statistic: Callable[..., NDArray[np.float64]] = studentized,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns a statistic and its p value, [L, E] each, for the labels that have documents in this router.
 
@@ -191,17 +199,27 @@ def p_values(
         alternative: which values of the statistic are extreme.
         statistic: function of the same arguments as `studentized`.
     """
-    documents_L = np.bincount(counts.label_D)
-    label_D = (np.cumsum(documents_L > 0) - 1)[counts.label_D].astype(np.int32)
-    documents_L = documents_L[documents_L > 0]
-    labels, values_DC = len(documents_L), moments(counts)
+    strata, values_DC = strata_of(counts), moments(counts)
+    stratum_D = np.empty(len(counts.label_D), np.int32)
+    for number, documents in enumerate(strata.values()):
+        stratum_D[documents] = number
+    documents_L = np.array([len(documents) for documents in strata.values()])
+    labels, has_label_KL = memberships(strata)
+    several = len(labels) < has_label_KL.sum()
+    if several:
+        documents_L = (documents_L @ has_label_KL).astype(np.int64)
+        statistic = functools.partial(statistic, whole=(values_DC.sum(axis=0), len(stratum_D)))
+
+    def statistics(stratum_SD: NDArray[np.integer]) -> NDArray[np.float64]:
+        sums_SKC = group_sums(stratum_SD, values_DC, len(strata))
+        return statistic(np.einsum("skc,kl->slc", sums_SKC, has_label_KL) if several else sums_SKC, documents_L)
+
     signed, rng = _SIGNED[alternative], np.random.default_rng(seed)
-    t_LE = statistic(group_sums(label_D[None], values_DC, labels), documents_L)[0]
+    t_LE = statistics(stratum_D[None])[0]
     threshold_LE = signed(t_LE) - _TIE * np.abs(t_LE)
     reached_LE = np.zeros(t_LE.shape, np.int64)
-    for samples in portions(resamples, max(len(label_D), _CACHED * labels * values_DC.shape[1])):
-        shuffled_SD = rng.permuted(np.tile(label_D, (samples, 1)), axis=1)
-        t_SLE = statistic(group_sums(shuffled_SD, values_DC, labels), documents_L)
+    for samples in portions(resamples, max(len(stratum_D), _CACHED * len(strata) * values_DC.shape[1])):
+        t_SLE = statistics(rng.permuted(np.tile(stratum_D, (samples, 1)), axis=1))
         reached_LE += (signed(t_SLE) >= threshold_LE).sum(axis=0)
     return t_LE, (1 + reached_LE) / (resamples + 1)
 

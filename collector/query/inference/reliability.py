@@ -18,7 +18,15 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from collector.query.inference.resampling import documents_of, label_generators, portions, require_document_labels
+from collector.data.sources import LABEL_SEPARATOR
+from collector.query.inference.resampling import (
+    documents_of,
+    label_generators,
+    memberships,
+    portions,
+    require_document_labels,
+    strata_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -62,15 +70,20 @@ def split_half(counts: Iterable[DocumentCounts], *, splits: int = 200, seed: int
 
 def _of_router(counts: DocumentCounts, splits: int, seed: int) -> Iterator[dict[str, object]]:
     require_document_labels(counts)
-    members = {label: documents for label, documents in documents_of(counts).items() if len(documents) > 1}
+    documents_by_label = documents_of(counts)
+    members = {label: documents for label, documents in documents_by_label.items() if len(documents) > 1}
     if not members:
         return
-    halves = _halves(counts, members, splits, seed)
-    shares = [picks_SLE / tokens_SL1 for tokens_SL1, picks_SLE in halves]
-    differences = [
-        share_SLE - picks_SLE.sum(axis=1, keepdims=True) / tokens_SL1.sum(axis=1, keepdims=True)
-        for share_SLE, (tokens_SL1, picks_SLE) in zip(shares, halves, strict=True)
-    ]
+    strata = {name: each for name, each in strata_of(counts).items() if set(name.split(LABEL_SEPARATOR)) & set(members)}
+    labels, has_label_KL = memberships(strata)
+    has_label_KL = has_label_KL[:, [label in members for label in labels]]
+    halves = _halves(counts, strata, splits, seed)
+    shares, differences = [], []
+    for tokens_SK1, picks_SKE in halves:
+        tokens_SL1, picks_SLE = (np.einsum("ske,kl->sle", each, has_label_KL) for each in (tokens_SK1, picks_SKE))
+        pooled_S1E = picks_SKE.sum(axis=1, keepdims=True) / tokens_SK1.sum(axis=1, keepdims=True)
+        shares.append(picks_SLE / tokens_SL1)
+        differences.append(shares[-1] - pooled_S1E)
     fewest = min(map(len, members.values()))
     for metric, (first_SLE, second_SLE) in (("domain_specialization", shares), ("difference", differences)):
         where = {"metric": metric, "stack": counts.stack, "layer": counts.layer}
@@ -81,22 +94,23 @@ def _of_router(counts: DocumentCounts, splits: int, seed: int) -> Iterator[dict[
 
 
 def _halves(
-    counts: DocumentCounts, members: Mapping[str, NDArray[np.intp]], splits: int, seed: int
+    counts: DocumentCounts, strata: Mapping[str, NDArray[np.intp]], splits: int, seed: int
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Returns tokens [S, L, 1] and picks [S, L, E] of the two halves, in S splits."""
+    """Returns tokens [S, K, 1] and picks [S, K, E] of the two halves of each of K strata, in S splits."""
     values_DC = np.column_stack([counts.tokens_D, counts.picks_DE]).astype(np.float64)
-    first_SLC = np.empty((splits, len(members), values_DC.shape[1]))
-    total_LC = np.array([values_DC[documents].sum(axis=0) for documents in members.values()])
-    for place, (documents, rng) in enumerate(
-        zip(members.values(), label_generators(tuple(members), seed), strict=True)
-    ):
-        half_N = (np.arange(len(documents)) < len(documents) // 2).astype(np.float64)
+    first_SKC = np.empty((splits, len(strata), values_DC.shape[1]))
+    total_KC = np.array([values_DC[documents].sum(axis=0) for documents in strata.values()])
+    several = any(LABEL_SEPARATOR in name for name in strata)
+    for place, (documents, rng) in enumerate(zip(strata.values(), label_generators(tuple(strata), seed), strict=True)):
+        # Where labels have documents in many small strata, the odd ones go to either half in turn.
+        most = len(documents) // 2 + (len(documents) % 2 if several and place % 2 else 0)
+        half_N = (np.arange(len(documents)) < most).astype(np.float64)
         done = 0
         for samples in portions(splits, len(documents)):
             drawn_SN = rng.permuted(np.tile(half_N, (samples, 1)), axis=1)
-            first_SLC[done : done + samples, place] = drawn_SN @ values_DC[documents]
+            first_SKC[done : done + samples, place] = drawn_SN @ values_DC[documents]
             done += samples
-    return [(half_SLC[:, :, :1], half_SLC[:, :, 1:]) for half_SLC in (first_SLC, total_LC - first_SLC)]
+    return [(half_SKC[:, :, :1], half_SKC[:, :, 1:]) for half_SKC in (first_SKC, total_KC - first_SKC)]
 
 
 def _agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> dict[str, object]:

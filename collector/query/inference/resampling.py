@@ -1,8 +1,9 @@
 """Draws samples of documents, and sums the counts of each sample.
 
-Tokens of one document are correlated, so whole documents are drawn, within their label. A sample is a vector of weights
-over documents (how often each was drawn, or whether it is included), and its sums are the product of that vector with
-the documents' counts: one matrix product for many samples.
+Tokens of one document are correlated, so whole documents are drawn, within their label. One with several labels is
+drawn once, with all of them, among the documents that have the same labels. A sample is a vector of weights over
+documents (how often each was drawn, or whether it is included), and its sums are the product of that vector with the
+documents' counts: one matrix product for many samples.
 
 Guarantees: the draws of a label depend only on the seed, the label's name and its number of documents, so they are the
 same in all routers and whatever other labels there are; memory is bounded by working in portions of samples. Nothing
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from collector.data.sources import LABEL_SEPARATOR
 from collector.query.document_counts import STATISTICS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -37,7 +39,7 @@ class Sums:
     """Columns of the views `assignments` and `label_statistics` of one router, for S samples of its documents."""
 
     labels: tuple[str, ...]
-    """The L labels that have documents in the router."""
+    """The L recorded labels, sets of several included, that have documents in the router."""
     tokens_SL: NDArray[np.float64]
     statistics_SLM: NDArray[np.float64]
     """Sums over tokens, in the order of `STATISTICS`."""
@@ -63,10 +65,26 @@ def columns(counts: DocumentCounts) -> NDArray[np.float64]:
     return np.concatenate(blocks, axis=1, dtype=np.float64)
 
 
-def documents_of(counts: DocumentCounts) -> dict[str, NDArray[np.intp]]:
-    """Returns the documents of each label in this router; labels without any are left out."""
+def strata_of(counts: DocumentCounts) -> dict[str, NDArray[np.intp]]:
+    """Returns the documents of each recorded label, or set of labels, that has any in this router."""
     members = {name: np.flatnonzero(counts.label_D == i) for i, name in enumerate(counts.labels)}
     return {name: documents for name, documents in members.items() if len(documents)}
+
+
+def documents_of(counts: DocumentCounts) -> dict[str, NDArray[np.intp]]:
+    """Returns the documents of each single label in this router, sorted by label; a document may have several."""
+    members: dict[str, list[NDArray[np.intp]]] = {}
+    for name, documents in strata_of(counts).items():
+        for label in name.split(LABEL_SEPARATOR):
+            members.setdefault(label, []).append(documents)
+    return {label: np.sort(np.concatenate(parts)) for label, parts in sorted(members.items())}
+
+
+def memberships(strata: Iterable[str]) -> tuple[list[str], NDArray[np.float64]]:
+    """Returns the single labels of strata, sorted, and whether each of the K strata has each of the L, [K, L]."""
+    sets = [name.split(LABEL_SEPARATOR) for name in strata]
+    labels = sorted({label for each in sets for label in each})
+    return labels, np.array([[float(label in each) for label in labels] for each in sets])
 
 
 def document_numbers(counts: DocumentCounts) -> NDArray[np.intp]:
@@ -81,10 +99,10 @@ def has_token_labels(counts: DocumentCounts) -> bool:
 
 
 def require_document_labels(counts: DocumentCounts) -> None:
-    """Checks that each document has a single label, as shuffling and splitting labels requires.
+    """Checks that labels are those of whole documents, as shuffling and splitting them requires.
 
     Raises:
-        ValueError: a document has several labels.
+        ValueError: they are groups of tokens.
     """
     if has_token_labels(counts):
         raise ValueError(
@@ -113,7 +131,7 @@ def draw(rng: np.random.Generator, documents: int, size: int, samples: int) -> N
 
 def whole(counts: DocumentCounts) -> Sums:
     """Returns the sums of all documents, as one sample."""
-    members, values_DC = documents_of(counts), columns(counts)
+    members, values_DC = strata_of(counts), columns(counts)
     return Sums.of(tuple(members), np.array([[values_DC[documents].sum(axis=0) for documents in members.values()]]))
 
 
@@ -132,7 +150,7 @@ def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | 
     Yields:
         The samples in portions.
     """
-    members, values_DC = documents_of(counts), columns(counts)
+    members, values_DC = strata_of(counts), columns(counts)
     labels, document_D = tuple(members), document_numbers(counts)
     together = int(document_D.max()) + 1 if has_token_labels(counts) else 0
     rngs = label_generators(("",) if together else labels, seed)
