@@ -110,19 +110,20 @@ def locate(
 
 
 def _check_grouping(grouping: Grouping | None, info: dict[str, Any], files: Mapping[str, Mapping[str, int]]) -> None:
-    """Rejects a grouping that reads a relation without rows, or a column (`tokens.span`), that this run does not have."""
-    for needed in () if grouping is None else grouping.needs:
-        assert grouping is not None
+    """Rejects a grouping that reads a relation, or a column (`tokens.span`), that this run does not have."""
+    if grouping is None:
+        return
+    for needed in grouping.needs:
         relation, _, column = needed.partition(".")
         if column and column not in table_schemas(info)[relation].names:
             raise ValueError(
-                f"--by {grouping.name} needs the column {column} of {relation}, which a run of an earlier version does not "
-                "have: collect it again"
+                f"--by {grouping.name} needs the column {column} of {relation}, which a run of an earlier version "
+                "does not have: collect it again"
             )
         if not column and not files[relation]:
             raise ValueError(
-                f"--by {grouping.name} needs {' and '.join(grouping.needs)}, which this run does not have, because it was "
-                f"collected with --token-ids {info['config'].get('token_ids')}; a run with --token-ids keep has it"
+                f"--by {grouping.name} needs {' and '.join(grouping.needs)}, which this run does not have, because it "
+                f"was collected with --token-ids {info['config'].get('token_ids')}; a run with --token-ids keep has it"
             )
 
 

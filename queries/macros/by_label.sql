@@ -3,10 +3,15 @@
 --   comes once for each of those asked for. pooled: once in all, with label null.
 -- Grain: one row per row of the view and label; one per row of the view if pooled.
 create or replace macro by_label(relation, of_stack, of_layer, of_labels, with_special, pooled) as table
-    with expanded as (
-        select selected.* replace (if(pooled, null, coalesce(label_sets.label, selected.label)) as label)
-        from filtered(relation, of_stack, of_layer, of_labels, with_special) as selected
-        left join label_sets on not pooled and selected.label = label_sets.label_set
+    with recorded as (
+        select * replace (if(pooled, null, label) as label)
+        from filtered(relation, of_stack, of_layer, of_labels, with_special)
+    ),
+
+    expanded as (
+        select recorded.* replace (coalesce(label_sets.label, recorded.label) as label)
+        from recorded
+        left join label_sets on recorded.label = label_sets.label_set
     )
 
     select *
