@@ -6,8 +6,12 @@ one line. Exit status: 0 done, 1 the run is incomplete or unsound, 2 unusable in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -61,18 +65,39 @@ def parse(arguments: list[str]) -> Any:
 
 
 def _complain(command: Any, message: str, event: str) -> None:
-    """Writes one line to standard error, in the format of the run's other messages."""
+    """Writes one line to standard error, in the format of the run's other messages; if nobody reads it, nothing."""
+    line = f"collector: {message}\n"
     if isinstance(command, Collect) and command.launch.log_format == "json":
         from collector.fleet.progress import json_line
 
-        sys.stderr.write(json_line(event, message=message))
-    else:
-        sys.stderr.write(f"collector: {message}\n")
+        line = json_line(event, message=message)
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(line)
+        sys.stderr.flush()
+
+
+def _take_every_character() -> None:
+    """Has standard output and error escape what their encoding lacks, and drop everything if they were closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # for good
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """Flushes standard output; drops what nobody reads any more, because the end of the process would fail on it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
     """Runs the command line and exits."""
     command = None
+    _take_every_character()
     try:
         command = parse(sys.argv[1:])
         status = command.run()
@@ -85,6 +110,7 @@ def main() -> None:
         hint = "; the same command resumes the run" if isinstance(command, Collect) else ""
         _complain(command, f"interrupted{hint}", "interrupted")
         status = 130
+    _flush()
     sys.exit(status)
 
 

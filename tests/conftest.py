@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeModel
 
-from collector.config import DataConfig, ModelConfig
+from collector.config import DataConfig, LaunchConfig, ModelConfig
 from collector.data.corpus import read_sentences
 from collector.models import loading
 from collector.models.loading import DEMO_MODEL
@@ -56,6 +57,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Path) -> loading.LoadedModel:
     return loading.load(ModelConfig(model=str(tiny_folder)), "cpu")
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of this process, which its commands join, so that not each starts one of its own."""
+    from collector.fleet import ray_cluster
+
+    with ray_cluster.cluster(LaunchConfig()):
+        yield
 
 
 @pytest.fixture(scope="session")

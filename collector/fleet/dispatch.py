@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from collector.fleet.events import Collected, Died, Failed, Loaded, Notice, NotLoaded
 from collector.fleet.failures import Failures
+from collector.fleet.harmless import Harmless
 from collector.fleet.worklist import Worklist
 from collector.pipeline import IN_WORK
 
@@ -69,7 +71,7 @@ class Dispatcher:
             fleet: the replicas.
             view: where messages and progress go.
             accept_card: takes each new replica's card; a ValueError of it ends the run.
-            observe: called after every round.
+            observe: called after every round; an error of it is told once, and does not end the run.
         """
         self.run = job.run
         self.plan = job.plan
@@ -78,6 +80,7 @@ class Dispatcher:
         self.max_attempts = job.launch.max_attempts
         self.accept_card = accept_card
         self.observe = observe
+        self.observing = Harmless("metrics", functools.partial(view.say, event="metrics_failed"))
         committed = self._count_committed()
         self.failures = Failures(job.run, self.max_attempts, committed=committed, retry_failed=job.launch.retry_failed)
         self._tell_left_out()
@@ -98,7 +101,8 @@ class Dispatcher:
         """Returns when every shard is committed or has failed its last attempt.
 
         Raises:
-            ValueError: the model cannot be loaded, or a replica loaded another than the run began with.
+            ValueError: the model cannot be loaded, a replica loaded another than the run began with, or too many rows
+                are rejected.
             RuntimeError: no replica is left, and none can be loaded any more.
         """
         before = time.monotonic()
@@ -112,7 +116,8 @@ class Dispatcher:
             self._take_out_what_others_did()
             self._assign()
             self._release_idle()
-            self.observe(self)
+            with self.observing:
+                self.observe(self)
             self.view.tick()
 
     @property

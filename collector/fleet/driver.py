@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import signal
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
@@ -176,14 +175,15 @@ def work_off(
     fleet = RayFleet(replica, most=launch.replica_range()[1], grows=grows, load_attempts=launch.max_attempts)
     accelerators = sorted({kind for node in alive_nodes() if need.slots(node) for kind in node.accelerators})
     hardware = {"gpus_per_replica": need.gpus, "cpus_per_replica": need.cpus or "all", "accelerators": accelerators}
-    metrics = Metrics(PurePosixPath(run.root).name)
+    metrics = Metrics(run.root)
     accept_card = functools.partial(record_card, run, plan, hardware=hardware)
     dispatcher = Dispatcher(job, fleet, view, accept_card=accept_card, observe=metrics)
     try:
         dispatcher.dispatch()
     finally:
         fleet.stop()
-        metrics(dispatcher, last=True)
+        with dispatcher.observing:
+            metrics(dispatcher, last=True)
 
 
 def finish(run: RunDirectory, plan: Plan) -> None:

@@ -1,13 +1,16 @@
 """Exports a run's progress as Ray metrics, through the Prometheus endpoints of the nodes.
 
-Every series has the tag `run`, the last part of the run directory's name. Counters count what this
-launch did; gauges tell how the whole run stands.
+Every series has the tag `run`, the last part of the run directory's name, percent-encoded as in a URL, because Ray
+takes ASCII only. Counters count what this launch did; gauges tell how the whole run stands.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge
 
@@ -20,16 +23,16 @@ EVERY = 2.0
 """Seconds between two updates."""
 
 
-class Metrics:
-    """The series of one run; call it after every round of the dispatcher."""
+def run_tag(root: str) -> str:
+    """The value of the tag `run` for a run directory, in ASCII."""
+    return quote(os.fsencode(PurePosixPath(root).name))
 
-    def __init__(self, run: str) -> None:
-        """Registers the series with the Ray that is connected.
 
-        Args:
-            run: value of the tag `run`.
-        """
-        tags = {"run": run}
+class _Series:
+    """The series of one run, registered with the Ray that is connected."""
+
+    def __init__(self, root: str) -> None:
+        tags = {"run": run_tag(root)}
         self._tokens = Counter("collector_tokens", "Tokens committed by this launch.", ("run",))
         self._documents = Counter("collector_documents", "Rows of the data committed by this launch.", ("run",))
         self._shards = Gauge("collector_shards", "Shards of the plan by state.", ("run", "state"))
@@ -41,13 +44,8 @@ class Metrics:
         for metric in (self._tokens, self._documents, self._shards, self._replicas, self._efficiency, self._idle):
             metric.set_default_tags(tags)
         self._counted = {"tokens": 0, "documents": 0}
-        self._next = 0.0
 
-    def __call__(self, dispatcher: Dispatcher, *, last: bool = False) -> None:
-        """Updates the metrics every few seconds, and at the `last` call."""
-        if time.monotonic() < self._next and not last:
-            return
-        self._next = time.monotonic() + EVERY
+    def update(self, dispatcher: Dispatcher) -> None:
         tally = dispatcher.view.tally
         self._count(self._tokens, "tokens", tally.launch_tokens)
         self._count(self._documents, "documents", tally.launch_rows)
@@ -62,3 +60,25 @@ class Metrics:
         if total > self._counted[name]:
             counter.inc(total - self._counted[name])
             self._counted[name] = total
+
+
+class Metrics:
+    """Updates the series of one run; call it after every round of the dispatcher. Any error of Ray may come of it."""
+
+    def __init__(self, root: str) -> None:
+        """Registers nothing before the first call.
+
+        Args:
+            root: the run directory.
+        """
+        self._root = root
+        self._series: _Series | None = None
+        self._next = 0.0
+
+    def __call__(self, dispatcher: Dispatcher, *, last: bool = False) -> None:
+        """Updates the series every few seconds, and at the `last` call."""
+        if time.monotonic() < self._next and not last:
+            return
+        self._next = time.monotonic() + EVERY
+        self._series = self._series or _Series(self._root)
+        self._series.update(dispatcher)

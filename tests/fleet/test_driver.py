@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
-from collector.fleet import driver, ray_cluster
+from collector.fleet import driver
 from collector.store.run_directory import SUCCESS, RunDirectory
 from tests.helpers.command_line import collector
 from tests.helpers.runs import assert_same_content, collect_here, run_config, write_jsonl
@@ -35,13 +35,6 @@ def job(tmp_path_factory, tiny_folder):
     model = ModelConfig(model=str(tiny_folder))
     quiet = collect_here(folder / "quiet", run_config(data, model), threads=1)
     return data, model, quiet
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    """A Ray of this process, which its commands join, so that not each starts one of its own."""
-    with ray_cluster.cluster(LaunchConfig()):
-        yield
 
 
 def replicas_of(process: psutil.Process) -> list[psutil.Process]:
