@@ -73,7 +73,8 @@ while kill -0 "$driver" 2> /dev/null; do # a signal ends `wait`, not the driver
 done
 rm -rf "$RAY_TMPDIR"
 
-if [[ -n "$time_is_up" && "$status" -ne 0 ]] && ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-50})); then
+# Status 2 is unusable input, which another try does not change.
+if [[ -n "$time_is_up" && "$status" -ne 0 && "$status" -ne 2 ]] && ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-50})); then
     echo "slurm-array.sh: the time limit is near; requeued, the run resumes" >&2
     scontrol requeue "$SLURM_JOB_ID"
 fi

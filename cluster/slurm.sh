@@ -94,7 +94,8 @@ if [[ ! -e "$state/driver" ]]; then
     echo "slurm.sh: the Ray cluster did not come up; see above, and $RAY_TMPDIR on the nodes" >&2
     exit 1
 fi
-if [[ -n "$time_is_up" && "$status" -ne 0 ]] && ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-50})); then
+# Status 2 is unusable input, which another try does not change.
+if [[ -n "$time_is_up" && "$status" -ne 0 && "$status" -ne 2 ]] && ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-50})); then
     echo "slurm.sh: the time limit is near; requeued, the run resumes" >&2
     scontrol requeue "$SLURM_JOB_ID"
 fi

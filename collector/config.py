@@ -182,6 +182,9 @@ class LaunchConfig:
     """Attempts per shard, over all launches, before it is reported as failed and left out."""
     retry_failed: bool = False
     """Retry the shards that earlier launches left out."""
+    max_rejected: float = 0.5
+    """Share of the rows, from 0 to 1, that may become no document. More end the run with status 2, as does a run
+    without any document. What was collected stays, and a higher share goes on with it."""
     part: str | None = None
     """This driver's share when several work on one run: 2/16 starts with every 16th shard from the second on.
     When its share is done, the driver helps the others, so every part ends with the whole run complete."""
@@ -195,6 +198,8 @@ class LaunchConfig:
         self.labels()
         for name in ("gpus_per_replica", "cpus_per_replica", "max_attempts"):
             _require_positive(name, getattr(self, name))
+        if not 0 <= self.max_rejected <= 1:
+            raise ValueError(f"--max-rejected takes a share from 0 to 1, got {self.max_rejected}")
         if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:
             raise ValueError(
                 f"--gpus-per-replica takes a fraction of one GPU or whole ones, got {self.gpus_per_replica}"

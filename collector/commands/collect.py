@@ -1,10 +1,12 @@
 """`collector collect` makes a run and `collector status` reports its progress.
 
-Both exit with 0 for a complete run and 1 for an incomplete one.
+Both exit with 0 for a complete run, 1 for an incomplete one, and 2 for one without any document or, of `collect`, with
+too few of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 
@@ -30,12 +32,23 @@ class Collect:
     launch: tyro.conf.OmitArgPrefixes[LaunchConfig] = dataclasses.field(default_factory=LaunchConfig)
 
     def run(self) -> int:
-        """Collects the run and prints its status."""
+        """Collects the run and prints its status.
+
+        Raises:
+            ValueError: settings, data or model are not usable, or too many rows were rejected.
+        """
         from collector.fleet import driver
+        from collector.fleet.rejected import complaint
         from collector.look import terminal
+        from collector.store.totals import Totals
 
         run = driver.collect(self.out, data=self.data, model=self.model, capture=self.capture, launch=self.launch)
-        return 0 if terminal.status(run) else 1
+        totals, plan = Totals.of(run), terminal.read_plan(run)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads on, but the run is what it is
+            terminal.status(run, totals)
+        if said := complaint(totals.skipped, plan.documents, self.launch.max_rejected):
+            raise ValueError(said)
+        return 0 if len(totals.committed) == len(plan.shards) else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +68,16 @@ class Status:
             raise ValueError(f"--watch takes seconds, got {self.watch}")
 
     def run(self) -> int:
-        """Prints the status; returns 1 if the run is incomplete."""
+        """Prints the status; returns 1 if the run is incomplete.
+
+        Raises:
+            FileNotFoundError: there is no run.
+            ValueError: the run holds no document, and will not.
+        """
+        from collector.fleet.rejected import complaint
         from collector.look import summary, terminal
         from collector.store.run_directory import RunDirectory
+        from collector.store.totals import Totals
 
         run = RunDirectory(self.run_)
         if self.summary:
@@ -65,6 +85,8 @@ class Status:
             sys.stdout.write(text)
         else:
             complete = terminal.status(run) if self.watch is None else terminal.watch(run, self.watch)
+        if said := complaint(Totals.of(run).skipped, terminal.read_plan(run).documents):
+            raise ValueError(said)
         return 0 if complete else 1
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from collector.fleet.events import Collected, Died, Failed, Loaded, Notice, NotLoaded
 from collector.fleet.failures import Failures
 from collector.fleet.harmless import Harmless
+from collector.fleet.rejected import complaint
 from collector.fleet.worklist import Worklist
 from collector.pipeline import IN_WORK
 
@@ -78,6 +79,7 @@ class Dispatcher:
         self.fleet = fleet
         self.view = view
         self.max_attempts = job.launch.max_attempts
+        self.max_rejected = job.launch.max_rejected
         self.accept_card = accept_card
         self.observe = observe
         self.observing = Harmless("metrics", functools.partial(view.say, event="metrics_failed"))
@@ -107,6 +109,7 @@ class Dispatcher:
         """
         before = time.monotonic()
         while self.work.unfinished:
+            self._stop_if_in_vain()
             self._scale()
             for event in self.fleet.wait(WAIT_SECONDS):
                 self._handle(event)
@@ -119,6 +122,11 @@ class Dispatcher:
             with self.observing:
                 self.observe(self)
             self.view.tick()
+
+    def _stop_if_in_vain(self) -> None:
+        """Ends a run of which too many rows are rejected already, whatever becomes of the others."""
+        if said := complaint(self.view.tally.rejected, self.view.tally.documents, self.max_rejected):
+            raise ValueError(said)
 
     @property
     def idle_share(self) -> float:

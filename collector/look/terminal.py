@@ -12,11 +12,11 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from collector.data.plan import Plan
-from collector.fleet.progress import shares
+from collector.fleet.progress import PlainConsole, shares
+from collector.fleet.rejected import told
 from collector.query.catalog import GROUPS
 from collector.store.run_directory import PLAN, RUN, SUCCESS
 from collector.store.totals import Totals
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     import duckdb
     import pyarrow as pa
+    from rich.console import Console
 
     from collector.models.families import Description
     from collector.query.warehouse import Query, Run
@@ -39,8 +40,8 @@ FEW_DOCUMENTS = 20
 
 def console() -> Console:
     """Returns a console for standard output, not cut to 80 columns if that is not a terminal."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=_WIDE)
+    plain = PlainConsole()
+    return plain if plain.is_terminal else PlainConsole(width=_WIDE)
 
 
 def status(run: RunDirectory, totals: Totals | None = None) -> bool:
@@ -125,17 +126,20 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
     facts += [
         ("shards", f"{len(totals.committed):,} of {len(plan.shards):,}"),
         ("documents", f"{totals.documents:,} of {plan.documents:,} planned, {totals.truncated:,} truncated"),
-        ("tokens", f"{totals.tokens:,} ({totals.rows:,} recorded rows), "
-                   f"padding efficiency {totals.padding_efficiency:.3f}"),
-        ("size", f"{totals.bytes / 1e6:,.1f} MB, {totals.bytes / max(1, totals.tokens):.0f} bytes/token"),
-    ]  # fmt: skip
+    ]
+    size = f"{totals.bytes / 1e6:,.1f} MB"
+    if totals.tokens:
+        facts.append(("tokens", f"{totals.tokens:,} ({totals.rows:,} recorded rows), "
+                                f"padding efficiency {totals.padding_efficiency:.3f}"))  # fmt: skip
+        size += f", {totals.bytes / totals.tokens:.0f} bytes/token"
+    facts.append(("size", size))
     if time_shares := shares(totals.seconds):
         facts.append(("time", time_shares))
     if totals.halved:
         facts.append(("memory", f"{totals.halved:,} batches did not fit and were halved; a lower --tokens-per-batch "
                                 "would save the attempts"))  # fmt: skip
     for reason, count in sorted(totals.skipped.items()):
-        facts.append(("skipped", f"{count:,} rows: {reason} (e.g. {', '.join(totals.examples[reason][:3])})"))
+        facts.append(("skipped", f"{told(reason, count)}, e.g. {', '.join(totals.examples[reason][:3])}"))
     return facts
 
 

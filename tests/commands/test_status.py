@@ -73,7 +73,7 @@ def test_a_failure_of_a_shard_that_was_committed_after_all_is_none(finished, hal
 
 def test_the_status_says_where_the_devices_time_went(finished, capsys):
     terminal.status(RunDirectory(finished))
-    assert "device idle" in capsys.readouterr().out
+    assert "the device waited" in capsys.readouterr().out
 
 
 def test_totals_that_are_refreshed_read_only_what_is_new(finished, half):

@@ -5,6 +5,7 @@ The fleet's replicas commit for real, into a run directory; what they die of is 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import tracemalloc
 from collections import Counter, deque
@@ -22,7 +23,7 @@ from collector.fleet.events import Collected, Died, Failed, Loaded, NotLoaded
 from collector.fleet.progress import ProgressView, Tally
 from collector.fleet.worklist import State, Worklist
 from collector.pipeline import IN_WORK
-from collector.store.run_directory import Commit, LocalStore, RunDirectory
+from collector.store.run_directory import Commit, LocalStore, RunDirectory, Skipped
 
 CARD = {"memory": {"summary": "a toy"}}
 
@@ -31,8 +32,10 @@ class ToyFleet:
     """Replicas that finish their oldest shard whenever they are waited for; what goes wrong is given."""
 
     def __init__(self, run: RunDirectory, replicas: int, *, deadly: tuple[int, ...] = (), bad: tuple[int, ...] = (),
-                 dies_after_commit: tuple[int, ...] = (), slow_loading: int = 0) -> None:  # fmt: skip
+                 dies_after_commit: tuple[int, ...] = (), slow_loading: int = 0,
+                 useless: tuple[int, ...] = ()) -> None:  # fmt: skip
         self.run = run
+        self.useless = set(useless)
         self.replicas = replicas
         self.deadly, self.bad, self.dies_after_commit = set(deadly), set(bad), set(dies_after_commit)
         self.loading: dict[int, int] = {}
@@ -75,7 +78,7 @@ class ToyFleet:
         shards.popleft()
         if number in self.bad:
             return Failed(replica=replica, shard=number, error=ValueError("unreadable"), trace="the traceback")
-        record = commit(number)
+        record = rejected(number) if number in self.useless else commit(number)
         assert self.run.commit(record) == record, "committed twice"
         if number in self.dies_after_commit:
             self.work[replica].appendleft(shards.popleft() if shards else None)
@@ -108,6 +111,11 @@ def commit(number: int) -> Commit:
     return Commit(shard=number, attempt=f"a{number}", plan_hash="p", files={}, documents=2, tokens=10, rows=20,
                   characters=30, truncated=0, skipped={}, batches=1, padded_tokens=12, seconds={"forward": 0.5},
                   node="n")  # fmt: skip
+
+
+def rejected(number: int) -> Commit:
+    skipped = {"no label": Skipped(count=2, examples=("s#0",))}
+    return dataclasses.replace(commit(number), documents=0, tokens=0, rows=0, padded_tokens=0, skipped=skipped)
 
 
 def plan_of(shards: int) -> Plan:
@@ -220,6 +228,47 @@ def test_a_shard_committed_just_before_its_replica_died_is_not_repeated(run):
     assert run.committed_shards() == set(range(8))
     assert run.failures() == {}
     assert dispatcher.view.tally.shards_done == 8
+
+
+# ---- rows that become no document ----
+
+
+def test_a_run_ends_as_soon_as_it_must_reject_too_many_rows_and_a_higher_share_goes_on(run):
+    fleet = ToyFleet(run, 1, useless=tuple(range(40)))
+    with pytest.raises(ValueError, match=r"of 80 rows were rejected, more than --max-rejected 0\.25 allows") as refusal:
+        dispatcher_of(run, fleet, 40, max_rejected=0.25).dispatch()
+    assert "no label (--label-column names the column, @file takes the file's name)" in str(refusal.value)
+    assert "with --max-rejected 1 the same command accepts these and goes on" in str(refusal.value)
+    assert run.committed_shards() == set(range(11)), "the first that make more than a quarter"
+
+    idle = ToyFleet(run, 1)
+    with pytest.raises(ValueError, match="22 of 80 rows were rejected"):
+        dispatcher_of(run, idle, 40, max_rejected=0.25).dispatch()
+    assert idle.started == 0, "no replica is started for nothing"
+
+    others = ToyFleet(run, 1, useless=tuple(range(40)))
+    dispatcher_of(run, others, 40, max_rejected=1).dispatch()
+    assert run.committed_shards() == set(range(40))
+
+
+def test_useless_rows_at_the_start_end_nothing_while_the_others_may_be_good(run):
+    dispatcher_of(run, ToyFleet(run, 1, useless=tuple(range(10))), 40, max_rejected=0.25).dispatch()
+    assert run.committed_shards() == set(range(40))
+
+
+# ---- who only looks on ----
+
+
+def test_an_observer_that_fails_is_told_once_and_ends_nothing(run):
+    dispatcher = dispatcher_of(run, ToyFleet(run, 1), 40)
+
+    def observe(_):
+        "é".encode("ascii")
+
+    dispatcher.observe = observe
+    dispatcher.dispatch()
+    assert run.committed_shards() == set(range(40))
+    assert said(dispatcher).count("metrics fail, and the run goes on without them (UnicodeEncodeError: ") == 1
 
 
 # ---- from launch to launch ----

@@ -27,6 +27,8 @@ class Report:
     """Problems of the run's own files."""
     rollup: list[str] | None = None
     """Problems of the rollup; None without a current one."""
+    empty: bool = False
+    """Whether the committed shards are right, but hold no document."""
 
     @property
     def sound(self) -> bool:
@@ -55,7 +57,8 @@ class Report:
             yield f"incomplete: {len(self.missing):,} of {self.shards:,} shards are not committed ({named})"
         if self.sound:
             also = ", and so is the rollup" if self.rollup is not None else ""
-            yield f"sound: all of {checked:,} committed shards are correct{also}"
+            but = ", but they hold no document: every row was rejected" if self.empty else ""
+            yield f"sound: all of {checked:,} committed shards are correct{also}{but}"
 
 
 class Ticker:

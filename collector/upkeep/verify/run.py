@@ -75,6 +75,7 @@ def verify(run: RunDirectory, progress: Callable[[int, int], None] = lambda _don
             if rollup is not None and not report.wrong:
                 report.rollup = rollup.finish()
     _check_marks(run, plan, report)
+    report.empty = bool(committed) and report.sound and not any(commit.documents for commit in run.commits())
     return report
 
 
