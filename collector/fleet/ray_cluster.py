@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Literal
+import sys
+from typing import TYPE_CHECKING, Literal
 
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
+from collector.fleet import ray_address, ray_local
 from collector.fleet.placement import Node
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from collector.config import LaunchConfig
-
-OBJECT_STORE_BYTES = 100 * 2**20
-"""Bytes of the object store of a local Ray, through which only small reports pass."""
+    from collector.fleet.ray_address import Address
 
 
 @contextlib.contextmanager
@@ -27,23 +27,52 @@ def cluster(launch: LaunchConfig) -> Iterator[bool]:
 
     Yields:
         Whether the cluster may get more nodes; a local Ray does not.
+
+    Raises:
+        ValueError: the address is of no use, a local Ray has no place for its temporary files, or the command line is
+            not UTF-8.
+        RuntimeError: Ray does not start, or cannot be joined.
     """
-    address = launch.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would announce here that future versions leave the GPUs visible to actors without any.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield True
         return
-    if address != "local":
-        # Ray starts clusters with a token where there is one, but joins by address without, unless told.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **(local if address == "local" else {}))
+    _require_utf8(sys.argv)
+    address = ray_address.chosen(launch)
+    if address is None:
+        ray_local.start()
+    else:
+        _join(address)
     try:
-        yield address != "local"
+        yield address is not None
     finally:
         ray.shutdown()
+
+
+def _require_utf8(command: list[str]) -> None:
+    """Refuses a command line that Ray could not note."""
+    for word in command:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{word!a} is not in UTF-8, as Ray needs it: rename it, or set a locale with UTF-8 (LC_ALL=C.UTF-8)"
+            ) from error
+
+
+def _join(address: Address) -> None:
+    """Joins a cluster if a Ray answers there."""
+    # Ray starts clusters with a token where there is one, but joins by address without, unless told.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    ray_address.require_answer(address)
+    try:
+        ray.init(address.given, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise RuntimeError(f"{address.origin}: a Ray answers there, but cannot be joined: {why}") from error
 
 
 def alive_nodes() -> list[Node]:

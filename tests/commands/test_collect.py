@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from collector.fleet.ray_metrics import run_tag
 from collector.store.run_directory import SUCCESS, RunDirectory
@@ -125,13 +127,31 @@ def test_rejected_rows_up_to_the_share_are_a_success(tmp_path, tiny_folder):
     assert collector("status", str(tmp_path / "run")).returncode == 0
 
 
+def in_a_process(*arguments: str, **options) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "collector", *arguments], check=False, **options)
+
+
 def test_output_that_nobody_reads_changes_neither_the_run_nor_its_status(tmp_path, tiny_folder):
     texts = write_jsonl(tmp_path / "texts.jsonl", 10)
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "collector", "collect", "--out", str(tmp_path / "run"), "--data", str(texts),
-               "--model", str(tiny_folder), "--cpus-per-replica", "1"]  # fmt: skip
-    done = subprocess.run(command, stdout=write, stderr=write, check=False)
+    here = ray.get_runtime_context().gcs_address
+    done = in_a_process("collect", "--out", str(tmp_path / "run"), "--data", str(texts), "--model", str(tiny_folder),
+                        "--cpus-per-replica", "1", "--ray-address", here, stdout=write, stderr=write)  # fmt: skip
     os.close(write)
     assert done.returncode == 0
+    assert (tmp_path / "run" / SUCCESS).exists()
+
+
+def test_a_machine_that_offers_little_is_enough(tmp_path, tiny_folder):
+    """No home to write to, temporary files in a folder that Ray cannot use, few open files."""
+    texts = write_jsonl(tmp_path / "texts.jsonl", 10)
+    folder = tmp_path / "é"
+    folder.mkdir()
+    little = {"HOME": "/dev/null/home", "TMPDIR": str(folder)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | little
+    done = in_a_process("collect", "--out", str(tmp_path / "run"), "--data", str(texts), "--model", str(tiny_folder),
+                        "--cpus-per-replica", "1", env=environment, capture_output=True,
+                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)))  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / SUCCESS).exists()

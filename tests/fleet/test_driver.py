@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
 from collector.fleet import driver
@@ -77,10 +78,10 @@ def collecting(job, root: Path) -> list[str]:
             "--docs-per-shard", str(PER_SHARD), "--replicas", "1", "--cpus-per-replica", "1"]  # fmt: skip
 
 
-def launch(arguments: list[str]) -> subprocess.Popen:
+def launch(arguments: list[str], **environment: str) -> subprocess.Popen:
     """A driver in a process of its own, with a Ray of its own unless the arguments name another."""
     return subprocess.Popen([sys.executable, "-m", "collector", *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+                            stderr=subprocess.PIPE, text=True, env=os.environ | environment)  # fmt: skip
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -198,8 +199,10 @@ def test_another_plan_is_refused_and_the_fields_named(tmp_path, job):
 
 
 @pytest.fixture
-def cluster_address():
-    """A Ray head that somebody else started, with two CPUs."""
+def cluster_address(monkeypatch):
+    """A Ray head that somebody else started, with two CPUs and a token, which is in the environment."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -218,7 +221,22 @@ def cluster_address():
 
 def test_two_replicas_on_a_cluster_that_was_there_before(tmp_path, job, cluster_address):
     root = tmp_path / "run"
-    process = launch([*collecting(job, root), "--replicas", "2", "--ray-address", cluster_address])
+    arguments = [*collecting(job, root), "--replicas", "2", "--ray-address", cluster_address]
+    older = "import ray; ray.__version__ = '2.59.0'; from collector.__main__ import main; main()"
+    process = subprocess.run([sys.executable, "-c", older, *arguments], capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr == (
+        f"collector: --ray-address {cluster_address}: the cluster runs Ray {ray.__version__}, and this is Ray 2.59.0; "
+        "install the same version on all nodes\n"
+    )
+    stranger = launch(arguments, RAY_AUTH_TOKEN="cd" * 32)
+    _, errors = stranger.communicate(timeout=60)
+    assert stranger.returncode == 2
+    assert errors == (
+        f"collector: --ray-address {cluster_address}: the cluster refuses the token: set RAY_AUTH_TOKEN, or "
+        "RAY_AUTH_TOKEN_PATH, to that of the cluster\n"
+    )
+    process = launch(arguments)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert_same_content(RunDirectory(root), job[2])
