@@ -241,7 +241,7 @@ STAND_INS = {
     "collector": 'echo "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} $RAY_TMPDIR $HF_HOME ${RAY_ADDRESS:-}" > "$NOTES/environment"'
                  '\n'
                  '[[ -n "${QUICK:-}" ]] && exit "$QUICK"\n'
-                 'trap "exit 130" TERM\ntouch "$NOTES/started"\nfor _ in {1..200}; do sleep 0.1; done',
+                 'trap "exit ${STATUS:-130}" TERM\ntouch "$NOTES/started"\nfor _ in {1..200}; do sleep 0.1; done',
 }  # fmt: skip
 
 
@@ -366,6 +366,16 @@ def test_a_signal_reaches_the_driver_and_only_the_time_limit_requeues(
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
     assert (["scontrol", "requeue", "4711"] in calls(tmp_path)) == requeued
+
+
+@pytest.mark.parametrize(("script", "environment"), [("slurm.sh", {}), ("slurm-array.sh", SCRIPT_ARRAY)])
+def test_unusable_input_is_not_requeued_even_at_the_time_limit(tmp_path, slurm, script, environment):
+    process = slurm(script, STATUS="2", **environment)
+    wait_for(tmp_path / "started")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert not any(call[0] == "scontrol" for call in calls(tmp_path))
 
 
 def test_a_run_that_fails_again_and_again_is_not_requeued_for_ever(tmp_path, slurm):
