@@ -65,8 +65,9 @@ class Rollup:
             sys.stdout.write(f"{' and '.join(names.values())}: already there, and up to date\n")
             return 0
         made = making.make(run, verify.Ticker("counted"))
+        each = f", {made.bytes / made.tokens:.1f} a token" if made.tokens else ""
         sys.stdout.write(f"{' and '.join(made.files.values())}: {made.shards:,} shards, {made.tokens:,} tokens, "
-                         f"{made.bytes:,} bytes, {made.bytes / max(1, made.tokens):.1f} a token\n")  # fmt: skip
+                         f"{made.bytes:,} bytes{each}\n")  # fmt: skip
         return 0
 
 

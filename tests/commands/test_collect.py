@@ -112,6 +112,10 @@ def test_a_run_without_a_document_is_no_success_and_says_why(tmp_path, tiny_fold
     assert verified.stdout == (
         "sound: all of 1 committed shards are correct, but they hold no document: every row was rejected\n"
     )
+    assert "a token" not in collector("rollup", str(out)).stdout
+    assert "and so is the rollup, but they hold no document" in collector("verify", str(out)).stdout
+    report = collector("report", str(out), "--out", str(tmp_path / "report.html"))
+    assert report.stderr == f"collector: {out} holds no document to report on: collector status {out} says why\n"
 
 
 def test_rejected_rows_up_to_the_share_are_a_success(tmp_path, tiny_folder):

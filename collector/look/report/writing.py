@@ -79,7 +79,7 @@ def _sides(root: str, compare: str | None) -> list[Side]:
     runs = [open_run(each) for each in roots]
     for each, run in zip(roots, runs, strict=True):
         if not run.sql("select label from labels limit 1").fetchall():
-            raise ValueError(f"{each} has no committed shard yet: collect at least one, then report")
+            raise ValueError(f"{each} holds no document to report on: collector status {each} says why")
     names = [f"{run.info['model']['weights']} weights" for run in runs]
     if len(set(names)) < len(names):
         names = [each.rstrip("/").rpartition("/")[2] for each in roots]

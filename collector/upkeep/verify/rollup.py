@@ -125,8 +125,8 @@ class _Gathered:
 
     def of_shard(self, shard: int) -> pa.Table:
         with self._lock, pq.ParquetFile(self._path) as file:
-            spans = enumerate(_span(file.metadata.row_group(i)) for i in range(file.num_row_groups))
-            groups = tuple(i for i, (first, last) in spans if first <= shard <= last)
+            spans = map(_span, map(file.metadata.row_group, range(file.num_row_groups)))
+            groups = tuple(i for i, span in enumerate(spans) if span is not None and span[0] <= shard <= span[1])
             if groups not in self._read:
                 self._read = dict(list(self._read.items())[-1:])  # other threads may still need the previous ones
                 self._read[groups] = file.read_row_groups(groups)
@@ -134,8 +134,10 @@ class _Gathered:
         return table.filter(pc.equal(table["shard"], shard))
 
 
-def _span(group: pq.RowGroupMetaData) -> tuple[int, int]:
-    """Returns the first and last shard in a row group."""
+def _span(group: pq.RowGroupMetaData) -> tuple[int, int] | None:
+    """Returns the first and last shard in a row group; None if it has no row, as in the rollup of no document."""
+    if not group.num_rows:
+        return None
     shard = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "shard")
     return shard.statistics.min, shard.statistics.max
 
