@@ -80,11 +80,21 @@ deciles as (
     from gaps
 ),
 
-by_label_and_gap as (
-    select by_gap.* replace (if($pooled, null, coalesce(label_sets.label, by_gap.label)) as label)
+recorded as (
+    select * replace (if($pooled, null, label) as label)
     from by_gap
-    left join label_sets on not $pooled and by_gap.label = label_sets.label_set
-    where $pooled or $labels is null or list_contains($labels, coalesce(label_sets.label, by_gap.label))
+),
+
+expanded as (
+    select recorded.* replace (coalesce(label_sets.label, recorded.label) as label)
+    from recorded
+    left join label_sets on recorded.label = label_sets.label_set
+),
+
+by_label_and_gap as (
+    select *
+    from expanded
+    where $pooled or $labels is null or list_contains($labels, label)
 ),
 
 cells as (
