@@ -34,7 +34,7 @@ from collector.capture.recorders import recorders_for
 from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
 from collector.data import plan
 from collector.data.sources import Document
-from collector.models import checkpoints, footprint, loading
+from collector.models import footprint, loading, weight_files
 from collector.models.loading import DEMO_MODEL
 from collector.models.routers import find_routers
 from collector.replica.replica import Replica
@@ -104,7 +104,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     ends = {"model.embed_tokens.weight": matrix(vocabulary, hidden), "lm_head.weight": matrix(vocabulary, hidden),
             "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}  # fmt: skip
     write(f"model-{layers + 1:05d}-of-{layers + 1:05d}.safetensors", ends)
-    (folder / checkpoints.INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
+    (folder / weight_files.INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
     config = OlmoeConfig(**geometry, dtype="bfloat16", architectures=["OlmoeForCausalLM"])
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)

@@ -1,10 +1,6 @@
-"""Finds checkpoint files, reads them tensor by tensor, and writes quantized checkpoints.
+"""Checks that a checkpoint fits its model, spares memory while it is loaded, and writes quantized checkpoints.
 
-Files are read with pread instead of a memory map: every page read through a mapping counts as
-resident until the mapping is closed, so a 14 GB file would cost 14 GB on top of the quantized model.
 A tensor that the model has and the checkpoint lacks is an error, never a random value.
-
-Only safetensors are read, because unpickling a stranger's weights runs their code.
 """
 
 from __future__ import annotations
@@ -12,68 +8,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
+
+from collector.models.weight_files import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 _NAMED = 5
 _SHARD_BYTES = 4 * 2**30
-
-
-def weight_files(location: str, revision: str | None) -> list[str]:
-    """Returns the local paths of a checkpoint's safetensors files, downloading them from the hub if needed.
-
-    Raises:
-        ValueError: there are none.
-        OSError: the repository is missing, gated or unreachable.
-    """
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    single = cached_file(location, SINGLE, **options)
-    if single is not None:
-        return [single]
-    index = cached_file(location, INDEX, **options)
-    if index is None:
-        raise ValueError(
-            f"{location} has neither {SINGLE} nor {INDEX}. Only safetensors are read; pickled weights "
-            "(pytorch_model.bin) are converted by loading them once and calling save_pretrained"
-        )
-    files, _ = get_checkpoint_shard_files(location, index, revision=revision)
-    return list(files)
-
-
-def lazy_tensors(files: list[str]) -> dict[str, Any]:
-    """Returns lazy slices by tensor name; `slice[...]` reads a tensor into its own memory."""
-    tensors = {}
-    for file in files:
-        opened: Any = safe_open(file, framework="pt", device="cpu", backend="pread")
-        tensors.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118 - no iterator
-    return tensors
-
-
-def stored_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
-    """Returns the precision of most values of a checkpoint."""
-    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    counts: dict[str, int] = {}
-    for tensor in tensors.values():
-        kind = tensor.get_dtype()
-        counts[kind] = counts.get(kind, 0) + math.prod(tensor.get_shape())
-    floats = {kind: count for kind, count in counts.items() if kind in names}
-    return names[max(floats, key=floats.__getitem__)] if floats else torch.float32
 
 
 def require_complete(location: str, info: Mapping[str, Any]) -> None:

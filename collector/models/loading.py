@@ -9,25 +9,21 @@ device. `fingerprint` makes it possible to check that.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from collector.config import DEMO, ModelConfig, Spread
-from collector.models import arithmetic, checkpoints, footprint, quantization
+from collector.config import ModelConfig, Spread
+from collector.models import arithmetic, checkpoints, footprint, locations, quantization, weight_files
 from collector.models.routers import find_routers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
-DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
+DEMO_MODEL = locations.DEMO_MODEL
 """The folder of the embedded checkpoint."""
 
 _FINGERPRINT_SAMPLES = 256
@@ -72,8 +68,8 @@ def load(config: ModelConfig, device: str, spread: Spread | None = None) -> Load
     logging.disable_progress_bar()
     if "TRANSFORMERS_VERBOSITY" not in os.environ:  # the important warnings are errors here
         logging.set_verbosity_error()
-    location = _location(config)
-    with _telling_remedy(config):
+    location = locations.resolve(config)
+    with locations.telling_remedy(config):
         architecture = AutoConfig.from_pretrained(location, revision=config.revision, trust_remote_code=False)
     tokenizer = load_tokenizer(config)
     # Ray shows this process only its own GPUs, so index 0 is the right one.
@@ -90,7 +86,7 @@ def load(config: ModelConfig, device: str, spread: Spread | None = None) -> Load
         raise ValueError("--offload moves plain weights only: leave out --quantization, or use --gpus-per-replica")
     if dtype is None:
         read = config.weights == "pretrained"
-        dtype = checkpoints.stored_dtype(checkpoints.lazy_tensors(_files(config))) if read else torch.float32
+        dtype = weight_files.stored_dtype(checkpoint_tensors(config)) if read else torch.float32
     if stored is None:  # the size of a quantized checkpoint is known only to its own quantizer
         footprint.require_room(config, empty, dtype, target, spread)
     method = _method(config, stored, empty)
@@ -110,37 +106,22 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """Loads the model's tokenizer; raises ValueError if there is none."""
     from transformers import AutoTokenizer
 
-    with _telling_remedy(config):
-        return AutoTokenizer.from_pretrained(_location(config), revision=config.revision, trust_remote_code=False)
+    location = locations.resolve(config)
+    with locations.telling_remedy(config, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision, trust_remote_code=False)
+        # Without its files transformers makes one that knows special tokens only.
+        if set(tokenizer.get_vocab().values()) <= set(tokenizer.added_tokens_decoder):
+            raise ValueError("there is none beside its config.json; copy that of the model it was made from")
+    return tokenizer
 
 
 # -- weights -----------------------------------------------------------------------------------------
 
 
-def _location(config: ModelConfig) -> str:
-    return str(DEMO_MODEL) if config.model == DEMO else config.model
-
-
-@contextlib.contextmanager
-def _telling_remedy(config: ModelConfig) -> Iterator[None]:
-    """Adds a remedy to the errors that transformers raises for a missing, gated or unreachable repository."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot load --model {config.model!r}: {error}\nCheck the id or path, and for a gated repository "
-            "accept its terms and set HF_TOKEN."
-        ) from error
-
-
-def _files(config: ModelConfig) -> list[str]:
-    with _telling_remedy(config):
-        return checkpoints.weight_files(_location(config), config.revision)
-
-
 def checkpoint_tensors(config: ModelConfig) -> dict[str, Any]:
     """Returns the tensors of a model's checkpoint by name, each read when it is sliced (`tensor[...]`)."""
-    return checkpoints.lazy_tensors(_files(config))
+    with locations.telling_remedy(config, "its weights"):
+        return weight_files.lazy_tensors(weight_files.weight_files(locations.resolve(config), config.revision))
 
 
 def _empty(architecture: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -148,7 +129,7 @@ def _empty(architecture: Any, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        return AutoModel.from_config(architecture, dtype=dtype)
+        return AutoModel.from_config(architecture, dtype=dtype, trust_remote_code=False)
 
 
 def _random(
@@ -165,7 +146,7 @@ def _random(
     if spread is not None and method is not None:
         raise ValueError("--weights random with --quantization fits one device only: leave one of them out")
     torch.manual_seed(config.seed)
-    model = AutoModel.from_config(architecture, dtype=dtype)
+    model = AutoModel.from_config(architecture, dtype=dtype, trust_remote_code=False)
     if method is not None:
         return _fill(type(model), architecture, dtype, method, device, model.state_dict())[0]
     if spread is None:
@@ -184,7 +165,7 @@ def _pretrained(
     if spread is not None:
         model, info = _spread_out(config, kind, dtype, method, device, spread)
     else:
-        tensors = checkpoints.lazy_tensors(_files(config))
+        tensors = checkpoint_tensors(config)
         model, info = _fill(kind, architecture, dtype, method, device, tensors)
     checkpoints.require_complete(config.model, info)
     return model
@@ -214,11 +195,12 @@ def _spread_out(
     """
     room = footprint.room(device, spread)
     build: Any = kind.from_pretrained
-    with checkpoints.sparing_memory(), _telling_remedy(config):
+    with checkpoints.sparing_memory(), locations.telling_remedy(config, "its weights"):
         model, info = build(
-            _location(config), revision=config.revision, dtype=dtype, quantization_config=method, device_map="auto",
+            locations.resolve(config), revision=config.revision, dtype=dtype, quantization_config=method,
+            device_map="auto",
             max_memory=room, offload_folder=spread.folder or footprint.offload_folder(), output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True, trust_remote_code=False,
         )  # fmt: skip
     if "disk" in getattr(model, "hf_device_map", {}).values() and spread.offload != "disk":
         raise ValueError(
@@ -279,13 +261,25 @@ def _embedded(model: PreTrainedModel) -> int:
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
-    embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
-    if len(tokenizer) > rows:
+    """Rejects a tokenizer that gives texts ids beyond the embedding.
+
+    Added tokens beyond it do not count, unless the tokenizer puts them around every text: texts hardly ever spell them,
+    and one that does becomes a bad row.
+    """
+    rows = embedded_ids(model)
+    added = set(tokenizer.added_tokens_decoder)
+    ids = [number for number in tokenizer.get_vocab().values() if number not in added] + tokenizer("a")["input_ids"]
+    if (largest := max(ids)) >= rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries but the model embeds only {rows}: "
+            f"the tokenizer gives texts ids up to {largest}, but the model embeds only {rows}: "
             "it belongs to another model, or tokens were added without resizing the embedding"
         )
+
+
+def embedded_ids(model: PreTrainedModel) -> int:
+    """Returns the number of token ids that a model embeds, from 0."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
 
 
 def fingerprint(model: PreTrainedModel) -> str:

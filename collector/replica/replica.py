@@ -28,6 +28,7 @@ from collector.capture.passes import ForwardPasses
 from collector.capture.recorders import need_head, recorders_for
 from collector.capture.shard_text import ShardText
 from collector.data import plan
+from collector.data.formats import BEYOND_VOCABULARY
 from collector.data.sources import BadRow, Document
 from collector.models import heads, loading
 from collector.models.routers import find_routers
@@ -211,10 +212,21 @@ class Replica:
         with watch("read"):
             rows = list(put_into_words(self.loaded.tokenizer, plan.read_shard(shard, self.config.data), shard.name))
         documents = [row for row in rows if isinstance(row, Document)]
+        bad = [row for row in rows if isinstance(row, BadRow)]
         with watch("tokenize"):
             tokens = self._tokenize(documents)
-        bad = [row for row in rows if isinstance(row, BadRow)]
+            if beyond := self._beyond_vocabulary(tokens):
+                bad += [
+                    BadRow(source=shard.name, row=documents[d].row, reason=BEYOND_VOCABULARY) for d in sorted(beyond)
+                ]
+                documents = [document for d, document in enumerate(documents) if d not in beyond]
+                tokens = self._tokenize(documents)
         return _Read(shard=shard.shard, text=ShardText(documents=documents, tokens=tokens, bad=bad), watch=watch)
+
+    def _beyond_vocabulary(self, tokens: dict[str, batches.TokenTable]) -> set[int]:
+        """The documents with a token that the model does not embed; such tokens were added to the tokenizer alone."""
+        rows = loading.embedded_ids(self.loaded.model)
+        return {int(d) for table in tokens.values() for d in table.doc[table.ids >= rows]}
 
     def _tokenize(self, documents: list[Document]) -> dict[str, batches.TokenTable]:
         """The tokens of each stack that runs."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from collector.data.formats.base import REASONS, Format, Span, even_spans
+from collector.data.formats.base import BEYOND_VOCABULARY, REASONS, Format, Span, even_spans
 from collector.data.formats.columns import Columns
 from collector.data.formats.delimited import Csv, Tsv
 from collector.data.formats.lines import JsonLines, Text
@@ -22,7 +22,7 @@ from collector.data.formats.parquet import Parquet, table_rows
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FORMATS", "REASONS", "Columns", "Format", "Span", "even_spans", "table_rows"]
+__all__ = ["BEYOND_VOCABULARY", "FORMATS", "REASONS", "Columns", "Format", "Span", "even_spans", "table_rows"]
 
 FORMATS: Mapping[str, type[Format]] = {
     "jsonl": JsonLines,

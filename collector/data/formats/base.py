@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from collector.data.formats.columns import Columns
 
+BEYOND_VOCABULARY = "token beyond the model's vocabulary"
 REASONS = (
     "empty line",
     "invalid UTF-8",
@@ -35,6 +36,7 @@ REASONS = (
     "span outside the text",
     "messages without role and content",
     "chat template does not take the messages",
+    BEYOND_VOCABULARY,
 )
 """All reasons for which a row is rejected as a document."""
 
