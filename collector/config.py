@@ -36,7 +36,8 @@ class DataConfig:
     data: tuple[str, ...] = (DEMO,)
     """Documents to read. Several sources are read one after the other; each is one of:
     `demo` (real sentences in 60 languages);
-    a file, glob or URL (.jsonl .csv .tsv .txt, also as .gz or .zst, and .parquet; local or s3:// gs:// az:// https://);
+    a file, folder, glob or URL (.jsonl .json .csv .tsv .txt, also as .gz or .zst, .parquet, .arrow;
+    local or s3:// gs:// az:// https://);
     `hf:NAME[:CONFIG][:SPLIT]` (a dataset of the Hugging Face hub, or a local folder of data files);
     a folder written by `Dataset.save_to_disk`."""
     text_column: str = "text"

@@ -89,7 +89,7 @@ def test_bytes_that_are_wrong_are_noticed(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
 def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, kind: str, ending: str) -> None:
     """It does not stop the plan of the others."""
-    (tmp_path / f"bad.{kind}.{ending}").write_bytes(b"text,label\nthis is not compressed,x\n" * 50)
+    (tmp_path / f"bad.{kind}.{ending}").write_bytes(b"\xff text,label\nthis is not compressed,x\n" * 50)
     json_lines(tmp_path / "good.jsonl", 10)
     settings = config(tmp_path / "*")
     broken, good = plan.make_plan(settings).shards

@@ -129,9 +129,3 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path, kind: str) -> No
     with pytest.raises(ValueError, match=r"no column 'key'.*--id-column"):
         read(path, id_column="key")
     assert {row.label for row in read(path, label_column="@file")} == {path.name.split(".")[0]}
-
-
-def test_a_json_array_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
-    with pytest.raises(ValueError, match="one JSON array"):
-        read(tmp_path / "a.json")

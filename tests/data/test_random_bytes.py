@@ -63,7 +63,7 @@ def test_random_bytes_for_a_compressed_file_fail_in_their_own_shard(
     folder: Path, body: bytes, ending: str, kind: str
 ) -> None:
     path = folder / f"a.{kind}.{ending}"
-    path.write_bytes(b"\x01" + body)
+    path.write_bytes(b"\x01\xff" + body)  # neither compressed nor text
     settings = config(path)
     (shard,) = plan.make_plan(settings).shards
     with pytest.raises(ValueError, match="is damaged"):

@@ -39,16 +39,18 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_is_no_source_says_what_to_do(tmp_path: Path) -> None:
     write(tmp_path, "jsonl")
+    (tmp_path / "empty").mkdir()
     for name in ("a.jsonl.bz2", "a.tar.gz", "a.parquet.gz"):
         (tmp_path / name).touch()
     (tmp_path / "empty.csv").touch()
     for spec, message in {
         tmp_path / "*.csvx": r"no file matches .*\*\.csvx",
         tmp_path / "absent.jsonl": "no file matches",
-        tmp_path: r"is a folder: give a glob such as .*\*\.jsonl, or hf:",
+        tmp_path: r"several kinds, .* 1 of csv, 1 of jsonl, .*: give one of them, '.*/\*\*/\*\.csv' or",
+        tmp_path / "empty": "the folder holds no data file",
         tmp_path / "a.jsonl.bz2": r"\.bz2 files are not supported; decompress it, or compress it with gzip or zstd",
         tmp_path / "a.tar.gz": r"\.tar files are not supported; extract it",
-        tmp_path / "a.parquet.gz": r"Parquet compresses its own columns.*decompress the file",
+        tmp_path / "a.parquet.gz": r"parquet files compress their own columns.*decompress it",
         tmp_path / "empty.csv": "no row at all",
         "demo:dev": "splits heldout, train, all",
         "zip://a.jsonl::x.zip": "files inside other files",
@@ -66,8 +68,7 @@ def test_a_url(tmp_path: Path, kind: str) -> None:
     fsspec.filesystem("memory").pipe_file(f"{folder}/deep/rows.{kind}", local.read_bytes())
     for spec in (f"{folder}/deep/rows.{kind}", f"{folder}/**/*.{kind}"):
         assert [row.id for row in read(spec, docs_per_shard=4)] == [row["id"] for row in ROWS]
-    with pytest.raises(ValueError, match="is a folder"):
-        read(f"{folder}/deep")
+    assert [row.id for row in read(f"{folder}/deep")] == [row["id"] for row in ROWS]
     with pytest.raises(ValueError, match="no file matches"):
         read(f"{folder}/none*")
 

@@ -1,4 +1,4 @@
-"""Splits files into rows: JSON lines, CSV, TSV, plain text and Parquet.
+"""Splits files into rows: JSON lines and documents, CSV, TSV, plain text, Parquet and Arrow.
 
 A format does two things with a file. `locate` finds, once and while planning, where every N-th row
 begins; `read` then enters the file at such a place and yields the rows of one span. So no two
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from collector.data.formats.arrow import Arrow
 from collector.data.formats.base import BEYOND_VOCABULARY, REASONS, Format, Span, even_spans
 from collector.data.formats.columns import Columns
 from collector.data.formats.delimited import Csv, Tsv
+from collector.data.formats.json_document import JsonDocument
 from collector.data.formats.lines import JsonLines, Text
 from collector.data.formats.parquet import Parquet, table_rows
 
@@ -29,5 +31,7 @@ FORMATS: Mapping[str, type[Format]] = {
     "csv": Csv,
     "tsv": Tsv,
     "parquet": Parquet,
+    "arrow": Arrow,
+    "json": JsonDocument,
     "txt": Text,
 }

@@ -61,8 +61,9 @@ class Format:
     """One file of one format. Subclasses find where rows begin, and turn a raw row into columns."""
 
     def __init__(
-        self, open_file: Callable[[], BinaryIO], columns: Columns, where: str, version: str | None = None
-    ) -> None:
+        self, open_file: Callable[[], BinaryIO], columns: Columns, where: str, version: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Prepares reading without opening the file.
 
         Args:
@@ -71,7 +72,9 @@ class Format:
             where: location of the file, for messages.
             version: fingerprint of the content, under which the file may stay open from one span to the next; None to
                 close it after each span.
+            options: how to read it, beyond its kind: `sep` of CSV, `field` of a JSON document.
         """
+        self.options = options or {}
         self.open = open_file
         self.columns = columns
         self.where = where

@@ -119,10 +119,10 @@ class _CountedLines:
         return line.decode("latin-1")
 
 
-def _csv_records(lines: _CountedLines) -> Iterator[list[str] | None]:
+def _csv_records(lines: _CountedLines, separator: str) -> Iterator[list[str] | None]:
     """Yields the records from here on; an unparsable record becomes None, and parsing resumes at the next line."""
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(lines)
+    reader = csv.reader(lines, delimiter=separator)
     while True:
         try:
             record = next(reader)
@@ -136,11 +136,15 @@ def _csv_records(lines: _CountedLines) -> Iterator[list[str] | None]:
 
 
 class Csv(_Delimited):
-    """Comma-separated values, quoted with `"`."""
+    """Comma-separated values, quoted with `"`; the option `sep` is another separator."""
+
+    @property
+    def _separator(self) -> str:
+        return str(self.options.get("sep", ","))
 
     def _first_record(self, file: BinaryIO) -> tuple[list[str], int]:
         lines = _CountedLines(file)
-        record = next(_csv_records(lines), [])
+        record = next(_csv_records(lines, self._separator), [])
         if record is None:
             raise ValueError(f"{self.where}: the first record is not CSV; close its quotes, end lines with LF or CRLF")
         return record, lines.bytes
@@ -166,17 +170,16 @@ class Csv(_Delimited):
         if damage is not None:
             raise damage
 
-    @staticmethod
-    def _skip_record(lines: _CountedLines) -> bool:
+    def _skip_record(self, lines: _CountedLines) -> bool:
         """Skips one record and returns False at the end. A line without quotes is always a whole record."""
         line = next(lines, None)
         if line is not None and '"' in line:
             with contextlib.suppress(csv.Error):
-                next(csv.reader(itertools.chain([line], lines)))
+                next(csv.reader(itertools.chain([line], lines), delimiter=self._separator))
         return line is not None
 
     def records(self, span: Span) -> Iterator[list[str] | None]:
         """See `Format.records`."""
         with self.open() as file:
             file.seek(span.offset or 0)
-            yield from itertools.islice(_csv_records(_CountedLines(file)), span.rows)
+            yield from itertools.islice(_csv_records(_CountedLines(file), self._separator), span.rows)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from collector.data.formats.base import DamagedError, Format, Span
@@ -145,18 +144,6 @@ class Text(LineFormat):
 
 class JsonLines(LineFormat):
     """JSON lines with one object per line."""
-
-    @property
-    def start(self) -> int:
-        """Byte at which the first row begins.
-
-        Raises:
-            ValueError: a `.json` file is one array rather than lines.
-        """
-        may_be_array = ".json" in PurePosixPath(self.where.lower()).suffixes
-        if may_be_array and self.opening[self.mark :].lstrip().startswith(b"["):
-            raise ValueError(f"{self.where} is one JSON array: write an object per line instead (jq -c '.[]')")
-        return self.mark
 
     def locate(self, every: int) -> Iterator[Span]:
         """See `LineFormat.locate`.

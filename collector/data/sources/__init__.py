@@ -9,16 +9,17 @@ and `plan` decides which rows make up a shard.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from collector.config import DEMO, DataConfig
 from collector.data.corpus import SOURCE, corpus_path
 from collector.data.formats import FORMATS, Format, Span
-from collector.data.sources import compressed, embedded, files, huggingface
+from collector.data.sources import compressed, embedded, files, huggingface, kinds
 from collector.data.sources.documents import BadRow, Document, Message, TextSpan, are_utf8, as_document
 from collector.data.sources.labels import LABEL_SEPARATOR
 from collector.data.sources.meaning import Meaning, is_wide, spread_labels, wide_columns
@@ -33,40 +34,51 @@ __all__ = [
     "is_pinned", "reader", "resolve", "settle", "spread_labels",
 ]  # fmt: skip
 
+_THREADS = 16
 _FORMATS = {**FORMATS, "demo": embedded.Embedded, "saved": huggingface.Saved}
 
 
-def _find(spec: str) -> list[tuple[str, str]]:
-    """Returns location and kind of every source that a `--data` value denotes."""
+def _find(spec: str) -> list[tuple[str, str | None, dict[str, Any]]]:
+    """Returns location, kind (None: to be looked at) and options of every source that a `--data` value denotes."""
     if spec == DEMO or spec.startswith(f"{DEMO}:"):
-        return [(f"{DEMO}:{embedded.split_of(spec)}", "demo")]
+        return [(f"{DEMO}:{embedded.split_of(spec)}", "demo", {})]
     if huggingface.is_hub_spec(spec):
-        return [(location, files.kind_of(location)) for location in huggingface.list_split(spec)]
+        return [(location, None, options) for location, options in huggingface.list_split(spec)]
     folder = files.absolute(spec)
     if not files.is_url(folder) and Path(folder).is_dir() and huggingface.is_saved(folder):
-        return [(folder, "saved")]
-    return [(location, files.kind_of(location)) for location in files.list_files(spec)]
+        return [(folder, "saved", {})]
+    return [(location, None, {}) for location in files.list_files(spec)]
 
 
 def resolve(data: DataConfig) -> list[Source]:
-    """Returns all sources of a configuration, in reading order.
+    """Returns all sources of a configuration, in reading order; looks at the first bytes of each file.
 
     Raises:
-        ValueError: a specification matches nothing, two of them match the same file, or a name is not UTF-8.
+        ValueError: a specification matches nothing, two of them match the same file, a name is not UTF-8, or a file is
+            of a kind that is not read.
     """
-    found = [pair for spec in data.data for pair in _find(spec)]
-    for location, _ in found:
+    found = [each for spec in data.data for each in _find(spec)]
+    for location, *_ in found:
         if not are_utf8([location]):
             raise ValueError(f"--data names {location!r}: its name is not UTF-8, so no id can be made of it; rename it")
-    for location, times in collections.Counter(location for location, _ in found).items():
+    for location, times in collections.Counter(location for location, *_ in found).items():
         if times > 1:
             raise ValueError(f"--data names {location} {times} times; give it once")
-    folders = [location.split("/")[:-1] for location, kind in found if kind != "demo"]
+    folders = [location.split("/")[:-1] for location, kind, _ in found if kind != "demo"]
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found_kinds = list(pool.map(lambda each: each[1] or _kind(each[0]), found))
     return [
-        Source(location=location, kind=kind, name=SOURCE if kind == "demo" else "/".join(location.split("/")[shared:]))
-        for location, kind in found
-    ]
+        Source(
+            location=location, kind=kind, options=options,
+            name=SOURCE if kind == "demo" else "/".join(location.split("/")[shared:]),
+        )
+        for (location, _, options), kind in zip(found, found_kinds, strict=True)
+    ]  # fmt: skip
+
+
+def _kind(location: str) -> str:
+    return kinds.kind_of(location, functools.partial(files.open_file, location))
 
 
 def is_pinned(spec: str) -> bool:
@@ -119,7 +131,7 @@ def reader(source: Source, data: DataConfig, version: str | None = None) -> Form
         ValueError: a target column is requested from a source without columns.
     """
     columns = Meaning.of(source, data).columns
-    return _FORMATS[source.format](_opener(source, version), columns, source.location, version)
+    return _FORMATS[source.format](_opener(source, version), columns, source.location, version, source.options)
 
 
 def _opener(source: Source, version: str | None) -> Callable[[], BinaryIO]:

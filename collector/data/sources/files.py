@@ -10,8 +10,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+
+from collector.data.sources.kinds import COMPRESSIONS, KINDS
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -19,19 +22,6 @@ if TYPE_CHECKING:
 _OBSTORE_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl")
 _ETAGS = ("e_tag", "ETag", "etag", "blob_id")
 _EDGE = 1 << 20
-
-KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".txt": "txt",
-}
-COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
-_ARCHIVES = (".tar", ".tgz", ".zip", ".7z")
-_CLOSED = (*_ARCHIVES, ".bz2", ".xz", ".lz4", ".br")
 
 
 def is_url(location: str) -> bool:
@@ -43,36 +33,6 @@ def absolute(location: str) -> str:
     """Returns a location that denotes the same file in every working directory."""
     location = location.removeprefix("file://")
     return location if is_url(location) else os.path.normpath(Path(location).expanduser().absolute())
-
-
-def file_name(location: str) -> PurePosixPath:
-    """Returns the last part of a path or URL."""
-    path = location.partition("?")[0] if location.startswith("http") else location
-    return PurePosixPath(PurePosixPath(path).name)
-
-
-def kind_of(location: str) -> str:
-    """Returns the kind of a file from the extensions of its name: `jsonl`, `csv.gz` …; plain text if unknown.
-
-    Raises:
-        ValueError: the file is an archive, or its compression is not supported.
-    """
-    path = PurePosixPath(file_name(location).name.lower())
-    compression = COMPRESSIONS.get(path.suffix)
-    inner = path.with_suffix("") if compression else path
-    if inner.suffix in _CLOSED:
-        remedy = "extract it" if inner.suffix in _ARCHIVES else "decompress it, or compress it with gzip or zstd"
-        raise ValueError(f"{location}: {inner.suffix} files are not supported; {remedy}")
-    kind = KINDS.get(inner.suffix, "txt")
-    if compression and kind == "parquet":
-        raise ValueError(f"{location}: Parquet compresses its own columns and is read by range; decompress the file")
-    return f"{kind}.{compression}" if compression else kind
-
-
-def is_known(location: str) -> bool:
-    """Whether the extensions of a file's name denote a known kind."""
-    path = PurePosixPath(file_name(location).name.lower())
-    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix in KINDS
 
 
 @functools.cache
@@ -99,25 +59,86 @@ def _type(filesystem: Any, path: str) -> str | None:
         return None
 
 
+_MAGIC = "*?["
+_NO_DATA = re.compile(
+    r"(?i)readme.*|licen[cs]e.*|notice.*|changelog.*|.*\.(md|ya?ml|py|sh|lock|crc|sha256|md5|log)|dataset_infos?\.json|state\.json"
+)
+"""Names of files that lie beside data and are none."""
+
+
 def list_files(spec: str) -> list[str]:
-    """Returns the files that a path, URL or glob denotes: absolute, sorted.
+    """Returns the files that a path, URL or glob denotes, of a folder all data files in it: absolute, sorted.
+
+    What exists by a name with `*`, `?` or `[` in it is taken by that name.
 
     Raises:
-        ValueError: there are none, or the path is a folder.
+        ValueError: there are none, or something that is no file.
     """
     if "::" in spec:
         raise ValueError(f"--data {spec}: files inside other files are not supported; extract them first")
     filesystem, path = _filesystem(absolute(spec))
     found = _type(filesystem, path)
     if found == "directory":
-        or_hf = "" if is_url(spec) else f", or hf:{spec}"
-        raise ValueError(f"--data {spec} is a folder: give a glob such as {spec.rstrip('/')}/*.jsonl{or_hf}")
+        return _in_folder(spec, filesystem, path)
     if found is None:
-        paths = [name for name, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"]
+        paths = [
+            name for name, info in filesystem.glob(_literal(path, spec), detail=True).items() if info["type"] == "file"
+        ]
         if not paths:
             raise ValueError(f"--data {spec}: no file matches {absolute(spec)}")
         return sorted(absolute(filesystem.unstrip_protocol(name)) for name in paths)
+    if found != "file":
+        raise ValueError(
+            f"--data {spec} is neither a file nor a folder: a pipe or device cannot be read twice; save it first"
+        )
     return [absolute(spec)]
+
+
+def _literal(path: str, spec: str) -> str:
+    """Escapes those parts of a local glob that exist as they are written."""
+    if is_url(spec):
+        return path
+    done = Path("/")
+    parts = []
+    for part in Path(path).parts[1:]:
+        exists = done is not None and any(character in part for character in _MAGIC) and (done / part).exists()
+        parts.append("".join(f"[{c}]" if exists and c in _MAGIC else c for c in part))
+        done = done / part
+    return "/" + "/".join(parts)
+
+
+def _in_folder(spec: str, filesystem: Any, path: str) -> list[str]:
+    """Returns the data files of a folder and those below it, if they are of one kind.
+
+    Raises:
+        ValueError: they are of several kinds, or there are none.
+    """
+    inside = [name[len(path) :].lstrip("/") for name in filesystem.find(path)]
+    data = [name for name in inside if not _is_beside_data(name)]
+    endings: dict[str, list[str]] = {}
+    for name in data:
+        kind, example = _ending(name)
+        endings.setdefault(kind, []).append(example)
+    if not data:
+        raise ValueError(f"--data {spec}: the folder holds no data file")
+    if len(endings) > 1:
+        counts = ", ".join(f"{len(names)} of {kind}" for kind, names in sorted(endings.items()))
+        globs = " or ".join(f"'{spec.rstrip('/')}/**/*{names[0]}'" for _, names in sorted(endings.items()))
+        raise ValueError(f"--data {spec} holds files of several kinds, {counts}: give one of them, {globs}")
+    return sorted(f"{absolute(spec).rstrip('/')}/{name}" for name in data)
+
+
+def _is_beside_data(name: str) -> bool:
+    parts = name.split("/")
+    return any(part.startswith((".", "_")) for part in parts) or bool(_NO_DATA.fullmatch(parts[-1]))
+
+
+def _ending(name: str) -> tuple[str, str]:
+    """Returns what kind of data a name promises, and its ending."""
+    path = PurePosixPath(name.lower())
+    packed = path.suffix if path.suffix in COMPRESSIONS else ""
+    inner = (path.with_suffix("") if packed else path).suffix
+    return KINDS.get(inner, inner or "no ending"), PurePosixPath(name).suffix if not packed else f"{inner}{packed}"
 
 
 def open_file(location: str, *, scattered: bool = False) -> BinaryIO:
@@ -128,7 +149,10 @@ def open_file(location: str, *, scattered: bool = False) -> BinaryIO:
         scattered: whether reads are random access, so that reading ahead would be wasted.
     """
     if not is_url(location):
-        return Path(location).open("rb")
+        try:
+            return Path(location).open("rb")
+        except PermissionError as error:
+            raise ValueError(f"{location} cannot be read: {error.strerror}") from error
     filesystem, path = _filesystem(location)
     return filesystem.open(path, "rb", **({"cache_type": "none"} if scattered else {}))
 

@@ -8,6 +8,7 @@ from any row. No other module imports `datasets`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from collector.data.formats import Format, Span, even_spans, table_rows
 from collector.data.formats.columns import class_names, schema_names, top_level
-from collector.data.sources.files import COMPRESSIONS, KINDS, absolute, file_name, is_known
+from collector.data.sources.files import absolute
+from collector.data.sources.kinds import COMPRESSIONS, KINDS, file_name, is_known
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 PREFIX = "hf:"
 DEFAULT_SPLIT = "train"
 _BATCH = 512
+_OF_EVERY_BUILDER = {"name", "version", "data_dir", "data_files", "description", "features", "chunksize", "columns"}
+"""Fields of a builder's config that do not change how rows are read."""
 
 
 def is_hub_spec(spec: str) -> bool:
@@ -51,11 +55,15 @@ def _options(spec: str, options: list[str]) -> list[str]:
     return options
 
 
-def list_split(spec: str) -> list[str]:
+def list_split(spec: str) -> list[tuple[str, dict[str, Any]]]:
     """Returns the absolute data files of `hf:NAME[:CONFIG][:SPLIT]`; a single option is a config if one has that name.
 
+    Returns:
+        Each file with the options that the data card gives: see `Source.options`.
+
     Raises:
-        ValueError: there is no such dataset, config or split, or its files are of an unknown kind.
+        ValueError: there is no such dataset, config or split, its files are of an unknown kind, or its card wants them
+            read in a way that is not known here.
     """
     import datasets
 
@@ -69,7 +77,47 @@ def list_split(spec: str) -> list[str]:
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"--data {spec}: {error}") from error
     splits = {str(key): list(files) for key, files in (builder.config.data_files or {}).items()}
-    return _files_of(spec, splits, split or DEFAULT_SPLIT, configs)
+    told = _options_of(spec, builder)
+    return [(file, told) for file in _files_of(spec, splits, split or DEFAULT_SPLIT, configs)]
+
+
+def _options_of(spec: str, builder: Any) -> dict[str, Any]:
+    """Returns what a data card says of how to read its files: separator, field, and names of classes.
+
+    Raises:
+        ValueError: it sets a parameter of the builder that is not known here.
+    """
+    import datasets
+
+    set_by_card = {
+        field.name: value
+        for field in dataclasses.fields(builder.config)
+        if field.name not in _OF_EVERY_BUILDER and (value := getattr(builder.config, field.name)) != _default(field)
+    }
+    separators = [set_by_card.pop(name) for name in ("sep", "delimiter") if name in set_by_card]
+    options = {"sep": separators[-1]} if separators and separators[-1] != "," else {}
+    if (field := set_by_card.pop("field", None)) is not None:
+        options["field"] = field
+    if len(options.get("sep", ",")) != 1 or not options.get("sep", ",").isascii():
+        raise ValueError(
+            f"--data {spec}: its data card separates columns by {options['sep']!r}; one ASCII character can be"
+        )
+    if set_by_card:
+        told = ", ".join(f"{name}: {value}" for name, value in sorted(set_by_card.items()))
+        raise ValueError(
+            f"--data {spec}: its data card reads the files with {told}, which is not known here: load it with "
+            "datasets, and give the folder that save_to_disk writes"
+        )
+    names = {
+        name: list(feature.names)
+        for name, feature in (builder.info.features or {}).items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    return options | ({"names": names} if names else {})
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _files_of(spec: str, splits: Mapping[str, list[str]], split: str, configs: list[str]) -> list[str]:

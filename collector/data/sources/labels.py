@@ -21,7 +21,7 @@ import string
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from collector.data.sources.files import file_name
+from collector.data.sources.kinds import file_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
