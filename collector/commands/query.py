@@ -64,7 +64,9 @@ class Query:
             elif self.interval is not None:
                 self._resample(params)
             else:
-                terminal.relation(warehouse.open_run(self.run_, by=self.by).query(self.name, **params), self.format)
+                run = warehouse.open_run(self.run_, by=self.by)
+                terminal.relation(run.query(self.name, **params), self.format)
+                sys.stderr.writelines(f"{remark}\n" for remark in run.remarks(self.name, **params))
         return 0
 
     def _compare(self, params: dict[str, Any]) -> None:

@@ -136,12 +136,25 @@ def find_query(name: str) -> Query:
     Raises:
         ValueError: there is none; the message suggests the closest name, or lists all.
     """
-    paths = {path.stem: path for path in _paths()}
+    paths: dict[str, Path] = {}
+    for path in _paths():
+        if path.stem in paths:
+            raise ValueError(f"two queries are called {path.stem}: {paths[path.stem]} and {path}; rename one")
+        paths[path.stem] = path
     if name in paths:
         return _read_query(paths[name])
     close = difflib.get_close_matches(name, sorted(paths), n=1)
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(paths))}"
     raise ValueError(f"no query {name!r}; {hint}")
+
+
+def remarks_of(name: str) -> str | None:
+    """Returns the select of a query's remarks: why it may have no row, or an ambiguous one; None if it has none.
+
+    It returns lines in a column `remark`, and takes parameters of the query.
+    """
+    path = query_folder() / "remarks" / f"{name}.sql"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def query_folder() -> Path:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from collector.query import locked_duckdb
-from collector.query.catalog import Query, Value, find_query, list_queries
+from collector.query.catalog import Query, Value, find_query, list_queries, remarks_of
 from collector.query.groupings import LABEL
 from collector.query.label_counts import LabelCounts, counts_tokens
 from collector.query.locked_duckdb import one_line_errors
@@ -85,6 +85,20 @@ class Run:
         if self._label_counts is not None:
             self._label_counts.provide(cursor, query, values)
         return cursor.sql(query.sql, params=values)
+
+    def remarks(self, name: str, **params: object) -> list[str]:
+        """Returns why the query's answer with these parameters has no row or value, or which of several it shows.
+
+        Args:
+            name: of the query.
+            **params: as for `query`.
+        """
+        select = remarks_of(name)
+        if select is None:
+            return []
+        values, used = self.bind(find_query(name), params), duckdb.extract_statements(select)[0].named_parameters
+        rows = self.cursor().sql(select, params={key: values[key] for key in used}).fetchall()
+        return [remark for (remark,) in rows]
 
     def bind(self, query: Query, params: Mapping[str, object]) -> dict[str, Value]:
         """Returns values for all parameters of a query, checked against this run.

@@ -103,7 +103,8 @@ def read(run: Run, **params: object) -> Trace:
     relation = run.query("token_trace", **{"include_special": True, **params}).project(", ".join(_COLUMNS))
     rows = [dict(zip(_COLUMNS, row, strict=True)) for row in relation.fetchall()]
     if not rows:
-        raise ValueError(f"no token to trace{' with ' + str(params) if params else ''}")
+        why = "; ".join(run.remarks("token_trace", **params))
+        raise ValueError(why or f"no token to trace{' with ' + str(params) if params else ''}")
     sizes = {(one["stack"], one["layer"]): one["n_experts"] for one in run.info["layers"]}
     rows.sort(key=lambda row: (row["stack"], row["layer"], row["position"]))
     routers = tuple(

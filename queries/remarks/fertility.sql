@@ -1,0 +1,5 @@
+-- Question: Why is there no value per character?
+-- Reads: labelled_tokens
+select 'characters are not recorded of groups of tokens, so they have no values per character' as remark
+from labelled_tokens
+having count(*) > 0 and count(characters) = 0
