@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _TEXT = "--text-column names the column"
-_LABEL = "--label-column names the column, @file takes the file's name"
+_LABEL = "--label-column names the column, @file or @folder takes it from the path"
 _TARGET = "--target-column names the column"
 _JSON = "each line must be one JSON object"
 _CSV = "the file's first line must name the columns, and its name must end in .tsv if tabs separate them"
@@ -19,6 +19,7 @@ REMEDIES = {
     "no label": _LABEL,
     "label is not a string or number": _LABEL,
     "label too long": _LABEL,
+    "label contains ␟": "rename these labels: ␟ stands between the labels of a document that has several",
     "no target": _TARGET,
     "target is not a string": _TARGET,
     "empty target": _TARGET,
@@ -26,6 +27,11 @@ REMEDIES = {
     "not an object": _JSON,
     "invalid CSV": _CSV,
     "wrong number of columns": _CSV,
+    "spans are not a list of start, end and label": "--spans-column names the column",
+    "span outside the text": "start and end count characters, not bytes, from 0",
+    "messages without role and content": "each turn needs a role and a text",
+    "chat template does not take the messages": "the model's chat template refuses their order or roles",
+    "token beyond the model's vocabulary": "the tokenizer has tokens that the model does not embed",
     "invalid UTF-8": "convert the file, for example with iconv",
 }
 """Reason for which rows are rejected -> what helps if it is true of too many."""

@@ -325,7 +325,7 @@ def test_random_weights_repeat_under_a_seed_and_differ_from_the_trained():
 
 
 def test_an_unknown_model_names_the_remedy():
-    with pytest.raises(ValueError, match="--model '/no/such/model'"):
+    with pytest.raises(ValueError, match="--model /no/such/model: there is no such folder"):
         loading.load(ModelConfig(model="/no/such/model"), "cpu")
 
 

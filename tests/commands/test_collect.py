@@ -91,7 +91,7 @@ def test_a_run_without_a_document_is_no_success_and_says_why(tmp_path, tiny_fold
                   "1"]  # fmt: skip
     why = (
         "no document was collected, all 40 rows were rejected: 40 no label (--label-column names the column, @file "
-        "takes the file's name). Other columns or other data need another --out"
+        "or @folder takes it from the path). Other columns or other data need another --out"
     )
     done = collector(*collecting)
     assert done.returncode == 2

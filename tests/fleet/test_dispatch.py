@@ -237,7 +237,7 @@ def test_a_run_ends_as_soon_as_it_must_reject_too_many_rows_and_a_higher_share_g
     fleet = ToyFleet(run, 1, useless=tuple(range(40)))
     with pytest.raises(ValueError, match=r"of 80 rows were rejected, more than --max-rejected 0\.25 allows") as refusal:
         dispatcher_of(run, fleet, 40, max_rejected=0.25).dispatch()
-    assert "no label (--label-column names the column, @file takes the file's name)" in str(refusal.value)
+    assert "no label (--label-column names the column, @file or @folder takes it from the path)" in str(refusal.value)
     assert "with --max-rejected 1 the same command accepts these and goes on" in str(refusal.value)
     assert run.committed_shards() == set(range(11)), "the first that make more than a quarter"
 
