@@ -261,7 +261,7 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path, job):
     arguments[arguments.index("--model") + 1] = str(tmp_path)
     done = collector(*arguments)
     assert done.returncode == 2
-    assert f"--model {tmp_path} has no config.json" in done.stderr
+    assert f"--model {tmp_path}: the folder has no config.json" in done.stderr
     assert "Traceback" not in done.stderr
 
 
