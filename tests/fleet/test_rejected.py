@@ -21,7 +21,8 @@ def test_reasons_come_with_their_remedies_the_commonest_first():
     said = complaint({"no label": 1, "a reason to come": 2, "no text": 3000, "empty line": 0}, 3100, 0.5)
     assert said == (
         "3,003 of 3,100 rows were rejected, more than --max-rejected 0.5 allows: 3,000 no text (--text-column names "
-        "the column); 2 a reason to come; 1 no label (--label-column names the column, @file or @folder takes it from the path). "
+        "the column); 2 a reason to come; 1 no label (--label-column names the column, @file or "
+        "@folder takes it from the path). "
         "Other columns or other data need another --out; with --max-rejected 1 the same command accepts these and goes "
         "on"
     )
