@@ -131,5 +131,5 @@ def _labels(run: RunDirectory) -> dict[str, int]:
     """Returns the number of documents by label."""
     from collector.query.warehouse import open_run
 
-    found = open_run(run.root).sql("select coalesce(label, '–'), count(*) from documents group by 1 order by 1")
+    found = open_run(run.root).sql("select coalesce(label, '–'), documents from labels order by 1")
     return dict(found.fetchall())

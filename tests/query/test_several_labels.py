@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from collector.data.sources import LABEL_SEPARATOR
+from collector.look.explore import views
 from collector.query.document_counts import document_counts
 from collector.query.inference import intervals, sample_size_curve, specialization_test, split_half
 from collector.query.rollup import making
@@ -218,3 +219,10 @@ def test_halves_take_a_document_with_all_its_labels(both) -> None:
 def test_a_curve_of_documents_per_label_is_refused(both) -> None:
     with pytest.raises(ValueError, match="documents have several labels here"):
         sample_size_curve(both, resamples=10)
+
+
+def test_the_explorer_finds_a_document_under_each_of_its_labels(folders) -> None:
+    run = open_run(folders["run"])
+    for label in ("de", "en", "fr", "ko"):
+        found = [document.doc_id for document in views.documents(run, label, "tokens > 3")]
+        assert found == [f"doc {number}" for number, labels in enumerate(LABELS) if label in labels]

@@ -73,8 +73,9 @@ def documents(run: Run, label: str, condition: str = "") -> list[Document]:
         ValueError: the condition is not valid SQL, or would write.
     """
     rows = run.sql(
-        f"select shard, doc, doc_id, tokens from documents where label = {literal(label)} and tokens > 0\n"
-        f"and ({condition.strip() or 'true'}\n) order by shard, doc limit {MOST_DOCUMENTS}"
+        "select shard, doc, doc_id, tokens from documents\n"
+        f"semi join (select shard, doc from document_labels where label = {literal(label)}) using (shard, doc)\n"
+        f"where tokens > 0 and ({condition.strip() or 'true'}\n) order by shard, doc limit {MOST_DOCUMENTS}"
     ).fetchall()
     return [Document(shard=shard, doc=doc, doc_id=doc_id, tokens=tokens) for shard, doc, doc_id, tokens in rows]
 
