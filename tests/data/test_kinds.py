@@ -151,6 +151,16 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         read(tmp_path / "link.jsonl")
 
 
+def test_links_to_files_are_files(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "a1").write_bytes(LINES)
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "rows.jsonl").symlink_to("../blobs/a1")
+    (tmp_path / "snapshot" / "gone.jsonl").symlink_to("../blobs/gone")
+    for spec in (tmp_path / "snapshot" / "rows.jsonl", tmp_path / "snapshot" / "*.jsonl"):
+        assert brief(read(spec)) == EXPECTED
+
+
 # -- folders and globs -------------------------------------------------------------------------------
 
 

@@ -81,9 +81,8 @@ def list_files(spec: str) -> list[str]:
     if found == "directory":
         return _in_folder(spec, filesystem, path)
     if found is None:
-        paths = [
-            name for name, info in filesystem.glob(_literal(path, spec), detail=True).items() if info["type"] == "file"
-        ]
+        matches = filesystem.glob(_literal(path, spec), detail=True).items()
+        paths = [name for name, info in matches if info["type"] == "file" or _is_link_to_file(name, info)]
         if not paths:
             raise ValueError(f"--data {spec}: no file matches {absolute(spec)}")
         return sorted(absolute(filesystem.unstrip_protocol(name)) for name in paths)
@@ -92,6 +91,11 @@ def list_files(spec: str) -> list[str]:
             f"--data {spec} is neither a file nor a folder: a pipe or device cannot be read twice; save it first"
         )
     return [absolute(spec)]
+
+
+def _is_link_to_file(name: str, info: dict[str, Any]) -> bool:
+    """Whether a match is a symbolic link to a file, such as the hub's cache is made of; fsspec calls it `other`."""
+    return bool(info.get("islink")) and Path(name).is_file()
 
 
 def _literal(path: str, spec: str) -> str:
