@@ -144,7 +144,7 @@ def test_texts_that_begin_like_a_binary_are_texts(tmp_path: Path) -> None:
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="neither a file nor a folder: a pipe or device cannot be read twice"):
+    with pytest.raises(ValueError, match="is a pipe or device, which can be read only once"):
         read(tmp_path / "pipe")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(ValueError, match=r"link\.jsonl"):
@@ -156,7 +156,6 @@ def test_links_to_files_are_files(tmp_path: Path) -> None:
     (tmp_path / "blobs" / "a1").write_bytes(LINES)
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "rows.jsonl").symlink_to("../blobs/a1")
-    (tmp_path / "snapshot" / "gone.jsonl").symlink_to("../blobs/gone")
     for spec in (tmp_path / "snapshot" / "rows.jsonl", tmp_path / "snapshot" / "*.jsonl"):
         assert brief(read(spec)) == EXPECTED
 
@@ -179,7 +178,9 @@ def test_a_folder_of_one_kind_is_read_whole(tmp_path: Path) -> None:
 def test_a_folder_of_several_kinds_is_refused_with_what_to_choose(tmp_path: Path) -> None:
     write(tmp_path, "jsonl")
     write(tmp_path, "csv")
-    with pytest.raises(ValueError, match=r"1 of csv, 1 of jsonl: give one of them, '.*/\*\*/\*\.csv' or '.*\*\.jsonl'"):
+    with pytest.raises(
+        ValueError, match=r"\(1 \.csv, 1 \.jsonl\): choose one with a glob, such as '.*/\*\*/\*\.csv' or"
+    ):
         read(tmp_path)
 
 

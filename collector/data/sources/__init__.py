@@ -13,13 +13,14 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collector.config import DEMO, DataConfig
 from collector.data.corpus import SOURCE, corpus_path
 from collector.data.formats import FORMATS, Format, Span
-from collector.data.sources import compressed, embedded, files, huggingface, kinds
+from collector.data.sources import compressed, embedded, files, huggingface, kinds, listing
 from collector.data.sources.documents import BadRow, Document, Message, TextSpan, are_utf8, as_document
 from collector.data.sources.labels import LABEL_SEPARATOR
 from collector.data.sources.meaning import Meaning, is_wide, spread_labels, wide_columns
@@ -47,7 +48,7 @@ def _find(spec: str) -> list[tuple[str, str | None, dict[str, Any]]]:
     folder = files.absolute(spec)
     if not files.is_url(folder) and Path(folder).is_dir() and huggingface.is_saved(folder):
         return [(folder, "saved", {})]
-    return [(location, None, {}) for location in files.list_files(spec)]
+    return [(location, None, {}) for location in listing.list_files(spec)]
 
 
 def resolve(data: DataConfig) -> list[Source]:
@@ -61,9 +62,7 @@ def resolve(data: DataConfig) -> list[Source]:
     for location, *_ in found:
         if not are_utf8([location]):
             raise ValueError(f"--data names {location!r}: its name is not UTF-8, so no id can be made of it; rename it")
-    for location, times in collections.Counter(location for location, *_ in found).items():
-        if times > 1:
-            raise ValueError(f"--data names {location} {times} times; give it once")
+    _require_distinct([location for location, *_ in found])
     folders = [location.split("/")[:-1] for location, kind, _ in found if kind != "demo"]
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -75,6 +74,18 @@ def resolve(data: DataConfig) -> list[Source]:
         )
         for (location, _, options), kind in zip(found, found_kinds, strict=True)
     ]  # fmt: skip
+
+
+def _require_distinct(locations: list[str]) -> None:
+    """Raises if two locations are the same file, by name or through a link."""
+    for location, times in collections.Counter(locations).items():
+        if times > 1:
+            raise ValueError(f"--data names {location} {times} times; give it once")
+    location_of: dict[str, str] = {}
+    for location in locations:
+        real = os.path.realpath(location) if location.startswith("/") else location
+        if (other := location_of.setdefault(real, location)) != location:
+            raise ValueError(f"--data names one file twice, as {other} and as {location}; give it once")
 
 
 def _kind(location: str) -> str:

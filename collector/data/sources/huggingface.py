@@ -138,8 +138,8 @@ def is_saved(folder: str) -> bool:
         ValueError: the folder holds several splits.
     """
     several = Path(folder) / "dataset_dict.json"
-    if several.is_file():
-        splits = sorted(path.parent.name for path in Path(folder).glob("*/state.json"))
+    splits = sorted(path.parent.name for path in Path(folder).glob("*/state.json"))
+    if several.is_file() and splits:
         raise ValueError(
             f"--data {folder} holds the splits {', '.join(splits)}: give one, such as {folder}/{splits[0]}"
         )

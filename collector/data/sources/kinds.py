@@ -76,16 +76,16 @@ def file_name(location: str) -> PurePosixPath:
     return PurePosixPath(PurePosixPath(path).name)
 
 
-def _parts(location: str) -> tuple[str, str]:
-    """Returns the suffix that tells a file's format, and its compression, from the name."""
+def endings(location: str) -> tuple[str, str]:
+    """Returns the endings of a file's name that tell its format and its compression; empty where there are none."""
     path = PurePosixPath(file_name(location).name.lower())
-    compression = COMPRESSIONS.get(path.suffix, "")
-    return (path.with_suffix("") if compression else path).suffix, compression
+    packing = path.suffix if path.suffix in COMPRESSIONS else ""
+    return (path.with_suffix("") if packing else path).suffix, packing
 
 
 def is_known(location: str) -> bool:
     """Whether the extensions of a file's name denote a known kind."""
-    return _parts(location)[0] in KINDS
+    return endings(location)[0] in KINDS
 
 
 def kind_of(location: str, open_file: Callable[[], BinaryIO]) -> str:
@@ -94,7 +94,8 @@ def kind_of(location: str, open_file: Callable[[], BinaryIO]) -> str:
     Raises:
         ValueError: it is an archive, a binary that is not read, or text in another encoding than UTF-8.
     """
-    suffix, compression = _parts(location)
+    suffix, packing = endings(location)
+    compression = COMPRESSIONS.get(packing, "")
     if suffix in _CLOSED:
         remedy = "extract it" if suffix in _ARCHIVES else "decompress it, or compress it with gzip or zstd"
         raise ValueError(f"{location}: {suffix} files are not supported; {remedy}")
@@ -116,6 +117,8 @@ def kind_of(location: str, open_file: Callable[[], BinaryIO]) -> str:
             )
         return kind
     _refuse_binary(location, head, is_text=suffix in KINDS)
+    if suffix not in KINDS and _is_object(head.partition(b"\n")[0]):
+        kind = "jsonl"
     if suffix == ".json" or head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         if kind == "jsonl" and b"\n" not in head and len(head) == HEAD:
             head = _two_lines(open_file, compression)
@@ -198,6 +201,13 @@ def _is_value(line: bytes) -> bool:
         # A complete line may still be bad; one that ends inside of a value is a part of it.
         return not re.fullmatch(rb"\s*[\[{]\s*(\"[^\"]*\"\s*:?\s*[\[{]?\s*|.*,\s*|.*[\[{]\s*)?", line)
     return True
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _wraps_rows(line: bytes) -> bool:
