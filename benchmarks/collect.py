@@ -103,7 +103,7 @@ def notebook_loop(lm: Any, tokenizer: Any, texts: list[str], max_length: int) ->
     with torch.no_grad():
         for index, text in enumerate(texts):
             kept.clear()
-            lm(**tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length))
+            lm(**tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length).to(lm.device))
             experts = kept[gates[-1][0]].argmax(-1).tolist()
             counts.extend((index, position, expert) for position, expert in enumerate(experts))
     for handle in handles:
@@ -120,7 +120,7 @@ def transformers_batches(lm: Any, tokenizer: Any, texts: list[str], max_length: 
         end = first + 1
         while end < len(texts) and max(lengths[first : end + 1]) * (end + 1 - first) <= budget:
             end += 1
-        inputs = tokenizer(texts[first:end], return_tensors="pt", padding=True, **cut)
+        inputs = tokenizer(texts[first:end], return_tensors="pt", padding=True, **cut).to(lm.device)
         with torch.no_grad():
             outputs = lm(**inputs, output_router_logits=True)
         real = inputs["attention_mask"].flatten().bool()
@@ -146,8 +146,8 @@ class GateOnly(torch.nn.Module):
 def forward_all(model: Any, prepared: list[batches.Batch]) -> None:
     """(c) and (f): forward passes whose results are discarded."""
     for batch in prepared:
-        model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask),
-              use_cache=False)  # fmt: skip
+        model(input_ids=torch.from_numpy(batch.input_ids).to(model.device),
+              attention_mask=torch.from_numpy(batch.attention_mask).to(model.device), use_cache=False)  # fmt: skip
 
 
 class CutAfterLastRouter:
@@ -190,7 +190,7 @@ def collect_in_process(loaded: loading.LoadedModel, config: RunConfig, made: pla
         return Collected.of(time.perf_counter() - started, commits)
 
 
-def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
+def collect_through_ray(config: RunConfig, made: plan.Plan, launch: LaunchConfig | None = None) -> Collected:
     """(e): measured from when the replica is ready to the last commit."""
     from collector.fleet import driver
     from collector.fleet.dispatch import Job
@@ -199,11 +199,11 @@ def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
     from collector.fleet.ray_cluster import cluster
     from collector.store.run_directory import RunDirectory
 
-    launch = LaunchConfig(replicas=1, cpus_per_replica=torch.get_num_threads(), max_attempts=1)
+    launch = launch or LaunchConfig(replicas=1, cpus_per_replica=torch.get_num_threads(), max_attempts=1)
     with tempfile.TemporaryDirectory() as root, cluster(launch):
         run, tally = RunDirectory(root), Tally(shards=len(made.shards), documents=made.documents)
         with ProgressView(tally) as view:
-            driver.work_off(Job(run=run, plan=made, launch=launch), config, view, need=Need.of(launch, "cpu"))
+            driver.work_off(Job(run=run, plan=made, launch=launch), config, view, need=Need.of(launch, config.device))
             seconds = time.monotonic() - tally.started
         if tally.shards_done != len(made.shards):
             raise RuntimeError("the benchmark's run is incomplete")

@@ -67,18 +67,19 @@ class Bench:
 # -- the checkpoint ----------------------------------------------------------------------------------
 
 
-def make_checkpoint(folder: Path, layers: int) -> int:
-    """Writes the checkpoint, one file per layer; returns its size in bytes."""
+def make_checkpoint(folder: Path, geometry: dict[str, Any], device: str = "cpu") -> int:
+    """Writes the checkpoint, one file per layer, its values drawn on the device; returns its size in bytes."""
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, OlmoeConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    geometry: dict[str, Any] = {**WIDE, "num_hidden_layers": layers}
+    layers = geometry["num_hidden_layers"]
     hidden, inner, vocabulary = geometry["hidden_size"], geometry["intermediate_size"], geometry["vocab_size"]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator, dtype=torch.bfloat16).mul_(0.02)
+        drawn = torch.randn(rows, columns, generator=generator, dtype=torch.bfloat16, device=device)
+        return drawn.mul_(0.02).cpu()
 
     where: dict[str, str] = {}
     total = 0
@@ -220,8 +221,9 @@ def main(bench: Bench) -> None:
     print(machine())
     with tempfile.TemporaryDirectory() as temporary:
         folder = bench.folder or bench.keep or f"{temporary}/olmoe"
+        geometry = WIDE | {"num_hidden_layers": bench.layers}
         if bench.folder is None:
-            print(f"writing {make_checkpoint(Path(folder), bench.layers) / 1e9:.1f} GB to {folder} …", flush=True)
+            print(f"writing {make_checkpoint(Path(folder), geometry) / 1e9:.1f} GB to {folder} …", flush=True)
         if "load" in bench.parts:
             print("load", json.dumps(child("load", folder), indent=1), flush=True)
         if "speed" in bench.parts:
