@@ -13,6 +13,7 @@ Documents are sentences of the demo's corpus, 1 to 12 joined, so their lengths d
   `output_router_logits`; of the bare base model; of the forward pass cut after the last router; of the same with
   capture, results on the host. By padded tokens per batch, and by experts implementation. The peak and the copy
   bandwidth of the card are measured first.
+- `compile`: the cut forward pass with capture, compiled and not, on the same batches, and how often they agree.
 - `capture`: the collector in process, files written, beside the cut forward pass of the same batches.
 - `ray`: the same run through Ray with one replica, and with two that share the GPU.
 - `nf4`: memory while loading and running, speed beside bfloat16 on the same batches, agreement on the demo model.
@@ -36,7 +37,7 @@ from typing import Any, Literal
 
 from benchmarks.collect import WIDE
 
-Part = Literal["tests", "floor", "capture", "ray", "nf4", "profile"]
+Part = Literal["tests", "floor", "compile", "capture", "ray", "nf4", "profile"]
 SMALL: dict[str, Any] = WIDE | {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 64, "num_experts": 16,
                                 "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 
@@ -45,7 +46,7 @@ SMALL: dict[str, Any] = WIDE | {"num_hidden_layers": 3, "hidden_size": 128, "int
 class Bench:
     """Measure the collector on one GPU."""
 
-    parts: tuple[Part, ...] = ("floor", "capture", "profile", "nf4", "ray", "tests")
+    parts: tuple[Part, ...] = ("floor", "compile", "capture", "profile", "nf4", "ray", "tests")
     """What to measure, in this order."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Where; `cpu` is for a dry run."""
@@ -61,8 +62,12 @@ class Bench:
     """Tokens of a whole run, in `capture` and `ray`."""
     rounds: int = 2
     """Rounds of `floor`; every variant runs once per round."""
+    compile: bool = False
+    """Compile the model in `capture`, `ray` and `profile`, as `--compile` does; `compile` compares."""
     limit: int = 150
     """Seconds that a part may take."""
+    folder: str | None = None
+    """Keep checkpoint and texts in this folder, and take those that an earlier call left there."""
     out: str = "benchmarks/results/gpu"
     """Folder for the results as JSON."""
 
@@ -116,7 +121,8 @@ def measure(bench: Bench, part: str, folder: Path) -> None:
     out = Path(bench.out)
     out.mkdir(parents=True, exist_ok=True)
     about = {"machine": gpu_parts.machine(), "bench": dataclasses.asdict(bench)}
-    (out / f"{part}.json").write_text(json.dumps(about | {"result": result}, indent=1))
+    name = f"{part}-compiled" if bench.compile and part in ("capture", "ray", "profile") else part
+    (out / f"{name}.json").write_text(json.dumps(about | {"result": result}, indent=1))
 
 
 def child(bench: Bench, part: str, folder: Path) -> None:
@@ -152,10 +158,11 @@ def main(bench: Bench) -> None:
     """Runs the chosen parts, one after the other."""
     print(f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}", flush=True)
     with tempfile.TemporaryDirectory(dir=place(20 * 10**9)) as folder:
-        if set(bench.parts) - {"tests"}:
-            child(bench, "prepare", Path(folder))
+        place_of_all = Path(bench.folder or folder)
+        if set(bench.parts) - {"tests"} and not (place_of_all / "run.jsonl").exists():
+            child(bench, "prepare", place_of_all)
         for part in bench.parts:
-            child(bench, part, Path(folder))
+            child(bench, part, place_of_all)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shutil
 import statistics
 import subprocess
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -133,6 +135,28 @@ class ThreadTimes:
         for number, (name, seconds) in self._read().items():
             spent[names.get(number, name)] += seconds - self._before.get(number, ("", 0.0))[1]
         self.spent = {name: seconds for name, seconds in spent.most_common() if seconds >= 0.05}
+
+
+def say_waits(device: str, function: Callable[[], object]) -> None:
+    """Prints the places in the code where a function waits for the device, and how often."""
+    if device != "cuda":
+        return
+    found = Counter[str]()
+
+    def note(_message: Any, _kind: Any, filename: str, line: int, *_: Any) -> None:
+        found[f"{filename}:{line}"] += 1
+
+    before, warnings.showwarning = warnings.showwarning, note
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            torch.cuda.set_sync_debug_mode("warn")
+            function()
+            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        warnings.showwarning = before
+    print("waits for the device: " + json.dumps(found.most_common(12)), flush=True)
 
 
 def summary_of(profiler: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfi
 from collector.data import plan
 from collector.data.sources import Document
 from collector.fleet.progress import shares
-from collector.models import footprint, loading
+from collector.models import compiling, footprint, loading
 from collector.models.routers import find_routers
 from collector.replica.replica import Replica
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 machine = meters.machine
 
 
-def settings(bench: Bench, folder: Path, *, texts: str, batch: int | None = None, quantization: Any = "none") -> RunConfig:
+def settings(bench: Bench, folder: Path, *, texts: str, batch: int | None = None, **model: Any) -> RunConfig:
     """The settings of a run over one of the files of texts."""
     return resolve(
         data=DataConfig(data=(str(folder / texts),)),
-        model=ModelConfig(model=str(folder / "model"), quantization=quantization),
+        model=ModelConfig(model=str(folder / "model"), **model),
         capture=CaptureConfig(tokens_per_batch=batch),
         device=bench.device,
     )
@@ -168,17 +168,56 @@ def captured(loaded: loading.LoadedModel, prepared: list[Batch]) -> None:
             before.wait()
 
 
+# -- compiled ----------------------------------------------------------------------------------------
+
+
+def compiled(bench: Bench, folder: Path) -> dict[str, Any]:
+    """The cut forward pass with capture, compiled and not, on the same batches."""
+    config = settings(bench, folder, texts="texts.jsonl")
+    loaded, made = load(bench, config), plan.make_plan(config)
+    prepared = prepare(loaded, config, made)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
+    seconds: dict[str, list[float]] = {}
+    chosen = []
+    for name in ("plain", "compiled"):
+        if name == "compiled":
+            parts = compiling.compile_parts(loaded.model)
+            print(f"{len(parts)} modules compile; first pass {meters.timed(bench.device, lambda: captured(loaded, prepared[:1])):.1f} s")  # fmt: skip
+        print(f"all shapes once: {meters.timed(bench.device, lambda: captured(loaded, prepared)):.1f} s", flush=True)
+        seconds[name] = [meters.timed(bench.device, lambda: captured(loaded, prepared)) for _ in range(bench.rounds + 1)]
+        chosen.append(picks(loaded, prepared[0]))
+    agree = same(*chosen)
+    print("| | tokens/s |\n|---|---|")
+    for name, each in seconds.items():
+        print(f"| {name} | {tokens / statistics.median(each):,.0f} |")
+    print(f"{100 * agree:.2f} % of the experts are the same", flush=True)
+    return {"tokens": tokens, "seconds": seconds, "same_experts": agree}
+
+
+def picks(loaded: loading.LoadedModel, batch: Batch) -> torch.Tensor:
+    """[routers, T, k] the experts chosen for the tokens of a batch."""
+    with router_capture(loaded) as capture:
+        kept = capture.run(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)).wait()[0]
+    return torch.stack([decision.experts_tk for decision in kept])
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Share of the picks in `one` that `other` has too."""
+    return (one[..., :, None] == other[..., None, :]).any(-1).float().mean().item()
+
+
 # -- whole runs --------------------------------------------------------------------------------------
 
 
 def capture(bench: Bench, folder: Path) -> dict[str, Any]:
     """The collector in process, beside the cut forward pass of the same batches."""
-    config = settings(bench, folder, texts="run.jsonl")
+    config = settings(bench, folder, texts="run.jsonl", compile=bench.compile)
     loaded, made = load(bench, config), plan.make_plan(config)
     prepared = prepare(loaded, config, made)
     tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
     padded = sum(batch.input_ids.size for batch in prepared)
-    cut(loaded, prepared[:2])
+    cut(loaded, prepared)  # memory for all shapes, and kernels compiled
+    captured(loaded, prepared[:3])
     bare = meters.timed(bench.device, lambda: cut(loaded, prepared))
     without_files = meters.timed(bench.device, lambda: captured(loaded, prepared))
     with tempfile.TemporaryDirectory(dir=folder) as root, contextlib.closing(Replica(root, config, made.hash, loaded=loaded)) as replica:  # fmt: skip
@@ -218,7 +257,7 @@ def ray(bench: Bench, folder: Path) -> dict[str, Any]:
     from collector.fleet.ray_cluster import cluster
     from collector.store.run_directory import RunDirectory
 
-    config = settings(bench, folder, texts="run.jsonl")
+    config = settings(bench, folder, texts="run.jsonl", compile=bench.compile)
     made = plan.make_plan(config)
     results: dict[str, Any] = {}
     print("| replicas | tokens/s, whole run | tokens/s, later half of the shards | GPU busy |\n|---|---|---|---|")
@@ -258,7 +297,7 @@ def nf4(bench: Bench, folder: Path) -> dict[str, Any]:
         for budget in bench.batches[1:3]:
             prepared = prepare(loaded, settings(bench, folder, texts="texts.jsonl", batch=budget), made)
             tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
-            captured(loaded, prepared[:1])
+            captured(loaded, prepared)
             rates[budget] = tokens / meters.timed(bench.device, lambda: captured(loaded, prepared))
         running = meters.memory(bench.device)[1]
         results[how] = {"held_gb": held, "loading_peak_gb": loading_peak, "running_peak_gb": running,
@@ -288,8 +327,7 @@ def agreement(bench: Bench, folder: Path) -> float:
             texts = [row.text for s in made.shards for row in plan.read_shard(s, config.data) if isinstance(row, Document)]
             (recording,), _ = passes.run({"decoder": tokenize(loaded.tokenizer, texts, 512)})
         chosen.append(torch.cat([torch.from_numpy(layer.experts_tk) for layer in recording.layers]))  # type: ignore[attr-defined]
-    one, other = chosen
-    return (one[:, :, None] == other[:, None, :]).any(-1).float().mean().item()
+    return same(*chosen)
 
 
 # -- profile -----------------------------------------------------------------------------------------
@@ -297,10 +335,11 @@ def agreement(bench: Bench, folder: Path) -> float:
 
 def profile(bench: Bench, folder: Path) -> dict[str, Any]:
     """Kernels by time, the GPU's idle time, and calls that wait, in the passes of one shard at the default batch size."""
-    config = settings(bench, folder, texts="texts.jsonl")
+    config = settings(bench, folder, texts="texts.jsonl", compile=bench.compile)
     loaded, made = load(bench, config), plan.make_plan(config)
     prepared = prepare(loaded, config, made)
-    captured(loaded, prepared[:2])
+    captured(loaded, prepared)
+    meters.say_waits(bench.device, lambda: captured(loaded, prepared[:2]))
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         captured(loaded, prepared)
@@ -316,5 +355,5 @@ def profile(bench: Bench, folder: Path) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Bench, Path], dict[str, Any]]] = {
-    "floor": floor, "capture": capture, "ray": ray, "nf4": nf4, "profile": profile,
+    "floor": floor, "compile": compiled, "capture": capture, "ray": ray, "nf4": nf4, "profile": profile,
 }  # fmt: skip

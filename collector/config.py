@@ -99,6 +99,10 @@ class ModelConfig:
     compute_dtype: Dtype = "auto"
     """Precision of matrix multiplications.
     `auto` takes that of the weights, or float32 on a CPU that only emulates it (emulation is several times slower)."""
+    compile: bool = False
+    """Fuse the norms, rotary embeddings, activations and sums of the model's layers with torch.compile.
+    Faster on a GPU, after a minute in which each replica compiles. Routing differs from that of the plain model only
+    where rounding decides."""
     unquantized_experts: bool = False
     """Accept a quantized model whose experts are not quantized."""
 

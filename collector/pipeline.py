@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-IN_WORK = 3
-"""Shards that a replica processes at once: one is read, one is on the device, one is written."""
+IN_WORK = 4
+"""Shards that a replica processes at once: one is read, one is on the device, two are written."""
 
 
 class DeviceLost(RuntimeError):  # noqa: N818 - what happened, in the words of the log
@@ -60,6 +60,8 @@ class Stage:
     """Takes the result of the previous stage; the first stage takes the piece itself."""
     prepare: Callable[[], None] | None = None
     """Called in the stage's thread before its first piece."""
+    threads: int = 1
+    """Pieces that may be in this stage at once."""
 
 
 class Pipeline:
@@ -75,7 +77,7 @@ class Pipeline:
         self.room = room
         self._steps = [stage.step for stage in stages]
         self._threads = [
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix=stage.name, initializer=stage.prepare)
+            ThreadPoolExecutor(max_workers=stage.threads, thread_name_prefix=stage.name, initializer=stage.prepare)
             for stage in stages
         ]
         self._by_name = {stage.name: thread for stage, thread in zip(stages, self._threads, strict=True)}

@@ -48,8 +48,9 @@ def test_4_bits_on_a_gpu_hold_the_same_values_as_on_a_cpu():
     a, b = gpu.model.state_dict(), cpu.model.state_dict()
     assert a.keys() == b.keys()
     for key in a:
-        if key.endswith("absmax"):  # scales are sums over blocks
-            torch.testing.assert_close(a[key].cpu(), b[key])
+        if key.endswith("absmax"):  # scales of blocks, in 8 bits themselves where they are integers
+            atol = 1.0 if a[key].dtype == torch.uint8 else 1e-5
+            torch.testing.assert_close(a[key].cpu().float(), b[key].float(), atol=atol, rtol=1e-5)
         else:
             assert (a[key].cpu() == b[key]).float().mean() > 0.999, key
     ids = torch.randint(3, 8000, (4, 64))
@@ -87,11 +88,14 @@ def test_a_captured_pass_never_waits_for_the_device():
 
 def test_a_batch_that_does_not_fit_is_halved(tmp_path):
     """Only so much of the GPU is given to this process that large batches fail."""
-    config = run_config(DataConfig(per_label=8), ModelConfig(), tokens_per_batch=65536)
+    config = run_config(DataConfig(per_label=8), ModelConfig(), tokens_per_batch=65536)  # one batch
     config = type(config)(data=config.data, model=config.model, capture=config.capture, device="cuda")
     loaded = loading.load(config.model, "cuda")
+    with torch.inference_mode():
+        loaded.model(torch.ones((1, 8), dtype=torch.long, device="cuda"))  # libraries take their working memory
+    torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + 200 * 2**20) / total))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + 48 * 2**20) / total))
     try:
         run = collect_here(tmp_path / "run", config, loaded=loaded)
     finally:

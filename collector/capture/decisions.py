@@ -30,7 +30,7 @@ class LayerDecision(NamedTuple):
     experts_tk: torch.Tensor
     """[T, k] expert ids, int16 or int32."""
     weights_tk: torch.Tensor
-    """[T, k] in the model's dtype."""
+    """[T, k] float32: the model's own, whose precision may be lower."""
     statistics_3t: torch.Tensor
     """[3, T] float32: router entropy (nats), top-k mass, margin."""
     probabilities_te: torch.Tensor | None
@@ -74,7 +74,7 @@ def decision(reading: Reading, *, probabilities: bool = False) -> LayerDecision:
     n_experts = reading.logits_te.shape[1]
     return LayerDecision(
         experts_tk=reading.experts_tk.to(torch.int16 if n_experts < 2**15 else torch.int32),
-        weights_tk=reading.weights_tk,
+        weights_tk=reading.weights_tk.float(),
         statistics_3t=statistics_3t,
         probabilities_te=probabilities_te if probabilities else None,
         n_experts=n_experts,

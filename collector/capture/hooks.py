@@ -63,6 +63,14 @@ class Captured:
         return self.kept
 
 
+def _looks_back_only(model: PreTrainedModel) -> bool:
+    """Whether no token of a model attends to those after it, so that padding on the right needs no mask."""
+    if encoder_of(model) is not None or not getattr(model.config, "is_causal", True):
+        return False
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(causal) and all(causal)
+
+
 def _to_host(part: Any) -> Any:
     """Starts a copy of a tensor into pinned memory; on a CPU there is nothing to copy."""
     if not isinstance(part, torch.Tensor) or part.device.type == "cpu":
@@ -95,6 +103,7 @@ class Capture:
         self.decodes = self.two_stacks and any(hook.stack == "decoder" for hook in self._hooks)
         """Whether `run` needs decoder inputs too."""
         self._entry: Any = encoder if self.two_stacks and not self.decodes else model
+        self._needs_mask = not _looks_back_only(model)
         self._last: int | None = None
         self._handles: list[Any] = []
         self._devices: set[torch.device] = set()
@@ -205,6 +214,10 @@ class Capture:
         elif not self.two_stacks and (attention_mask[:, 0] == 0).any():
             # A causal model numbers positions from the left edge of the batch unless told otherwise.
             inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+        elif not self._needs_mask:
+            # Padding on the right is after every token that could see it. Without a mask, kernels for causal attention
+            # run, and nobody waits for the device to learn whether the mask masks anything.
+            del inputs["attention_mask"]
         with contextlib.suppress(_LastHookReached):
             self._entry(**{name: self._to_device(tensor) for name, tensor in inputs.items()}, **options)
         silent = [hook.name for index, hook in enumerate(self._hooks) if index not in self._kept]

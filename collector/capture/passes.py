@@ -1,16 +1,18 @@
 """Runs the forward passes of a shard, and puts the results of every token in place.
 
-While the device computes a batch, the host stores the results of the batch before. Every array starts as
-"never written", so that checking the arrays finds a lost token. A batch that does not fit into
-the GPU's memory is halved until it does. Padding is always on the right.
-
 All passes of a replica belong in one thread, because inference mode and torch's number of threads are set per
-thread. `hooks` runs a single pass.
+thread. That thread only starts passes: another one waits for their results and puts them in place, so that a GPU goes
+from batch to batch, and from shard to shard, without waiting for the host. Every array starts as
+"never written", so that checking the arrays finds a lost token. A batch that does not fit into
+the GPU's memory is halved until it does. Padding is always on the right. `hooks` runs a single pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,9 +21,14 @@ import torch
 from collector.capture import batches
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from collector.capture.hooks import Capture, Captured
-    from collector.capture.recorder import Recording
+    from collector.capture.recorder import Recorder, Recording
     from collector.config import CaptureConfig
+
+AHEAD = 2
+"""Batches whose results may wait for their place while the device computes the next one."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,6 +40,49 @@ class Passes:
     halved: int = 0
 
 
+class Placing:
+    """Waits for the results of a shard's batches, and puts them in place, in a thread of its own."""
+
+    def __init__(
+        self, thread: ThreadPoolExecutor, recorders: Sequence[Recorder], tokens: dict[str, batches.TokenTable]
+    ) -> None:
+        """Makes room for the shard; the thread works on its tasks in their order."""
+        self.seconds = 0.0
+        """Time that the thread has worked, apart from waiting for the device."""
+        self._thread = thread
+        self._waiting: deque[Future[None]] = deque()
+        self._recordings: list[Recording] = []
+        self._waiting.append(thread.submit(self._start, recorders, tokens))
+
+    def _start(self, recorders: Sequence[Recorder], tokens: dict[str, batches.TokenTable]) -> None:
+        started = time.perf_counter()
+        self._recordings = [recorder.start(tokens) for recorder in recorders]
+        self.seconds += time.perf_counter() - started
+
+    def _put(self, batch: dict[str, batches.Batch], captured: Captured) -> None:
+        results = captured.wait()
+        started = time.perf_counter()
+        for recording, kept in zip(self._recordings, results, strict=True):
+            recording.put(batch, kept)
+        self.seconds += time.perf_counter() - started
+
+    def add(self, batch: dict[str, batches.Batch], captured: Captured) -> None:
+        """Hands over a batch; waits while there are more than `AHEAD`."""
+        self._waiting.append(self._thread.submit(self._put, batch, captured))
+        while len(self._waiting) > AHEAD:
+            self._waiting.popleft().result()
+
+    def finish(self) -> list[Recording]:
+        """Waits until every batch is in place, and returns each recorder's recording, not checked yet.
+
+        Raises:
+            torch.AcceleratorError: the device failed.
+        """
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._recordings
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardPasses:
     """Runs all documents of a shard through a model."""
@@ -42,6 +92,9 @@ class ForwardPasses:
     pad_id: int
     config: CaptureConfig
     """With `tokens_per_batch` resolved."""
+    _thread: ThreadPoolExecutor = dataclasses.field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="place"), repr=False
+    )
 
     def run(self, tokens: dict[str, batches.TokenTable]) -> tuple[list[Recording], Passes]:
         """Runs all documents, and returns each recorder's recording, not checked yet, with the counts.
@@ -53,9 +106,12 @@ class ForwardPasses:
             torch.OutOfMemoryError: a single document does not fit into the device's memory.
             RuntimeError: a hook did not fire exactly once.
         """
-        recordings = [recorder.start(tokens) for recorder in self.capture.recorders]
-        passes = Passes()
-        waiting: tuple[dict[str, batches.Batch], Captured] | None = None
+        placing, passes = self.start(tokens)
+        return placing.finish(), passes
+
+    def start(self, tokens: dict[str, batches.TokenTable]) -> tuple[Placing, Passes]:
+        """Like `run`, but returns when the last pass has been started; the results are being put in place."""
+        placing, passes = Placing(self._thread, self.capture.recorders, tokens), Passes()
         todo = self._packed(tokens)[::-1]
         while todo:
             documents = todo.pop()
@@ -66,14 +122,14 @@ class ForwardPasses:
                 todo += [documents[middle:], documents[:middle]]
                 passes.halved += 1
                 continue
-            if waiting is not None:
-                _put_in_place(recordings, *waiting)
-            waiting = batch, captured
+            placing.add(batch, captured)
             passes.batches += 1
             passes.padded_tokens += sum(grid.input_ids.size for grid in batch.values())
-        if waiting is not None:
-            _put_in_place(recordings, *waiting)
-        return recordings, passes
+        return placing, passes
+
+    def close(self) -> None:
+        """Ends the thread that puts results in place."""
+        self._thread.shutdown()
 
     def _packed(self, tokens: dict[str, batches.TokenTable]) -> list[np.ndarray]:
         """The documents of each batch."""
@@ -101,9 +157,3 @@ class ForwardPasses:
         # Here, after the handler, the traceback no longer holds the tensors of the failed pass.
         torch.cuda.empty_cache()
         return None
-
-
-def _put_in_place(recordings: list[Recording], batch: dict[str, batches.Batch], captured: Captured) -> None:
-    """Writes a batch's results to the slots of its tokens."""
-    for recording, kept in zip(recordings, captured.wait(), strict=True):
-        recording.put(batch, kept)

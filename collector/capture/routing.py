@@ -106,7 +106,7 @@ class ShardRouting(Recording):
         for layer, decision in zip(self.layers, kept, strict=True):
             slots = batch[layer.geometry.token_stack].slots
             layer.experts_tk[slots] = decision.experts_tk.numpy()
-            layer.weights_tk[slots] = decision.weights_tk.float().numpy()
+            layer.weights_tk[slots] = decision.weights_tk.numpy()
             for name, values in zip(routing_table.STATISTICS, decision.statistics_3t.numpy(), strict=True):
                 layer.statistics[name][slots] = values
             if layer.dropped_tk is not None and decision.dropped_tk is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from collector.config import ModelConfig, Spread
-from collector.models import arithmetic, checkpoints, footprint, locations, quantization, weight_files
+from collector.models import arithmetic, checkpoints, compiling, footprint, locations, quantization, weight_files
 from collector.models.routers import find_routers
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ def load(config: ModelConfig, device: str, spread: Spread | None = None) -> Load
     _check_experts(config, model)
     compute = arithmetic.resolve(config.compute_dtype, dtype, target)
     arithmetic.apply(model, dtype, compute, target)
+    if config.compile:
+        compiling.compile_parts(model)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, device=target, compute_dtype=compute)
 
 

@@ -1,10 +1,10 @@
 """A replica loads the model once, then collects shards one after the other.
 
 It is a plain class without Ray, so that tests, benchmarks and notebooks run the very same code. A shard goes through
-three stages: read and tokenize, run batch by batch, write and commit. Each stage has its own thread, so that the
-device computes one shard while the next is read and the one before is written. Nothing of a shard counts until its
-commit record exists, so a replica may die anywhere. The content of a shard's parts depends on the shard alone,
-whatever else is in work.
+three stages: read and tokenize, run batch by batch, write and commit. Each stage has its own thread, and results are
+put in place by a further one, so that the device computes one shard while the next is read and the one before is
+written. Nothing of a shard counts until its commit record exists, so a replica may die anywhere. The content of a
+shard's parts depends on the shard alone, whatever else is in work.
 
 torch computes in the device's thread only, loading included. OpenMP keeps a team of threads for each thread that calls
 it, and two teams put each other to sleep, which on a CPU costs a small model half its speed.
@@ -12,6 +12,7 @@ it, and two teams put each other to sleep, which on a CPU costs a small model ha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 import time
@@ -44,11 +45,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from collector.capture.passes import Passes
-    from collector.capture.recorder import Recording
+    from collector.capture.passes import Passes, Placing
     from collector.config import RunConfig, Spread
 
 __all__ = ["IN_WORK", "Replica"]
+
+WRITERS = 2
+"""Shards that a replica writes at once: encoding a token takes a core longer than a GPU takes to compute it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,12 +68,12 @@ class _Recorded:
     """A shard after its forward passes."""
 
     read: _Read
-    recordings: list[Recording]
+    placing: Placing
     passes: Passes
 
 
 class Replica:
-    """Owns one model on one device, and three threads; `close` ends the threads and removes the hooks."""
+    """Owns one model on one device, and four threads; `close` ends the threads and removes the hooks."""
 
     def __init__(
         self, root: str, config: RunConfig, plan_hash: str, *, threads: int | None = None,
@@ -97,7 +100,7 @@ class Replica:
         self._pipeline = Pipeline(
             Stage(name="read", step=self._read),
             Stage(name="device", step=self._forward, prepare=self._use_threads),
-            Stage(name="write", step=self._write),
+            Stage(name="write", step=self._write, threads=WRITERS),
         )
         try:
             self._pipeline.call("device", self._load, loaded, spread)
@@ -134,6 +137,7 @@ class Replica:
         Shards that are still in work are not committed. Closing twice does no harm.
         """
         self._pipeline.close()
+        self._passes.close()
         self.capture.__exit__(None, None, None)
 
     def _use_threads(self) -> None:
@@ -251,21 +255,29 @@ class Replica:
         watch = read.watch
         watch.seconds["idle"] = time.perf_counter() - (self._device_busy_until or watch.started)
         try:
-            with watch("forward"):
-                recordings, passes = self._passes.run(read.text.tokens)
+            with watch("forward"), self._noticing_loss():
+                placing, passes = self._passes.start(read.text.tokens)
+        finally:
+            self._device_busy_until = time.perf_counter()
+        return _Recorded(read=read, placing=placing, passes=passes)
+
+    @contextlib.contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        try:
+            yield
         except torch.AcceleratorError as error:
             raise DeviceLost(
                 f"{self.loaded.device} failed, and computes nothing more in this process: {error}"
             ) from error
-        finally:
-            self._device_busy_until = time.perf_counter()
-        return _Recorded(read=read, recordings=recordings, passes=passes)
 
     def _write(self, recorded: _Recorded) -> Commit:
         """Last stage: checks, encodes, publishes and commits."""
         read, attempt = recorded.read, uuid.uuid4().hex[:12]
         text, watch = read.text, read.watch
-        files = self._writer.write(read.shard, attempt, text, recorded.recordings, watch)
+        with self._noticing_loss():
+            recordings = recorded.placing.finish()
+        watch.seconds["place"] = recorded.placing.seconds
+        files = self._writer.write(read.shard, attempt, text, recordings, watch)
         record = Commit(
             shard=read.shard,
             attempt=attempt,
