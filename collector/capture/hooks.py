@@ -32,7 +32,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from collector.capture.experts_apart import ExpertsApart
+from collector.capture.landing import PinnedPool
 from collector.capture.padding import ExpertsWithoutPadding, Grid, encoder_of
+from collector.capture.positions import looks_back_only, one_text_per_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from collector.capture.landing import Landing
     from collector.capture.recorder import Hook, Recorder
 
 
@@ -55,6 +58,8 @@ class Captured:
     """By recorder, what each of its hooks kept."""
     events: list[torch.cuda.Event]
     """One per GPU that held a hooked module."""
+    landing: Landing
+    """Where the results are on the host."""
 
     def wait(self) -> list[list[Any]]:
         """Blocks until the copies to the host are done."""
@@ -62,20 +67,9 @@ class Captured:
             event.synchronize()
         return self.kept
 
-
-def _looks_back_only(model: PreTrainedModel) -> bool:
-    """Whether no token of a model attends to those after it, so that padding on the right needs no mask."""
-    if encoder_of(model) is not None or not getattr(model.config, "is_causal", True):
-        return False
-    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-    return bool(causal) and all(causal)
-
-
-def _to_host(part: Any) -> Any:
-    """Starts a copy of a tensor into pinned memory; on a CPU there is nothing to copy."""
-    if not isinstance(part, torch.Tensor) or part.device.type == "cpu":
-        return part
-    return torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+    def release(self) -> None:
+        """Lets the next batches overwrite the results."""
+        self.landing.release()
 
 
 class Capture:
@@ -103,12 +97,14 @@ class Capture:
         self.decodes = self.two_stacks and any(hook.stack == "decoder" for hook in self._hooks)
         """Whether `run` needs decoder inputs too."""
         self._entry: Any = encoder if self.two_stacks and not self.decodes else model
-        self._needs_mask = not _looks_back_only(model)
+        self._needs_mask = not looks_back_only(model)
         self._last: int | None = None
         self._handles: list[Any] = []
         self._devices: set[torch.device] = set()
         self._kept: dict[int, Any] = {}
         self._grids: dict[str, Grid] = {}
+        self._pool = PinnedPool()
+        self._landing = self._pool.take()
         self._narrowing = ExpertsWithoutPadding(model, self._grids)
         self._apart = contextlib.ExitStack()
 
@@ -179,7 +175,7 @@ class Capture:
             reading = type(reading)(*(None if part is None else part.index_select(0, real) for part in reading))
         self._devices.add(device)
         kept = hook.keep(reading, grid)
-        return type(kept)(*map(_to_host, kept))
+        return type(kept)(*map(self._landing.copy, kept))
 
     @torch.inference_mode()
     def run(
@@ -202,6 +198,7 @@ class Capture:
             RuntimeError: a hook did not fire, fired twice, or saw other than B x S tokens.
         """
         self._kept = {}
+        self._landing = self._pool.take()
         self._grids.clear()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         self._grids["encoder" if self.two_stacks else "decoder"] = Grid.of(attention_mask, self._to_device, input_ids)
@@ -218,11 +215,12 @@ class Capture:
             # Padding on the right is after every token that could see it. Without a mask, kernels for causal attention
             # run, and nobody waits for the device to learn whether the mask masks anything.
             del inputs["attention_mask"]
-        with contextlib.suppress(_LastHookReached):
+        with contextlib.suppress(_LastHookReached), one_text_per_row():
             self._entry(**{name: self._to_device(tensor) for name, tensor in inputs.items()}, **options)
         silent = [hook.name for index, hook in enumerate(self._hooks) if index not in self._kept]
         if silent:
             raise RuntimeError(f"{', '.join(silent)} did not fire")
         events = [torch.cuda.current_stream(device).record_event() for device in self._devices if device.type == "cuda"]
         kept = iter(self._kept[index] for index in range(len(self._hooks)))
-        return Captured(kept=[list(itertools.islice(kept, count)) for count in self._hooks_of], events=events)
+        by_recorder = [list(itertools.islice(kept, count)) for count in self._hooks_of]
+        return Captured(kept=by_recorder, events=events, landing=self._landing)

@@ -64,6 +64,7 @@ class Placing:
         started = time.perf_counter()
         for recording, kept in zip(self._recordings, results, strict=True):
             recording.put(batch, kept)
+        captured.release()
         self.seconds += time.perf_counter() - started
 
     def add(self, batch: dict[str, batches.Batch], captured: Captured) -> None:

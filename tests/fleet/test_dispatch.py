@@ -209,7 +209,7 @@ def test_of_several_shards_in_a_dead_replica_none_is_blamed_until_it_kills_alone
     assert alone == [set()] * 3, "afterwards nothing runs beside it"
     for innocent in first:
         assert fleet.together[innocent] == [set()], "it had not run yet; then it runs alone"
-    assert "a replica on node0 died, shards 1, 2, 3 of it are tried one at a time: out of memory" in said(dispatcher)
+    assert "a replica on node0 died, shards 1, 2, 3, 4 of it are tried one at a time: out of memory" in said(dispatcher)
     assert fleet.started == 1 + 1 + 3, "each death is followed by a new replica"
 
 
