@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import re
@@ -10,7 +11,7 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -85,6 +86,13 @@ def forget_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def free_memory() -> None:
+    """Gives back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class Utilization:
     """Samples the share of time in which the GPU ran a kernel, ten times a second, as nvidia-smi reports it."""
 
@@ -109,15 +117,11 @@ class Utilization:
 
 
 class ThreadTimes:
-    """CPU seconds of each thread of this process inside the context; `stop` ends it while the threads still live."""
+    """CPU seconds of each thread of this process, up to `stop`, which comes while the threads still live."""
 
-    def __enter__(self) -> Self:
+    def __init__(self) -> None:
         self._before = self._read()
         self.spent: dict[str, float] = {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     @staticmethod
     def _read() -> dict[int, tuple[str, float]]:
@@ -131,31 +135,24 @@ class ThreadTimes:
     def stop(self, threads: Iterable[threading.Thread]) -> None:
         """Takes the times now, under the names that Python's threads have."""
         names = {thread.native_id: re.sub(r"_\d+$", "", thread.name) for thread in threads}
-        spent: Counter[str] = Counter()
+        spent: dict[str, float] = defaultdict(float)
         for number, (name, seconds) in self._read().items():
             spent[names.get(number, name)] += seconds - self._before.get(number, ("", 0.0))[1]
-        self.spent = {name: seconds for name, seconds in spent.most_common() if seconds >= 0.05}
+        self.spent = {
+            name: seconds for name, seconds in sorted(spent.items(), key=lambda item: -item[1]) if seconds >= 0.05
+        }
 
 
 def say_waits(device: str, function: Callable[[], object]) -> None:
     """Prints the places in the code where a function waits for the device, and how often."""
     if device != "cuda":
         return
-    found = Counter[str]()
-
-    def note(_message: Any, _kind: Any, filename: str, line: int, *_: Any) -> None:
-        found[f"{filename}:{line}"] += 1
-
-    before, warnings.showwarning = warnings.showwarning, note
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = note
-            torch.cuda.set_sync_debug_mode("warn")
-            function()
-            torch.cuda.set_sync_debug_mode("default")
-    finally:
-        warnings.showwarning = before
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        function()
+        torch.cuda.set_sync_debug_mode("default")
+    found = Counter(f"{each.filename}:{each.lineno}" for each in noted)
     print("waits for the device: " + json.dumps(found.most_common(12)), flush=True)
 
 
@@ -165,7 +162,7 @@ def summary_of(profiler: Any) -> dict[str, Any]:
     waits: dict[str, list[float]] = {}
     for event in profiler.events():
         spent = event.time_range.elapsed_us() / 1000
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             spans.append((event.time_range.start, event.time_range.end))
             kernels[event.name] += spent
             calls[event.name] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
+import functools
 import json
 import statistics
 import tempfile
@@ -18,7 +18,6 @@ import torch
 from benchmarks import gpu_meters as meters
 from benchmarks.collect import CutAfterLastRouter, forward_all, notebook_loop, prepare, transformers_batches
 from collector.capture.hooks import Capture
-from collector.capture.passes import ForwardPasses
 from collector.capture.recorders import recorders_for
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
 from collector.data import plan
@@ -86,7 +85,50 @@ def experts_by(model: Any, implementation: str) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
+def all_texts(config: RunConfig, made: plan.Plan) -> list[str]:
+    """The texts of all documents of a plan."""
+    rows = (row for shard in made.shards for row in plan.read_shard(shard, config.data))
+    return [row.text for row in rows if isinstance(row, Document)]
+
+
+def batches_of(
+    bench: Bench, folder: Path, loaded: loading.LoadedModel, made: plan.Plan, budget: int | None = None
+) -> list[Batch]:
+    """The batches that a replica would make of a plan."""
+    return prepare(loaded, settings(bench, folder, texts="texts.jsonl", batch=budget), made)
+
+
+def sizes(prepared: list[Batch]) -> tuple[int, int]:
+    """Returns (real tokens, padded tokens)."""
+    real = sum(int(batch.attention_mask.sum()) for batch in prepared)
+    return real, sum(batch.input_ids.size for batch in prepared)
+
+
 # -- floor -------------------------------------------------------------------------------------------
+
+
+class Table:
+    """The rows of `floor`, printed as they are measured."""
+
+    def __init__(self, bench: Bench, ceiling: dict[str, float]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._bench, self._peak = bench, ceiling["matmul_tflops"] * 1e12
+        print("| variant | padded tokens | tokens/s | of the peak |\n|---|---|---|---|", flush=True)
+
+    def add(self, name: str, budget: int, tokens: int, run: Callable[[], object], *, rounds: int, cut: bool) -> None:
+        """Times a variant after a first, untimed run; one that does not fit into the memory has its row too."""
+        try:
+            run()
+            seconds = [meters.timed(self._bench.device, run) for _ in range(rounds)]
+        except torch.OutOfMemoryError:
+            print(f"| {name} | {budget:,} | out of memory | |", flush=True)
+        else:
+            rate = tokens / statistics.median(seconds)
+            share = rate * meters.flops_per_token(self._bench.geometry, cut=cut) / self._peak
+            self.rows.append({"variant": name, "batch": budget, "tokens": tokens, "seconds": seconds,
+                              "tokens_per_second": rate, "share_of_peak": share})  # fmt: skip
+            print(f"| {name} | {budget:,} | {rate:,.0f} | {100 * share:.1f} % |", flush=True)
+        meters.free_memory()
 
 
 def floor(bench: Bench, folder: Path) -> dict[str, Any]:
@@ -95,58 +137,33 @@ def floor(bench: Bench, folder: Path) -> dict[str, Any]:
     print(f"matrix peak {ceiling['matmul_tflops']:.0f} TFLOP/s in bfloat16, copies {ceiling['copy_gb_s']:,.0f} GB/s")
     config = settings(bench, folder, texts="texts.jsonl", batch=bench.batches[0])
     loaded, made = load(bench, config), plan.make_plan(config)
-    lm = as_language_model(loaded)
-    texts = [row.text for s in made.shards for row in plan.read_shard(s, config.data) if isinstance(row, Document)]
-    rows: list[dict[str, Any]] = []
-
-    def say(name: str, batch: int, tokens: int, seconds: list[float], cut: bool = True) -> None:
-        rate = tokens / statistics.median(seconds)
-        flops = meters.flops_per_token(bench.geometry, cut=cut)
-        rows.append({"variant": name, "batch": batch, "tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
-                     "share_of_peak": rate * flops / ceiling["matmul_tflops"] / 1e12})  # fmt: skip
-        print(f"| {name} | {batch:,} | {rate:,.0f} | {100 * rows[-1]['share_of_peak']:.1f} % |", flush=True)
-
-    print("| variant | padded tokens | tokens/s | of the peak |\n|---|---|---|---|", flush=True)
+    lm, tokenizer, texts = as_language_model(loaded), loaded.tokenizer, all_texts(config, made)
+    table = Table(bench, ceiling)
     few = [text for text in texts if len(text) < 400][:100]
-    notebook_loop(lm, loaded.tokenizer, few[:3], 512)
-    tokens = sum(len(ids) for ids in loaded.tokenizer(few, truncation=True, max_length=512)["input_ids"])
-    say("one text at a time, hook, argmax", 1, tokens, [meters.timed(bench.device, lambda: notebook_loop(lm, loaded.tokenizer, few, 512))], cut=False)  # fmt: skip
+    tokens = sum(len(ids) for ids in tokenizer(few, truncation=True, max_length=512)["input_ids"])
+    one_by_one = functools.partial(notebook_loop, lm, tokenizer, few, 512)
+    table.add("one text at a time, hook, argmax", 1, tokens, one_by_one, rounds=1, cut=False)
     for budget in bench.batches:
-        prepared = prepare(loaded, settings(bench, folder, texts="texts.jsonl", batch=budget), made)
-        tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
-        variants = {
-            "transformers, batched, arrival order": lambda: transformers_batches(lm, loaded.tokenizer, texts, 512, budget),
-            "bare base model": lambda: forward_all(loaded.model, prepared),
-            "cut after the last router": lambda: cut(loaded, prepared),
-            "cut, experts without padding, captured": lambda: captured(loaded, prepared),
+        prepared = batches_of(bench, folder, loaded, made, budget)
+        tokens, padded = sizes(prepared)
+        variants: dict[str, Callable[[], object]] = {
+            "transformers, batched, arrival order": functools.partial(
+                transformers_batches, lm, tokenizer, texts, 512, budget
+            ),
+            "bare base model": functools.partial(forward_all, loaded.model, prepared),
+            "cut after the last router": functools.partial(cut, loaded, prepared),
+            "cut, experts without padding, captured": functools.partial(captured, loaded, prepared),
         }
         for name, variant in variants.items():
-            with fitting(name, budget):
-                variant()
-                seconds = [meters.timed(bench.device, variant) for _ in range(bench.rounds)]
-                say(name, budget, tokens, seconds, cut=name.startswith("cut"))
-        padded = sum(batch.input_ids.size for batch in prepared)
+            table.add(name, budget, tokens, variant, rounds=bench.rounds, cut=name.startswith("cut"))
         print(f"| padding efficiency {tokens / padded:.3f}, {len(prepared)} batches | {budget:,} | | |")
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         for budget in bench.batches[:1] + bench.batches[-2:-1]:
-            prepared = prepare(loaded, settings(bench, folder, texts="texts.jsonl", batch=budget), made)[:4]
-            tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
-            with fitting(implementation, budget), experts_by(loaded.model, implementation):
-                cut(loaded, prepared[:1])
-                say(f"cut, experts {implementation}", budget, tokens, [meters.timed(bench.device, lambda: cut(loaded, prepared))])  # fmt: skip
-    return {"ceilings": ceiling, "rows": rows}
-
-
-@contextlib.contextmanager
-def fitting(name: str, budget: int) -> Iterator[None]:
-    """Says that a variant does not fit into the memory, instead of failing."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        print(f"| {name} | {budget:,} | out of memory | |", flush=True)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+            prepared = batches_of(bench, folder, loaded, made, budget)[:4]
+            with experts_by(loaded.model, implementation):
+                run = functools.partial(cut, loaded, prepared)
+                table.add(f"cut, experts {implementation}", budget, sizes(prepared)[0], run, rounds=1, cut=True)
+    return {"ceilings": ceiling, "rows": table.rows}
 
 
 def cut(loaded: loading.LoadedModel, prepared: list[Batch]) -> None:
@@ -175,16 +192,16 @@ def compiled(bench: Bench, folder: Path) -> dict[str, Any]:
     """The cut forward pass with capture, compiled and not, on the same batches."""
     config = settings(bench, folder, texts="texts.jsonl")
     loaded, made = load(bench, config), plan.make_plan(config)
-    prepared = prepare(loaded, config, made)
-    tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
+    prepared = batches_of(bench, folder, loaded, made)
+    tokens, _ = sizes(prepared)
+    run = functools.partial(captured, loaded, prepared)
     seconds: dict[str, list[float]] = {}
     chosen = []
     for name in ("plain", "compiled"):
         if name == "compiled":
-            parts = compiling.compile_parts(loaded.model)
-            print(f"{len(parts)} modules compile; first pass {meters.timed(bench.device, lambda: captured(loaded, prepared[:1])):.1f} s")  # fmt: skip
-        print(f"all shapes once: {meters.timed(bench.device, lambda: captured(loaded, prepared)):.1f} s", flush=True)
-        seconds[name] = [meters.timed(bench.device, lambda: captured(loaded, prepared)) for _ in range(bench.rounds + 1)]
+            print(f"{len(compiling.compile_parts(loaded.model))} modules compile")
+        print(f"first run {meters.timed(bench.device, run):.1f} s", flush=True)
+        seconds[name] = [meters.timed(bench.device, run) for _ in range(bench.rounds + 1)]
         chosen.append(picks(loaded, prepared[0]))
     agree = same(*chosen)
     print("| | tokens/s |\n|---|---|")
@@ -214,18 +231,19 @@ def capture(bench: Bench, folder: Path) -> dict[str, Any]:
     config = settings(bench, folder, texts="run.jsonl", compile=bench.compile)
     loaded, made = load(bench, config), plan.make_plan(config)
     prepared = prepare(loaded, config, made)
-    tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
-    padded = sum(batch.input_ids.size for batch in prepared)
+    tokens, padded = sizes(prepared)
     cut(loaded, prepared)  # memory for all shapes, and kernels compiled
     captured(loaded, prepared[:3])
     bare = meters.timed(bench.device, lambda: cut(loaded, prepared))
     without_files = meters.timed(bench.device, lambda: captured(loaded, prepared))
-    with tempfile.TemporaryDirectory(dir=folder) as root, contextlib.closing(Replica(root, config, made.hash, loaded=loaded)) as replica:  # fmt: skip
-        with meters.Utilization() as used, meters.ThreadTimes() as threads:
-            started = time.perf_counter()
-            commits = list(replica.collect_all(made.shards))
-            seconds = time.perf_counter() - started
-            threads.stop(threading.enumerate())
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
+        replica = stack.enter_context(contextlib.closing(Replica(root, config, made.hash, loaded=loaded)))
+        used, threads = stack.enter_context(meters.Utilization()), meters.ThreadTimes()
+        started = time.perf_counter()
+        commits = list(replica.collect_all(made.shards))
+        seconds = time.perf_counter() - started
+        threads.stop(threading.enumerate())
         size = sum(part.bytes for commit in commits for part in commit.files.values())
     stages: Counter[str] = Counter()
     for commit in commits:
@@ -237,10 +255,11 @@ def capture(bench: Bench, folder: Path) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds, "captured/cut": bare / without_files, "collected/cut": bare / seconds,
         "gpu_busy_percent": used.mean, "stages": dict(stages), "cpu_seconds_by_thread": threads.spent,
     }  # fmt: skip
-    print(f"{tokens:,} tokens in {len(made.shards)} shards, {len(prepared)} batches of {config.capture.tokens_per_batch:,},"
-          f" padding efficiency {tokens / padded:.3f}, {size / tokens:.0f} bytes per token")  # fmt: skip
+    print(f"{tokens:,} tokens in {len(made.shards)} shards, {len(prepared)} batches, padding efficiency "
+          f"{tokens / padded:.3f}, {size / tokens:.0f} bytes per token")  # fmt: skip
     print("| | tokens/s | of the cut forward pass |\n|---|---|---|")
-    for name, took in (("cut forward pass", bare), ("with capture", without_files), ("collector, files written", seconds)):
+    ways = {"cut forward pass": bare, "with capture": without_files, "collector, files written": seconds}
+    for name, took in ways.items():
         print(f"| {name} | {tokens / took:,.0f} | {bare / took:.3f} |")
     print(f"GPU busy {used.mean:.0f} % of the samples; {shares(stages)}")
     print("seconds of CPU by thread: " + ", ".join(f"{name} {spent:.1f}" for name, spent in threads.spent.items()))
@@ -267,7 +286,9 @@ def ray(bench: Bench, folder: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=folder) as root, cluster(launch), meters.Utilization() as used:
             run, tally = RunDirectory(root), Tally(shards=len(made.shards), documents=made.documents)
             with ProgressView(tally) as view:
-                driver.work_off(Job(run=run, plan=made, launch=launch), config, view, need=Need.of(launch, bench.device))
+                driver.work_off(
+                    Job(run=run, plan=made, launch=launch), config, view, need=Need.of(launch, bench.device)
+                )
                 seconds = time.monotonic() - tally.started
             commits = {commit.shard: commit for commit in run.commits()}
             written = sorted((path.stat().st_mtime, int(path.stem)) for path in Path(root, "commits").rglob("*.json"))
@@ -295,38 +316,32 @@ def nf4(bench: Bench, folder: Path) -> dict[str, Any]:
         rates: dict[int, float] = {}
         meters.forget_peak(bench.device)
         for budget in bench.batches[1:3]:
-            prepared = prepare(loaded, settings(bench, folder, texts="texts.jsonl", batch=budget), made)
-            tokens = sum(int(batch.attention_mask.sum()) for batch in prepared)
-            captured(loaded, prepared)
-            rates[budget] = tokens / meters.timed(bench.device, lambda: captured(loaded, prepared))
+            prepared = batches_of(bench, folder, loaded, made, budget)
+            run = functools.partial(captured, loaded, prepared)
+            run()
+            rates[budget] = sizes(prepared)[0] / meters.timed(bench.device, run)
         running = meters.memory(bench.device)[1]
         results[how] = {"held_gb": held, "loading_peak_gb": loading_peak, "running_peak_gb": running,
-                        "tokens_per_second": rates, "parts": footprint.describe(loaded.model, loaded.compute_dtype)}  # fmt: skip
+                        "tokens_per_second": rates,
+                        "parts": footprint.describe(loaded.model, loaded.compute_dtype)}  # fmt: skip
         speeds = ", ".join(f"{budget:,}: {rate:,.0f}" for budget, rate in rates.items())
         print(f"| {how} | {held:.2f} GB | {loading_peak:.2f} GB | {running:.2f} GB | {speeds} |", flush=True)
-        del loaded
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    results["same_experts_on_demo"] = agreement(bench, folder)
-    print(f"demo model: {100 * results['same_experts_on_demo']:.1f} % of the experts chosen in float32 are chosen in nf4")
+        del loaded, prepared, run
+        meters.free_memory()
+    agree = results["same_experts_on_demo"] = agreement(bench)
+    print(f"demo model: {100 * agree:.1f} % of the experts chosen in float32 are chosen in nf4")
     return results
 
 
-def agreement(bench: Bench, folder: Path) -> float:
+def agreement(bench: Bench) -> float:
     """Share of the picks of the demo model that its nf4 copy makes too."""
     chosen = []
     for how in ("none", "nf4"):
         model = ModelConfig(dtype="float32", quantization=how)
         config = resolve(data=DataConfig(per_label=4), model=model, capture=CaptureConfig(), device=bench.device)
-        loaded, made = loading.load(model, bench.device), plan.make_plan(config)
-        with router_capture(loaded) as capture:
-            passes = ForwardPasses(capture=capture, pad_id=loaded.pad_id, config=config.capture)
-            from collector.capture.batches import tokenize
-
-            texts = [row.text for s in made.shards for row in plan.read_shard(s, config.data) if isinstance(row, Document)]
-            (recording,), _ = passes.run({"decoder": tokenize(loaded.tokenizer, texts, 512)})
-        chosen.append(torch.cat([torch.from_numpy(layer.experts_tk) for layer in recording.layers]))  # type: ignore[attr-defined]
+        loaded = loading.load(model, bench.device)
+        (first, *_) = prepare(loaded, config, plan.make_plan(config))
+        chosen.append(picks(loaded, first))
     return same(*chosen)
 
 
@@ -334,7 +349,7 @@ def agreement(bench: Bench, folder: Path) -> float:
 
 
 def profile(bench: Bench, folder: Path) -> dict[str, Any]:
-    """Kernels by time, the GPU's idle time, and calls that wait, in the passes of one shard at the default batch size."""
+    """Kernels by time, the GPU's idle time, and calls that wait, at the default batch size."""
     config = settings(bench, folder, texts="texts.jsonl", compile=bench.compile)
     loaded, made = load(bench, config), plan.make_plan(config)
     prepared = prepare(loaded, config, made)
@@ -345,8 +360,8 @@ def profile(bench: Bench, folder: Path) -> dict[str, Any]:
         captured(loaded, prepared)
         meters.wait(bench.device)
     found = meters.summary_of(profiler)
-    print(f"{len(prepared)} batches of {config.capture.tokens_per_batch:,}: GPU busy {found['busy_ms']:.0f} ms of "
-          f"{found['span_ms']:.0f} ms; {found['gaps']} gaps of more than 0.1 ms, {found['gap_ms']:.0f} ms in all")  # fmt: skip
+    print(f"{len(prepared)} batches: GPU busy {found['busy_ms']:.0f} of {found['span_ms']:.0f} ms; "
+          f"{found['gaps']} gaps of more than 0.1 ms, {found['gap_ms']:.0f} ms in all")  # fmt: skip
     print("| kernel | ms | of the busy time | calls |\n|---|---|---|---|")
     for name, spent, calls in found["kernels"][:25]:
         print(f"| {name[:110]} | {spent:.1f} | {100 * spent / max(found['busy_ms'], 1e-9):.1f} % | {calls} |")

@@ -5,9 +5,9 @@
 
 Documents are read, tokenized, padded, put in place, encoded, published and committed as in any run. In place of the
 model stands a device with the geometry of OLMoE-1B-7B (16 layers, 64 experts, top-8): experts and weights are random,
-so they compress as badly as can be. A pass makes as many small calls of torch as launching a real one does, because each
-of them lets go of the interpreter and has to get it back; how long the device's thread waits for that is measured by
-its CPU time. At a pace, a pass takes as long as on a GPU of so many tokens per second, and up to two are under way.
+so they compress as badly as can be. A pass makes as many small calls of torch as launching a real one does, because
+each of them lets go of the interpreter and has to get it back. How long the device's thread waits for it, or for a
+core, is measured by its CPU time. At a pace, a pass takes as long as on a GPU of so many tokens per second.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ class Device:
         weights = torch.from_numpy(rng.random((size, 8), np.float32)).bfloat16().float()
         self._layers = []
         for layer in range(bench.layers):
-            self._layers.append((torch.from_numpy(np.roll(order, 17 * layer, 0).astype(np.int16)),
-                                 weights.roll(13 * layer, 0), torch.from_numpy(rng.random((3, size), np.float32))))  # fmt: skip
+            experts, statistics = np.roll(order, 17 * layer, 0).astype(np.int16), rng.random((3, size), np.float32)
+            parts = torch.from_numpy(experts), weights.roll(13 * layer, 0), torch.from_numpy(statistics)
+            self._layers.append(parts)
         recorder = RoutingRecorder(None, [], CaptureConfig())  # type: ignore[arg-type]
         recorder.layers = [Layer(layer=layer, n_experts=64, top_k=8) for layer in range(bench.layers)]
         self.recorders = [recorder]
@@ -78,7 +80,7 @@ class Device:
         self.launching = self.computing = 0.0
         """Seconds of launching, and of CPU time of these."""
 
-    def run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Pass:
+    def run(self, _input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Pass:
         """Launches a pass; its results are there at once, and `wait` waits for the device's pace."""
         started, used = time.perf_counter(), time.thread_time()
         for _ in range(self._bench.launches):
@@ -117,9 +119,13 @@ def measure(bench: Bench, source: Path, pace: float | None) -> dict[str, Any]:
     config = resolve(data=DataConfig(data=(str(source),)), model=ModelConfig(), device="cpu",
                      capture=CaptureConfig(tokens_per_batch=bench.batch))  # fmt: skip
     made = plan.make_plan(config)
-    with tempfile.TemporaryDirectory() as root, contextlib.closing(Replica(root, config, made.hash, threads=1)) as replica:
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(tempfile.TemporaryDirectory())
+        replica = stack.enter_context(contextlib.closing(Replica(root, config, made.hash, threads=1)))
         device = Device(bench, pace)
-        replica._passes = dataclasses.replace(replica._passes, capture=device)  # type: ignore[arg-type]
+        # As beside a GPU; the other stages are those of this machine.
+        placer = ThreadPoolExecutor(1, thread_name_prefix="place")
+        replica._passes = dataclasses.replace(replica._passes, capture=device, placer=placer)  # type: ignore[arg-type]
         started, used = time.perf_counter(), time.process_time()
         commits = list(replica.collect_all(made.shards))
         seconds, cpu = time.perf_counter() - started, time.process_time() - used
@@ -128,7 +134,10 @@ def measure(bench: Bench, source: Path, pace: float | None) -> dict[str, Any]:
     for commit in commits:
         stages.update(commit.seconds)
     return {
-        "tokens": tokens, "shards": len(commits), "tokens_per_second": tokens / seconds, "cpu_per_token_us": cpu / tokens * 1e6,
+        "tokens": tokens,
+        "shards": len(commits),
+        "tokens_per_second": tokens / seconds,
+        "cpu_per_token_us": cpu / tokens * 1e6,
         "waiting": 1 - device.computing / device.launching, "launching_of_run": device.launching / seconds,
         "bytes_per_token": sum(part.bytes for commit in commits for part in commit.files.values()) / tokens,
         "stages": dict(stages),
@@ -144,14 +153,23 @@ def main(bench: Bench) -> None:
         with source.open("w") as file:
             for label, text in documents(max(8, bench.tokens // 300)):
                 file.write(json.dumps({"text": text, "label": label}) + "\n")
-        print("| device | tokens/s | CPU per token | launching | of it waiting for the interpreter |\n|---|---|---|---|---|")
+        print("| device | tokens/s | CPU per token | launching | of it waiting |\n|---|---|---|---|---|")
+        notes = []
         for name, pace in (("at once", None), (f"{bench.pace:,} tokens/s", float(bench.pace))):
             found = [measure(bench, source, pace) for _ in range(bench.rounds)]
             middle = {key: statistics.median(each[key] for each in found) for key in found[0] if key != "stages"}
-            print(f"| {name} | {middle['tokens_per_second']:,.0f} | {middle['cpu_per_token_us']:.1f} µs | "
-                  f"{100 * middle['launching_of_run']:.1f} % of the run | {100 * middle['waiting']:.1f} % |")  # fmt: skip
-            print(f"\n{shares(found[0]['stages'])}; {middle['tokens']:,.0f} tokens in {middle['shards']:.0f} shards, "
-                  f"{middle['bytes_per_token']:.0f} bytes per token\n", flush=True)  # fmt: skip
+            launching, waiting = 100 * middle["launching_of_run"], 100 * middle["waiting"]
+            print(
+                f"| {name} | {middle['tokens_per_second']:,.0f} | {middle['cpu_per_token_us']:.1f} µs | "
+                f"{launching:.1f} % of the run | {waiting:.1f} % |"
+            )
+            notes.append(f"{name}: {shares(found[0]['stages'])}")
+        print("\n".join(["", *notes]))
+        print(
+            f"{middle['tokens']:,.0f} tokens in {middle['shards']:.0f} shards, "
+            f"{middle['bytes_per_token']:.0f} bytes per token",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Runs the forward passes of a shard, and puts the results of every token in place.
 
 All passes of a replica belong in one thread, because inference mode and torch's number of threads are set per
-thread. That thread only starts passes: another one waits for their results and puts them in place, so that a GPU goes
-from batch to batch, and from shard to shard, without waiting for the host. Every array starts as
+thread. Beside a GPU that thread only starts passes: another one waits for their results and puts them in place, so that
+the GPU goes from batch to batch, and from shard to shard, without waiting for the host. Every array starts as
 "never written", so that checking the arrays finds a lost token. A batch that does not fit into
 the GPU's memory is halved until it does. Padding is always on the right. `hooks` runs a single pass.
 """
@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch
 from collector.capture import batches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from collector.capture.hooks import Capture, Captured
     from collector.capture.recorder import Recorder, Recording
@@ -40,13 +40,24 @@ class Passes:
     halved: int = 0
 
 
-class Placing:
-    """Waits for the results of a shard's batches, and puts them in place, in a thread of its own."""
+class Here(Executor):
+    """Does what is submitted at once, in the calling thread."""
 
-    def __init__(
-        self, thread: ThreadPoolExecutor, recorders: Sequence[Recorder], tokens: dict[str, batches.TokenTable]
-    ) -> None:
-        """Makes room for the shard; the thread works on its tasks in their order."""
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        """Returns a future that is done; an error is raised where its result is asked for."""
+        done: Future[Any] = Future()
+        try:
+            done.set_result(function(*arguments, **named))
+        except Exception as error:  # noqa: BLE001 - raised where the result is awaited
+            done.set_exception(error)
+        return done
+
+
+class Placing:
+    """Waits for the results of a shard's batches, and puts them in place, in the order of the batches."""
+
+    def __init__(self, thread: Executor, recorders: Sequence[Recorder], tokens: dict[str, batches.TokenTable]) -> None:
+        """Makes room for the shard, in the thread that does all this."""
         self.seconds = 0.0
         """Time that the thread has worked, apart from waiting for the device."""
         self._thread = thread
@@ -93,9 +104,8 @@ class ForwardPasses:
     pad_id: int
     config: CaptureConfig
     """With `tokens_per_batch` resolved."""
-    _thread: ThreadPoolExecutor = dataclasses.field(
-        default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="place"), repr=False
-    )
+    placer: Executor = dataclasses.field(default_factory=Here)
+    """Where results are put in place."""
 
     def run(self, tokens: dict[str, batches.TokenTable]) -> tuple[list[Recording], Passes]:
         """Runs all documents, and returns each recorder's recording, not checked yet, with the counts.
@@ -112,7 +122,7 @@ class ForwardPasses:
 
     def start(self, tokens: dict[str, batches.TokenTable]) -> tuple[Placing, Passes]:
         """Like `run`, but returns when the last pass has been started; the results are being put in place."""
-        placing, passes = Placing(self._thread, self.capture.recorders, tokens), Passes()
+        placing, passes = Placing(self.placer, self.capture.recorders, tokens), Passes()
         todo = self._packed(tokens)[::-1]
         while todo:
             documents = todo.pop()
@@ -127,10 +137,6 @@ class ForwardPasses:
             passes.batches += 1
             passes.padded_tokens += sum(grid.input_ids.size for grid in batch.values())
         return placing, passes
-
-    def close(self) -> None:
-        """Ends the thread that puts results in place."""
-        self._thread.shutdown()
 
     def _packed(self, tokens: dict[str, batches.TokenTable]) -> list[np.ndarray]:
         """The documents of each batch."""

@@ -1,4 +1,4 @@
-"""Spares a model the questions about masks and positions whose answers are known: padding is on the right, each row is one text.
+"""Spares a model two questions about its input, because the answers are known.
 
 Where no token attends to those after it, padding on the right needs no mask, and the kernels for causal attention run.
 transformers then looks at the position ids for several texts packed into one row. It reads the answer from the device,
@@ -45,7 +45,7 @@ _look_for_packed_texts = masking_utils.find_packed_sequence_indices
 
 
 def _unless_known(position_ids: Any) -> Any:
-    """transformers' own search, except in the context above, where there is nothing to find."""
+    """Transformers' own search, except in the context above, where there is nothing to find."""
     return None if getattr(_here, "one_text", False) else _look_for_packed_texts(position_ids)
 
 

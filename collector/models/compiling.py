@@ -42,9 +42,7 @@ def compile_parts(model: PreTrainedModel) -> list[str]:
     if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
         model.set_experts_implementation(IMPLEMENTATION)
     for module in parts.values():
-        module.forward = torch.compile(  # type: ignore[method-assign]
-            module.forward, dynamic=True, options={"emulate_precision_casts": True}
-        )
+        module.forward = torch.compile(module.forward, dynamic=True, options={"emulate_precision_casts": True})
     return list(parts)
 
 
@@ -71,7 +69,7 @@ def _parts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 def grouped_by_pick(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """transformers' grouped experts, but each token's sum is written out pick by pick.
+    """Transformers' grouped experts, but each token's sum is written out pick by pick.
 
     Written as a reduction over gathered rows, as in transformers, the sum becomes a kernel of its own that takes longer
     than all matrix products of the layer; pick by pick it is one pass over the outputs.

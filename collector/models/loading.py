@@ -85,7 +85,7 @@ def load(config: ModelConfig, device: str, spread: Spread | None = None) -> Load
     if spread is not None and spread.offload != "none" and (stored is not None or config.quantization != "none"):
         raise ValueError("--offload moves plain weights only: leave out --quantization, or use --gpus-per-replica")
     if config.compile and (spread is not None or stored is not None or config.quantization != "none"):
-        raise ValueError("--compile takes plain weights on one device: leave it out, or use no quantization and no offload")
+        raise ValueError("--compile takes plain weights on one device: leave it out, or --quantization and --offload")
     if dtype is None:
         read = config.weights == "pretrained"
         dtype = weight_files.stored_dtype(checkpoint_tensors(config)) if read else torch.float32

@@ -1,10 +1,10 @@
 """A replica loads the model once, then collects shards one after the other.
 
 It is a plain class without Ray, so that tests, benchmarks and notebooks run the very same code. A shard goes through
-three stages: read and tokenize, run batch by batch, write and commit. Each stage has its own thread, and results are
-put in place by a further one, so that the device computes one shard while the next is read and the one before is
-written. Nothing of a shard counts until its commit record exists, so a replica may die anywhere. The content of a
-shard's parts depends on the shard alone, whatever else is in work.
+three stages: read and tokenize, run batch by batch, write and commit. Each stage has its own thread, so that the
+device computes one shard while the next is read and the one before is written. Beside a GPU a further thread puts
+results in place, and two write. Nothing of a shard counts until its commit record exists, so a replica may die
+anywhere. The content of a shard's parts depends on the shard alone, whatever else is in work.
 
 torch computes in the device's thread only, loading included. OpenMP keeps a team of threads for each thread that calls
 it, and two teams put each other to sleep, which on a CPU costs a small model half its speed.
@@ -17,6 +17,7 @@ import dataclasses
 import socket
 import time
 import uuid
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from collector import token_ids
 from collector.capture import batches
 from collector.capture.conversations import put_into_words
 from collector.capture.hooks import Capture
-from collector.capture.passes import ForwardPasses
+from collector.capture.passes import ForwardPasses, Here
 from collector.capture.recorders import need_head, recorders_for
 from collector.capture.shard_text import ShardText
 from collector.data import plan
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["IN_WORK", "Replica"]
 
 WRITERS = 2
-"""Shards that a replica writes at once: encoding a token takes a core longer than a GPU takes to compute it."""
+"""Shards that a replica beside a GPU writes at once, because a GPU computes faster than a core encodes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class _Recorded:
 
 
 class Replica:
-    """Owns one model on one device, and four threads; `close` ends the threads and removes the hooks."""
+    """Owns one model on one device, and the threads of its stages; `close` ends the threads and removes the hooks."""
 
     def __init__(
         self, root: str, config: RunConfig, plan_hash: str, *, threads: int | None = None,
@@ -97,10 +98,13 @@ class Replica:
         self.config = config
         self.plan_hash = plan_hash
         self._device_busy_until: float | None = None
+        # On a CPU further threads would only take the cores that the model computes on.
+        beside = config.device != "cpu"
+        self._placer: Executor = ThreadPoolExecutor(1, thread_name_prefix="place") if beside else Here()
         self._pipeline = Pipeline(
             Stage(name="read", step=self._read),
             Stage(name="device", step=self._forward, prepare=self._use_threads),
-            Stage(name="write", step=self._write, threads=WRITERS),
+            Stage(name="write", step=self._write, threads=WRITERS if beside else 1),
         )
         try:
             self._pipeline.call("device", self._load, loaded, spread)
@@ -120,7 +124,9 @@ class Replica:
         self.capture = Capture(self.loaded.model, recorders, device=self.loaded.device)
         self._check_target()
         self.capture.__enter__()
-        self._passes = ForwardPasses(capture=self.capture, pad_id=self.loaded.pad_id, config=config.capture)
+        self._passes = ForwardPasses(
+            capture=self.capture, pad_id=self.loaded.pad_id, config=config.capture, placer=self._placer
+        )
         self._writer = PartWriter(
             self.run,
             documents=tables.documents_schema(
@@ -137,7 +143,7 @@ class Replica:
         Shards that are still in work are not committed. Closing twice does no harm.
         """
         self._pipeline.close()
-        self._passes.close()
+        self._placer.shutdown()
         self.capture.__exit__(None, None, None)
 
     def _use_threads(self) -> None:
