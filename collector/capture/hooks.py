@@ -220,7 +220,12 @@ class Capture:
         silent = [hook.name for index, hook in enumerate(self._hooks) if index not in self._kept]
         if silent:
             raise RuntimeError(f"{', '.join(silent)} did not fire")
-        events = [torch.cuda.current_stream(device).record_event() for device in self._devices if device.type == "cuda"]
+        # A thread that waits for these sleeps; by default it would keep a core busy.
+        events = [
+            torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))
+            for device in self._devices
+            if device.type == "cuda"
+        ]
         kept = iter(self._kept[index] for index in range(len(self._hooks)))
         by_recorder = [list(itertools.islice(kept, count)) for count in self._hooks_of]
         return Captured(kept=by_recorder, events=events, landing=self._landing)

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 from collector.capture import routing_table
+from collector.capture.passes import Here
+from collector.capture.routing import ShardRouting
 from collector.capture.shard_text import ShardText
 from collector.config import DataConfig, ModelConfig
 from collector.data import plan
@@ -280,6 +282,37 @@ def test_repeating_a_shard_repeats_its_content(tmp_path, config, tiny_model):
     first = collect_here(tmp_path / "first", config, loaded=tiny_model)
     second = collect_here(tmp_path / "second", config, loaded=tiny_model)
     assert_same_content(first, second)
+
+
+def test_results_that_another_thread_puts_in_place_are_the_same(tmp_path, config, tiny_model):
+    """As beside a GPU."""
+    first = collect_here(tmp_path / "first", config, loaded=tiny_model)
+    with (
+        ThreadPoolExecutor(1) as thread,
+        replica_and_plan(tmp_path / "second", config, tiny_model) as (replica, made),
+    ):
+        replica._passes = dataclasses.replace(replica._passes, placer=thread)
+        list(replica.collect_all(made.shards))
+    assert_same_content(first, RunDirectory(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("placer", [Here, lambda: ThreadPoolExecutor(1)])
+def test_a_result_that_has_no_place_fails_its_shard_alone(tmp_path, config, tiny_model, monkeypatch, placer):
+    put, calls = ShardRouting.put, []
+
+    def failing(self, batch, kept):
+        calls.append(batch)
+        if len(calls) == 1:
+            raise ValueError("no place for it")
+        put(self, batch, kept)
+
+    monkeypatch.setattr(ShardRouting, "put", failing)
+    with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
+        replica._passes = dataclasses.replace(replica._passes, placer=placer())
+        with pytest.raises(ValueError, match="no place for it"):
+            replica.collect(made.shards[0])
+        commits = [replica.collect(shard) for shard in made.shards]
+    assert {commit.shard for commit in commits} == {shard.shard for shard in made.shards}
 
 
 def test_bad_rows_are_counted_by_reason_with_examples_and_cost_nothing_else(tmp_path, tiny_folder, tiny_model):
