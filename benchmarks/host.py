@@ -1,7 +1,7 @@
 """Measures the host's side of a replica: everything but the device, which answers at once with random decisions.
 
     python -m benchmarks.host                       # as fast as the host goes, then at the pace of a GPU
-    python -m benchmarks.host --pace 180000 --launches 900
+    python -m benchmarks.host --cores 1             # on fewer cores than there are
 
 Documents are read, tokenized, padded, put in place, encoded, published and committed as in any run. In place of the
 model stands a device with the geometry of OLMoE-1B-7B (16 layers, 64 experts, top-8): experts and weights are random,
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import random
+import os
 import statistics
 import sys
 import tempfile
@@ -53,6 +53,8 @@ class Bench:
     """Router layers."""
     rounds: int = 3
     """Rounds; medians are printed."""
+    cores: int | None = None
+    """Cores to use (default: all)."""
     batch: int = 32768
     """Padded tokens per pass."""
 
@@ -146,8 +148,9 @@ def measure(bench: Bench, source: Path, pace: float | None) -> dict[str, Any]:
 
 def main(bench: Bench) -> None:
     """Measures at full speed and at the pace."""
-    print(f"python -m benchmarks.host {' '.join(sys.argv[1:])}\n{machine()}\n")
-    random.seed(0)
+    if bench.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: bench.cores])  # before any thread starts
+    print(f"python -m benchmarks.host {' '.join(sys.argv[1:])}\n{machine()}, {len(os.sched_getaffinity(0))} used\n")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "texts.jsonl")
         with source.open("w") as file:

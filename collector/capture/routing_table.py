@@ -95,8 +95,8 @@ class LayerRouting:
         unwritten = np.iinfo(dtype).max
         return cls(
             geometry=geometry,
-            experts_tk=np.full((tokens, geometry.top_k), unwritten, dtype, order="F"),
-            weights_tk=np.full((tokens, geometry.top_k), np.nan, np.float32, order="F"),
+            experts_tk=np.full((tokens, geometry.top_k), unwritten, dtype),
+            weights_tk=np.full((tokens, geometry.top_k), np.nan, np.float32),
             statistics={name: np.full(tokens, np.nan, np.float32) for name in STATISTICS},
             # A boolean has no value for 'never written', but drops are written together with experts.
             dropped_tk=np.zeros((tokens, geometry.top_k), bool) if geometry.has_capacity else None,
