@@ -100,9 +100,9 @@ class ModelConfig:
     """Precision of matrix multiplications.
     `auto` takes that of the weights, or float32 on a CPU that only emulates it (emulation is several times slower)."""
     compile: bool = False
-    """Fuse the norms, rotary embeddings, activations and sums of the model's layers with torch.compile.
-    Faster on a GPU, after a minute in which each replica compiles. Routing differs from that of the plain model only
-    where rounding decides."""
+    """Fuse the norms, rotary embeddings, activations and sums of the model's layers with torch.compile, for GPUs.
+    Each replica compiles during its first batch. Routing differs from that of the plain model where rounding decides.
+    Experimental: its present form has not been measured on a GPU."""
     unquantized_experts: bool = False
     """Accept a quantized model whose experts are not quantized."""
 
