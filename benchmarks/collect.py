@@ -190,7 +190,7 @@ def collect_in_process(loaded: loading.LoadedModel, config: RunConfig, made: pla
         return Collected.of(time.perf_counter() - started, commits)
 
 
-def collect_through_ray(config: RunConfig, made: plan.Plan, launch: LaunchConfig | None = None) -> Collected:
+def collect_through_ray(config: RunConfig, made: plan.Plan) -> Collected:
     """(e): measured from when the replica is ready to the last commit."""
     from collector.fleet import driver
     from collector.fleet.dispatch import Job
@@ -199,11 +199,11 @@ def collect_through_ray(config: RunConfig, made: plan.Plan, launch: LaunchConfig
     from collector.fleet.ray_cluster import cluster
     from collector.store.run_directory import RunDirectory
 
-    launch = launch or LaunchConfig(replicas=1, cpus_per_replica=torch.get_num_threads(), max_attempts=1)
+    launch = LaunchConfig(replicas=1, cpus_per_replica=torch.get_num_threads(), max_attempts=1)
     with tempfile.TemporaryDirectory() as root, cluster(launch):
         run, tally = RunDirectory(root), Tally(shards=len(made.shards), documents=made.documents)
         with ProgressView(tally) as view:
-            driver.work_off(Job(run=run, plan=made, launch=launch), config, view, need=Need.of(launch, config.device))
+            driver.work_off(Job(run=run, plan=made, launch=launch), config, view, need=Need.of(launch, "cpu"))
             seconds = time.monotonic() - tally.started
         if tally.shards_done != len(made.shards):
             raise RuntimeError("the benchmark's run is incomplete")

@@ -56,9 +56,9 @@ class Bench:
     """Layers of the model."""
     batches: tuple[int, ...] = (4096, 16384, 32768, 65536)
     """Padded tokens per batch, for `floor`."""
-    tokens: int = 200_000
+    tokens: int = 300_000
     """Tokens of a measurement of `floor` and `nf4`."""
-    run_tokens: int = 1_500_000
+    run_tokens: int = 2_500_000
     """Tokens of a whole run, in `capture` and `ray`."""
     rounds: int = 2
     """Rounds of `floor`; every variant runs once per round."""
@@ -98,7 +98,7 @@ def documents(count: int) -> list[tuple[str, str]]:
 def write_documents(path: Path, tokens: int) -> None:
     """Writes a JSONL file of about this many tokens."""
     with path.open("w") as file:
-        for label, text in documents(max(8, tokens // 180)):
+        for label, text in documents(max(8, tokens // 300)):
             file.write(json.dumps({"text": text, "label": label}) + "\n")
 
 
@@ -115,6 +115,9 @@ def prepare(bench: Bench, folder: Path) -> None:
 
 def measure(bench: Bench, part: str, folder: Path) -> None:
     """Runs in a process of its own: one part, whose table goes to the output and whose numbers go to a file."""
+    if part == "prepare":
+        prepare(bench, folder)
+        return
     from benchmarks import gpu_parts
 
     result = gpu_parts.PARTS[part](bench, folder)
@@ -132,12 +135,8 @@ def child(bench: Bench, part: str, folder: Path) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "gpu", "tests/test_gpu.py",
                    "-p", "no:cacheprovider"]  # fmt: skip
     else:
-        code = (
-            "import pathlib; from benchmarks import gpu; "
-            f"gpu.{'prepare' if part == 'prepare' else 'measure'}(gpu.{bench!r}, "
-            + ("" if part == "prepare" else f"{part!r}, ")
-            + f"pathlib.Path({str(folder)!r}))"
-        )
+        call = f"gpu.measure(gpu.{bench!r}, {part!r}, pathlib.Path({str(folder)!r}))"
+        code = f"import pathlib; from benchmarks import gpu; {call}"
         command = [sys.executable, "-c", code]
     started = time.perf_counter()
     try:

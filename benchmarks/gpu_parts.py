@@ -9,22 +9,26 @@ import statistics
 import tempfile
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks import gpu_meters as meters
-from benchmarks.collect import CutAfterLastRouter, forward_all, notebook_loop, prepare, transformers_batches
-from collector.capture.hooks import Capture
-from collector.capture.recorders import recorders_for
+from benchmarks.collect import (
+    Collected,
+    CutAfterLastRouter,
+    forward_all,
+    notebook_loop,
+    prepare,
+    transformers_batches,
+)
+from benchmarks.quantized import router_capture
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig, resolve
 from collector.data import plan
 from collector.data.sources import Document
 from collector.fleet.progress import shares
 from collector.models import compiling, footprint, loading
-from collector.models.routers import find_routers
 from collector.replica.replica import Replica
 
 if TYPE_CHECKING:
@@ -53,12 +57,6 @@ def load(bench: Bench, config: RunConfig) -> loading.LoadedModel:
     meters.wait(bench.device)
     print(f"loaded in {time.perf_counter() - started:.1f} s", flush=True)
     return loaded
-
-
-def router_capture(loaded: loading.LoadedModel) -> Capture:
-    """A capture of all routers, as a replica sets it up."""
-    recorders = recorders_for(loaded.model, find_routers(loaded.model), CaptureConfig())
-    return Capture(loaded.model, recorders, device=loaded.device)
 
 
 def as_language_model(loaded: loading.LoadedModel) -> Any:
@@ -175,7 +173,7 @@ def cut(loaded: loading.LoadedModel, prepared: list[Batch]) -> None:
 def captured(loaded: loading.LoadedModel, prepared: list[Batch]) -> None:
     """The same with capture: the results of each batch are waited for while the next one computes."""
     before = None
-    with router_capture(loaded) as capture:
+    with router_capture(loaded.model) as capture:
         for batch in prepared:
             now = capture.run(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
             if before is not None:
@@ -213,7 +211,7 @@ def compiled(bench: Bench, folder: Path) -> dict[str, Any]:
 
 def picks(loaded: loading.LoadedModel, batch: Batch) -> torch.Tensor:
     """[routers, T, k] the experts chosen for the tokens of a batch."""
-    with router_capture(loaded) as capture:
+    with router_capture(loaded.model) as capture:
         kept = capture.run(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)).wait()[0]
     return torch.stack([decision.experts_tk for decision in kept])
 
@@ -245,9 +243,7 @@ def capture(bench: Bench, folder: Path) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         threads.stop(threading.enumerate())
         size = sum(part.bytes for commit in commits for part in commit.files.values())
-    stages: Counter[str] = Counter()
-    for commit in commits:
-        stages.update(commit.seconds)
+    stages = Collected.of(seconds, commits).stages
     result = {
         "tokens": tokens, "shards": len(made.shards), "tokens_per_batch": config.capture.tokens_per_batch,
         "padding_efficiency": tokens / padded, "bytes_per_token": size / tokens,

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.collect import machine
-from benchmarks.gpu import documents
+from benchmarks.collect import Collected, machine
+from benchmarks.gpu import write_documents
 from collector.capture.decisions import LayerDecision
 from collector.capture.routing import RoutingRecorder
 from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
@@ -132,9 +130,6 @@ def measure(bench: Bench, source: Path, pace: float | None) -> dict[str, Any]:
         commits = list(replica.collect_all(made.shards))
         seconds, cpu = time.perf_counter() - started, time.process_time() - used
     tokens = sum(commit.tokens for commit in commits)
-    stages: Counter[str] = Counter()
-    for commit in commits:
-        stages.update(commit.seconds)
     return {
         "tokens": tokens,
         "shards": len(commits),
@@ -142,7 +137,7 @@ def measure(bench: Bench, source: Path, pace: float | None) -> dict[str, Any]:
         "cpu_per_token_us": cpu / tokens * 1e6,
         "waiting": 1 - device.computing / device.launching, "launching_of_run": device.launching / seconds,
         "bytes_per_token": sum(part.bytes for commit in commits for part in commit.files.values()) / tokens,
-        "stages": dict(stages),
+        "stages": Collected.of(seconds, commits).stages,
     }  # fmt: skip
 
 
@@ -153,9 +148,7 @@ def main(bench: Bench) -> None:
     print(f"python -m benchmarks.host {' '.join(sys.argv[1:])}\n{machine()}, {len(os.sched_getaffinity(0))} used\n")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "texts.jsonl")
-        with source.open("w") as file:
-            for label, text in documents(max(8, bench.tokens // 300)):
-                file.write(json.dumps({"text": text, "label": label}) + "\n")
+        write_documents(source, bench.tokens)
         print("| device | tokens/s | CPU per token | launching | of it waiting |\n|---|---|---|---|---|")
         notes = []
         for name, pace in (("at once", None), (f"{bench.pace:,} tokens/s", float(bench.pace))):
