@@ -46,6 +46,15 @@ def _chosen(record: Sequence[str]) -> list[type[Recorder]]:
     return [recorder for name, recorder in RECORDERS.items() if name == "routing" or name in record]
 
 
+def recorder_of(recorded: str) -> str:
+    """The name of the recorder that writes a table, or a column of the tokens table, as `tokens.COLUMN`."""
+    return next(
+        name
+        for name, recorder in RECORDERS.items()
+        if recorded in recorder.tables or recorded in {f"tokens.{field.name}" for field in recorder.token_fields}
+    )
+
+
 def table_schemas(info: Mapping[str, Any]) -> dict[str, pa.Schema]:
     """Table -> columns of all tables that shards of a run with this run.json may have, those of the recorders first."""
     config = info["config"]

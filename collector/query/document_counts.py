@@ -1,7 +1,8 @@
 """Counts the choices of each router per document, as arrays for the resampling of documents.
 
-The counts come from the view `document_counts`, and so from the run's rollup if there is a current one. Guarantees: one
-router is in memory at a time; documents come in the order of the run, and only those with tokens to count.
+The counts come from the view `document_counts`, and so from the run's rollup if there is a current one; what experts
+put out comes from `document_outputs`, and losses, which no router has, from `document_losses`. Guarantees: one router
+is in memory at a time; documents come in the order of the run, and only those with tokens to count.
 """
 
 from __future__ import annotations
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 
 STATISTICS = (*rollups.STATISTICS, "dropped_picks", "dropped_tokens")
 """Columns of the views `document_counts` and `label_statistics` that are sums over tokens, besides `tokens`."""
+LOSSES = ("nats", "whole_nats", "characters")
+"""Columns of the views `document_losses` and `label_losses` that are sums over tokens, besides `tokens`."""
+OUTPUTS = {
+    "picks": "picks", "weight_sum": "weight_sums", "norm": "norms", "squared_norm": "squared_norms",
+    "weighted_norm": "weighted_norms", "squared_weighted_norm": "squared_weighted_norms",
+    "contribution": "contributions",
+}  # fmt: skip
+"""Column of the view `label_outputs` -> list of the view `document_outputs` that it sums."""
 _ROWS = f"""
 select shard, doc, label, tokens, {", ".join(STATISTICS)}, experts, picks, top1, weight_sums
 from document_counts
@@ -30,6 +39,22 @@ where stack = $stack and layer = $layer
     and ($labels is null or list_contains($labels, label))
     and ($include_special or not is_special)
 order by shard, doc, label, is_special
+"""
+_OUTPUT_ROWS = f"""
+select shard, doc, experts, {", ".join(OUTPUTS.values())}
+from document_outputs
+where stack = $stack and layer = $layer
+    and ($labels is null or list_contains($labels, label))
+    and ($include_special or not is_special)
+"""
+_LOSS_ROWS = """
+select shard, doc, label, stack, sum(tokens)::bigint as tokens, sum(nats) as nats, sum(whole_nats) as whole_nats,
+    sum(characters)::double as characters
+from document_losses
+where ($labels is null or list_contains($labels, label))
+    and ($include_special or not is_special)
+group by shard, doc, label, stack
+order by shard, doc, label
 """
 
 
@@ -63,6 +88,10 @@ class DocumentCounts:
     """For how many tokens each expert has the highest weight; a row sums to its tokens."""
     weight_sum_DE: NDArray[np.float32]
     """Sum of the weights that the model applied."""
+    statistics: tuple[str, ...] = STATISTICS
+    """Names of the columns of `statistics_DM`."""
+    outputs_ODE: NDArray[np.float32] | None = None
+    """Sums over what each expert put out, in the order of `OUTPUTS`, if they were asked for."""
 
 
 def document_counts(
@@ -72,6 +101,7 @@ def document_counts(
     layer: int | None = None,
     labels: Sequence[str] | None = None,
     include_special: bool = False,
+    outputs: bool = False,
 ) -> Iterator[DocumentCounts]:
     """Yields the counts of a run's documents, router by router; skips routers without tokens to count.
 
@@ -81,6 +111,7 @@ def document_counts(
         layer: only this layer, numbered as in the model.
         labels: only documents with these labels.
         include_special: also count the special tokens that the tokenizer adds.
+        outputs: also sum what the experts put out; labels are then those of whole documents.
 
     Raises:
         ValueError: a stack, layer or label that the run does not have.
@@ -94,7 +125,41 @@ def document_counts(
             params = {**where, "labels": chosen, "include_special": include_special}
             rows = run.connection.cursor().sql(_ROWS, params=params).to_arrow_table()
             if rows.num_rows:
-                yield _dense(rows, n_experts=router["n_experts"], top_k=router["top_k"], **where)
+                counts = _dense(rows, n_experts=router["n_experts"], top_k=router["top_k"], **where)
+                if outputs:
+                    of_experts = run.connection.cursor().sql(_OUTPUT_ROWS, params=params).to_arrow_table()
+                    counts = dataclasses.replace(counts, outputs_ODE=_outputs(counts, of_experts))
+                yield counts
+
+
+def document_losses(
+    run: Run, *, labels: Sequence[str] | None = None, include_special: bool = False
+) -> Iterator[DocumentCounts]:
+    """Yields the losses of a run's documents as those of one router without experts, if there are any.
+
+    Args:
+        run: the run.
+        labels: only documents with these labels.
+        include_special: also count the special tokens that the tokenizer adds.
+
+    Raises:
+        ValueError: a label that the run does not have.
+    """
+    chosen = None if labels is None else list(labels)
+    run.check(labels=chosen)
+    params = {"labels": None if chosen is None else run.with_sets(chosen), "include_special": include_special}
+    rows = run.connection.cursor().sql(_LOSS_ROWS, params=params).to_arrow_table()
+    if not rows.num_rows:
+        return
+    names, label = np.unique(rows["label"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+    none = np.zeros((rows.num_rows, 0))
+    yield DocumentCounts(
+        stack=rows["stack"][0].as_py(), layer=0, n_experts=0, top_k=0, labels=tuple(names.tolist()), label_D=label,
+        shard_D=rows["shard"].to_numpy().astype(np.int64), doc_D=rows["doc"].to_numpy().astype(np.int64),
+        tokens_D=rows["tokens"].to_numpy(), statistics=LOSSES,
+        statistics_DM=np.stack([rows[name].to_numpy() for name in LOSSES], axis=1),
+        picks_DE=none.astype(np.uint32), top1_DE=none.astype(np.uint32), weight_sum_DE=none.astype(np.float32),
+    )  # fmt: skip
 
 
 def _dense(rows: pa.Table, *, stack: str, layer: int, n_experts: int, top_k: int) -> DocumentCounts:
@@ -123,3 +188,17 @@ def _dense(rows: pa.Table, *, stack: str, layer: int, n_experts: int, top_k: int
         picks_DE=spread("picks", np.uint32), top1_DE=spread("top1", np.uint32),
         weight_sum_DE=spread("weight_sums", np.float32),
     )  # fmt: skip
+
+
+def _outputs(counts: DocumentCounts, rows: pa.Table) -> NDArray[np.float32]:
+    """Spreads the rows of `document_outputs` over the counted documents and all experts, [O, D, E]."""
+    documents, experts = len(counts.doc_D), counts.n_experts
+    known = counts.shard_D << 32 | counts.doc_D
+    row_d = rows["shard"].to_numpy().astype(np.int64) << 32 | rows["doc"].to_numpy().astype(np.int64)
+    ids = rows["experts"].combine_chunks()
+    document = np.repeat(np.searchsorted(known, row_d), ids.value_lengths().to_numpy())
+    cells = document * experts + ids.flatten().to_numpy()
+    summed = np.zeros((len(OUTPUTS), documents * experts), np.float32)
+    for values, column in zip(summed, OUTPUTS.values(), strict=True):
+        np.add.at(values, cells, rows[column].combine_chunks().flatten().to_numpy())
+    return summed.reshape(-1, documents, experts)

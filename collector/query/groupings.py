@@ -5,6 +5,9 @@ or of each token (shard, tok, label). Its header says which of the two (`Groups:
 (`Needs:`). If a run is opened with a grouping, some views are replaced by those of `queries/views/by_document/` or
 `by_token/`, in which the base relation of the same name is called `recorded_…`. If there is a rollup, the views of
 `rollup/` and `label_rollup/` replace those that would count again.
+
+A view may need what only some runs record (`Needs:` in its header), or labels of whole documents (`Groups:`). Where it
+cannot be, it is left out, and queries that read it say why.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ import dataclasses
 import graphlib
 from typing import TYPE_CHECKING
 
+from collector.capture.recorders import recorder_of
 from collector.query.catalog import query_folder, read_header, split_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
     from pathlib import Path
 
 LABEL = "label"
@@ -56,17 +60,31 @@ def find_grouping(name: str) -> Grouping | None:
     )  # fmt: skip
 
 
-def derived_views(grouping: Grouping | None, *, rollup: bool) -> dict[str, str]:
-    """Returns the selects of the views over the base relations by name, each after those that it reads.
+def derived_views(
+    grouping: Grouping | None, *, rollup: bool, recorded: Container[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the views over the base relations, each after those that it reads, and those that this run cannot have.
 
     Args:
         grouping: what `label` means.
         rollup: whether the relations `document_rollup` and `label_rollup` exist.
+        recorded: the tables that recorders write for the run, and their columns as `TABLE.COLUMN`.
+
+    Returns:
+        The selects by name, and for each view that is left out what it needs.
     """
-    selects: dict[str, str] = {} if grouping is None else {f"{grouping.of}_groups": grouping.sql}
+    selects: dict[str, str] = {}
     for folder in _variants(grouping, rollup=rollup):
         selects |= read_views(query_folder() / "views" / folder)
-    return in_order(selects)
+    absent = {}
+    for name, select in selects.items():
+        header = read_header(select)
+        if missing := [need for need in split_names(header.get("needs", "")) if need and need not in recorded]:
+            absent[name] = f"which needs what --record {recorder_of(missing[0])} keeps; this run was collected without"
+        elif grouping is not None and grouping.of == "token" and header.get("groups") == "documents":
+            absent[name] = f"which sums over whole documents; --by {grouping.name} groups single tokens"
+    selects |= {} if grouping is None else {f"{grouping.of}_groups": grouping.sql}
+    return in_order({name: select for name, select in selects.items() if name not in absent}), absent
 
 
 def read_views(folder: Path) -> dict[str, str]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _SQL_TYPES = {
     "uint8": "utinyint", "uint16": "usmallint", "uint32": "uinteger", "uint64": "ubigint", "bool": "boolean",
     "string": "varchar", "float": "float", "list<item: float>": "float[]", "list<element: float>": "float[]",
+    "list<item: uint16>": "usmallint[]", "list<item: uint32>": "uinteger[]",
 }  # fmt: skip
 
 
@@ -52,6 +53,8 @@ class Located:
     """The file system of the files, if they are on an object store."""
     views: dict[str, str]
     """Selects of the derived views, by name."""
+    absent: dict[str, str]
+    """What the views need that this run cannot have, by name."""
     by: str
     """What `label` means: the recorded label, or the name of a grouping."""
     several_labels: bool
@@ -89,7 +92,7 @@ def locate(
     files, several = _committed_files(run, info, rollup=rollup)
     several_labels = several and grouping is None  # a grouping gives each document, or token, one label
     _check_grouping(grouping, info, files)
-    views = derived_views(grouping, rollup=rollups.DOCUMENTS in files)
+    views, absent = derived_views(grouping, rollup=rollups.DOCUMENTS in files, recorded=_recorded(info))
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
     mounts: tuple[RunFiles, ...] = ()
     if isinstance(run.store, ObjectStore):
@@ -102,7 +105,7 @@ def locate(
         paths |= {_escape_glob(path) for path in paths}
     return Located(
         info=info, complete=run.read_or_none(SUCCESS) is not None, paths=frozenset(paths), mounts=mounts,
-        views=views, by=by, several_labels=several_labels, schema=schema,
+        views=views, absent=absent, by=by, several_labels=several_labels, schema=schema,
         script=_script(
             files, info, views, prefix=_escape_glob(prefix), schema=schema, several_labels=several_labels
         ),
@@ -115,7 +118,7 @@ def _check_grouping(grouping: Grouping | None, info: dict[str, Any], files: Mapp
         return
     for needed in grouping.needs:
         relation, _, column = needed.partition(".")
-        if column and column not in table_schemas(info)[relation].names:
+        if column and needed not in _recorded(info):
             raise ValueError(
                 f"--by {grouping.name} needs the column {column} of {relation}, which a run of an earlier version "
                 "does not have: collect it again"
@@ -136,11 +139,11 @@ def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
     """
     files: dict[str, dict[str, int]] = {table: {} for table in (*table_names(info), "vocab")}
     files |= {table: {_escape_glob(str(path)): 0} for table, path in paths.items()}
-    views = derived_views(None, rollup=False)
+    views, absent = derived_views(None, rollup=False, recorded=_recorded(info))
     spelled = {str(path) for path in paths.values()} | {name for one in files.values() for name in one}
     return Located(
-        info=info, complete=False, paths=frozenset(spelled), mounts=(), views=views, by=LABEL, several_labels=True,
-        schema="main", script=_script(files, info, views, prefix="", several_labels=True),
+        info=info, complete=False, paths=frozenset(spelled), mounts=(), views=views, absent=absent, by=LABEL,
+        several_labels=True, schema="main", script=_script(files, info, views, prefix="", several_labels=True),
     )  # fmt: skip
 
 
@@ -176,8 +179,8 @@ def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
     prefix = _escape_glob(run_directory.store.location("").rstrip("/") + "/") if in_place else ""
     start = "" if in_place else " Inside its folder: duckdb -init views.sql"
     head = f"-- The views of this run, over its committed files.{start}\n\n"
-    views = derived_views(None, rollup=False)
     info = _read_info(run_directory)
+    views, _ = derived_views(None, rollup=False, recorded=_recorded(info))
     files, several = _committed_files(run_directory, info)
     return head + _script(files, info, views, prefix=prefix, several_labels=several)
 
@@ -191,6 +194,12 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
     if any("stack" not in router for router in info["layers"]):
         raise ValueError(f"{run.root} was written by an earlier version, without a stack per router: collect it again")
     return info
+
+
+def _recorded(info: Mapping[str, Any]) -> set[str]:
+    """Returns the tables of a run, and their columns as `TABLE.COLUMN`."""
+    columns = {f"{table}.{name}" for table, schema in table_schemas(info).items() for name in schema.names}
+    return columns | {*table_names(info)}
 
 
 def _committed_files(

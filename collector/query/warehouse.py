@@ -47,6 +47,7 @@ class Run:
         schema: str = "main",
         several_labels: bool = False,
         label_counts: LabelCounts | None = None,
+        absent: Mapping[str, str] | None = None,
     ) -> None:
         self.connection = connection
         """In-memory DuckDB that holds the views."""
@@ -62,6 +63,8 @@ class Run:
         """Whether documents have several labels."""
         self._label_counts = label_counts
         """Counts on demand; None if the views read a rollup."""
+        self._absent = absent or {}
+        """What views need that this run cannot have, by name."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
         """Runs a query of `queries/`.
@@ -104,8 +107,12 @@ class Run:
         """Returns values for all parameters of a query, checked against this run.
 
         Raises:
-            ValueError: unknown parameter, a bad value, or a stack, layer or label that the run does not have.
+            ValueError: unknown parameter, a bad value, or a stack, layer or label that the run does not have; or the
+                query reads what the run did not record.
         """
+        for view in query.reads:
+            if view in self._absent:
+                raise ValueError(f"{query.name} reads {view}, {self._absent[view]}")
         values = query.bind(params)
         self.check(stack=values.get("stack"), layer=values.get("layer"), labels=values.get("labels"))
         if isinstance(labels := values.get("labels"), list):
@@ -207,7 +214,7 @@ def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
         counts = LabelCounts(connection, tables.recorded_layers(located.info), located.views, located.schema)
     return Run(
         connection, located.info, complete=located.complete, by=located.by, schema=located.schema,
-        several_labels=located.several_labels, label_counts=counts,
+        several_labels=located.several_labels, label_counts=counts, absent=located.absent,
     )  # fmt: skip
 
 
@@ -221,4 +228,4 @@ def open_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Run:
     located = locate_shard(paths, info)
     connection = locked_duckdb.connect(located.paths)
     connection.execute(located.script)
-    return Run(connection, info, complete=False, several_labels=located.several_labels)
+    return Run(connection, info, complete=False, several_labels=located.several_labels, absent=located.absent)

@@ -66,13 +66,14 @@ def keyed(run: Run, name: str, keys: int, **params: object) -> dict:
     return found
 
 
-def assert_same(actual: dict, expected: dict) -> None:
-    """The same keys, and the same cells up to rounding."""
+def assert_same(actual: dict, expected: dict, rel: float = 1e-8) -> None:
+    """The same keys, and the same cells up to rounding, or to a relative error."""
     assert set(actual) == set(expected)
     for key, values in expected.items():
         for got, wanted in zip(actual[key], values, strict=True):
             exact = wanted is None or isinstance(wanted, str | bool)
-            assert got == (wanted if exact else pytest.approx(wanted, rel=1e-8, abs=1e-9)), (key, actual[key], values)
+            near = wanted if exact else pytest.approx(wanted, rel=rel, abs=rel / 10)
+            assert got == near, (key, actual[key], values)
 
 
 def assert_same_rows(actual: Sequence[tuple], expected: Sequence[tuple]) -> None:

@@ -5,7 +5,7 @@
     shard = random_shard(rng, layers, documents=[("en", 30), ("ko", 20)])
     folder = write_run(tmp_path / "run", layers, [shard, …])
 
-Arrays are per router, see `key`: experts, weights and drops [T, k], probabilities [T, E]; T tokens of
+Arrays are per router, see `key`: experts, weights, drops and effects [T, k], probabilities [T, E]; T tokens of
 the shard, in document order. A special token is marked by `is_special` [T]. Where there are routers
 of an encoder and of a decoder, both see the same T tokens, which then are in the tokens table twice.
 What else a document or token has, ids for example, has defaults, see `Shard`.
@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from collector.capture import routing_table
+from collector.capture import outputs, routing_table
+from collector.capture.loss import LossRecorder
 from collector.capture.routing_table import STATISTICS, LayerRouting
 from collector.data.sources import LABEL_SEPARATOR
 from collector.store import tables
@@ -31,6 +32,7 @@ from collector.store.tables import Layer
 
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
+EFFECTS = ("norms", "largest", "contributions")
 VOCABULARY = 50
 VOCABULARY_ENTRIES = tuple((f"token {i}", i == 0) for i in range(VOCABULARY))
 Key = int | tuple[str, int]
@@ -57,6 +59,10 @@ class Shard:
     statistics: Mapping[Key, Mapping[str, np.ndarray]]
     dropped: Mapping[Key, np.ndarray]
     """Of routers with a capacity only."""
+    effects: Mapping[Key, Mapping[str, np.ndarray]]
+    """Norms, largest entries and contributions of what the picks put out, see `EFFECTS`."""
+    losses: np.ndarray
+    """[T], NaN for the first of a document."""
     probabilities: Mapping[Key, np.ndarray] | None = None
     token_ids: np.ndarray | None = None
     """[T], or all ids in turn."""
@@ -75,9 +81,10 @@ class Shard:
 
     @classmethod
     def of_picks(
-        cls, layers: Sequence[Layer], *, documents: Documents, experts, weights=None, is_special=None, dropped=None
-    ) -> Shard:
-        """Explicit picks; weights default to 1/k, the statistics are 0, and nothing is dropped."""
+        cls, layers: Sequence[Layer], *, documents: Documents, experts, weights=None, is_special=None, dropped=None,
+        effects=None, losses=None,
+    ) -> Shard:  # fmt: skip
+        """Explicit picks; weights default to 1/k, effects and losses to 1, statistics to 0; nothing is dropped."""
         tokens = sum(length for _, length in documents)
         dtype = routing_table.expert_dtype(layers)
         picked = {key(one): np.array(experts[key(one)], dtype).reshape(tokens, one.top_k) for one in layers}
@@ -94,10 +101,20 @@ class Shard:
             for one in layers
             if one.has_capacity
         }
+        put_out = {
+            router: {
+                name: np.array((effects or {}).get(router, {}).get(name, np.ones(e_tk.shape)), np.float32)
+                for name in EFFECTS
+            }
+            for router, e_tk in picked.items()
+        }
+        lost = np.array(np.ones(tokens) if losses is None else losses, np.float32)
+        lost[np.cumsum([0, *(length for _, length in documents[:-1])])[: len(documents)]] = np.nan
         zeros = {name: np.zeros(tokens, np.float32) for name in STATISTICS}
         return cls(
             documents=documents, experts=picked, weights=weighed, statistics=dict.fromkeys(picked, zeros),
             is_special=np.zeros(tokens, bool) if is_special is None else np.array(is_special, bool), dropped=drops,
+            effects=put_out, losses=lost,
         )  # fmt: skip
 
     @classmethod
@@ -169,11 +186,17 @@ def random_shard(
     is_special = rng.random(sum(lengths)) < special
     shard = Shard.of_probabilities(layers, documents=documents, probabilities=probabilities, is_special=is_special)
     order = {layer: rng.permuted(np.indices(e_tk.shape)[1], axis=1) for layer, e_tk in shard.experts.items()}
+    own = np.random.default_rng(len(is_special))  # what experts put out leaves all else as it was
     return dataclasses.replace(
         shard,
         experts={layer: np.take_along_axis(e_tk, order[layer], axis=1) for layer, e_tk in shard.experts.items()},
         weights={layer: np.take_along_axis(w_tk, order[layer], axis=1) for layer, w_tk in shard.weights.items()},
         dropped={layer: rng.random(d_tk.shape) < 0.2 for layer, d_tk in shard.dropped.items()},
+        effects={
+            layer: {name: own.normal(1, 0.5, e_tk.shape).astype(np.float32) for name in EFFECTS}
+            for layer, e_tk in shard.experts.items()
+        },
+        losses=(shard.losses * own.gamma(2, 1, len(is_special))).astype(np.float32),
         **({} if vocabulary is None else _random_texts(rng, documents, vocabulary)),
     )
 
@@ -187,17 +210,20 @@ def joined(shards: Sequence[Shard]) -> Shard:
     def join_routing(name: str) -> dict[Key, Any]:
         return {one: np.concatenate([getattr(s, name)[one] for s in shards]) for one in getattr(shards[0], name)}
 
-    statistics = {
-        one: {name: np.concatenate([shard.statistics[one][name] for shard in shards]) for name in STATISTICS}
-        for one in shards[0].statistics
-    }
+    def join_named(name: str) -> dict[Key, Any]:
+        each = [getattr(shard, name) for shard in shards]
+        return {
+            one: {column: np.concatenate([own[one][column] for own in each]) for column in columns}
+            for one, columns in each[0].items()
+        }
+
     return Shard(
         documents=[document for shard in shards for document in shard.documents],
         document_ids=[name for shard in shards for name in shard.document_ids or ()],
         parallel_ids=[name for shard in shards for name in shard.parallel_ids or ()],
-        **{name: join(name) for name in ("is_special", "token_ids", "characters", "truncated")},
+        **{name: join(name) for name in ("is_special", "losses", "token_ids", "characters", "truncated")},
         **{name: join_routing(name) for name in ("experts", "weights", "dropped", "probabilities")},
-        statistics=statistics,
+        **{name: join_named(name) for name in ("statistics", "effects")},
     )
 
 
@@ -220,16 +246,21 @@ def write_run(
     complete: bool = True,
     settings: Mapping[str, Any] | None = None,
     vocabulary: Sequence[tuple[str, bool]] | None = VOCABULARY_ENTRIES,
+    record: Sequence[str] = ("outputs", "loss"),
 ) -> Path:
     """Writes and commits all shards; returns the run's folder.
 
+    `record` says what was recorded beside the routing.
     `settings` are some of run.json's config. `vocabulary` says of each token id its text and whether it is special;
     None writes none, as a run that drops ids.
     """
     run = RunDirectory(folder)
     routers = [dataclasses.asdict(one) | {"router": f"layers.{one.layer}.mlp.gate"} for one in layers]
     token_ids = "drop" if vocabulary is None else "keep"
-    config = {"model": "synthetic", "store": ["probabilities"] if probabilities else [], "token_ids": token_ids}
+    config = {
+        "model": "synthetic", "store": ["probabilities"] if probabilities else [], "token_ids": token_ids,
+        "record": [*record],
+    }  # fmt: skip
     info = {
         "format": 2, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},
         "layers": routers,
@@ -240,7 +271,8 @@ def write_run(
             tables.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
             run.store.publish(Path(scratch, VOCAB), VOCAB)
     for number, shard in enumerate(shards):
-        commit_shard(run, number, publish_shard(run, layers, number, shard, probabilities=probabilities), shard)
+        parts = publish_shard(run, layers, number, shard, probabilities=probabilities, record=record)
+        commit_shard(run, number, parts, shard)
     if complete:
         run.store.put_new(SUCCESS, b"{}")
     return folder
@@ -254,6 +286,7 @@ def publish_shard(
     *,
     attempt: str = "a",
     probabilities: bool = False,
+    record: Sequence[str] = ("outputs", "loss"),
 ) -> dict[str, Part]:
     """Publishes the parts of a shard without committing them."""
     schema = routing_table.schema(layers, probabilities=probabilities)
@@ -274,7 +307,12 @@ def publish_shard(
                 )
         rows = len(shard.labels) * len(layers)
         parts["routing"] = run.publish_part(routing, number, attempt, "routing", rows)
-        for name, table in (("tokens", _tokens(number, shard, stacks)), ("documents", _documents(number, shard))):
+        small = {"tokens": _tokens(number, shard, stacks), "documents": _documents(number, shard)}
+        if "loss" not in record:
+            small["tokens"] = small["tokens"].drop_columns("loss")
+        if "outputs" in record:
+            small["outputs"] = _outputs(number, layers, shard)
+        for name, table in small.items():
             tables.write_table(Path(scratch, name), table)
             parts[name] = run.publish_part(Path(scratch, name), number, attempt, name, table.num_rows)
     return parts
@@ -313,7 +351,35 @@ def _tokens(number: int, shard: Shard, stacks: Sequence[str]) -> pa.Table:
         "is_special": np.tile(shard.is_special, len(stacks)),
         "span": [*(shard.spans or [None] * len(each))] * len(stacks),
     }
-    return _table(columns, tables.tokens_schema())
+    predicted = {"decoder": shard.losses, "encoder": np.full(len(each), np.nan, np.float32)}
+    losses = pa.array(np.concatenate([predicted[stack] for stack in stacks]), from_pandas=True)
+    return _table(columns | {"loss": losses}, tables.tokens_schema(added=LossRecorder.token_fields))
+
+
+def _outputs(number: int, layers: Sequence[Layer], shard: Shard) -> pa.Table:
+    """What experts put out, added up by document, expert and whether the token is special."""
+    group_t = 2 * np.repeat(np.arange(len(shard.documents)), shard.lengths) + shard.is_special
+    rows = []
+    for one in layers:
+        e_tk = shard.experts[key(one)].astype(np.int64)
+        kept_tk = ~shard.dropped.get(key(one), np.zeros(e_tk.shape, bool))
+        cell = (group_t[:, None] * one.n_experts + e_tk)[kept_tk]
+        norm, largest, c = (shard.effects[key(one)][name][kept_tk].astype(np.float64) for name in EFFECTS)
+        g = shard.weights[key(one)][kept_tk].astype(np.float64)
+        added = zip(outputs.SUMS, (g, norm, norm**2, g * norm, (g * norm) ** 2, c), strict=True)
+        sums = {name: np.bincount(cell, values) for name, values in added}
+        sums["largest"] = np.full(int(cell.max(initial=-1)) + 1, -np.inf)
+        np.maximum.at(sums["largest"], cell, largest)
+        picks = np.bincount(cell)
+        chosen = np.flatnonzero(picks)
+        for group in np.unique(group_t).tolist():
+            first = np.searchsorted(chosen, [group * one.n_experts, (group + 1) * one.n_experts])
+            own = chosen[slice(*first)].tolist()
+            key_columns = {"shard": number, "stack": one.stack, "layer": one.layer, "doc": group // 2}
+            lists = {name: values[own].tolist() for name, values in sums.items()}
+            experts = {"experts": [at % one.n_experts for at in own], "picks": picks[own].tolist()}
+            rows += [key_columns | {"is_special": group % 2 == 1} | experts | lists] if own else []
+    return pa.Table.from_pylist(rows, schema=outputs.SCHEMA)
 
 
 def _documents(number: int, shard: Shard) -> pa.Table:

@@ -275,7 +275,7 @@ def test_routers_that_differ(folder: Path, texts: Texts, tmp_path: Path) -> None
                                  weights={0: np.full((len(text.is_special), 3), 0.25, np.float32), 8: text.weights[3]},
                                  statistics={0: text.statistics[0], 8: text.statistics[3]})
              for text in texts]  # fmt: skip
-    pair = open_runs(folder, write_run(tmp_path / "other", layers, [joined_routing(each) for each in other]))
+    pair = open_runs(folder, write_run(tmp_path / "other", layers, [joined_routing(each) for each in other], record=()))
     only = "(--stack and --layer choose among others)"
     assert refusal(pair) == (
         f"routers: decoder layer 3 only in A {only}; routers: decoder layer 8 only in B {only}; "

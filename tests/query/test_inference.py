@@ -17,7 +17,7 @@ from benchmarks.calibration import World, false_discoveries, independent_tokens,
 from collector import __main__ as cli
 from collector.query import inference
 from collector.query.catalog import find_query, list_queries
-from collector.query.document_counts import STATISTICS, DocumentCounts, document_counts
+from collector.query.document_counts import STATISTICS, DocumentCounts, document_counts, document_losses
 from collector.query.inference import permutation, resampling
 from collector.query.inference.answers import KEYS, ask
 from collector.query.inference.bootstrap import effective_documents, interval, sampled_values
@@ -30,7 +30,8 @@ DOCUMENTS = [("en", 7), ("ko", 5), ("en", 3), ("ko", 9), ("en", 12), ("th", 4), 
 LABEL_LEVEL = [
     query.name
     for query in list_queries()
-    if {"assignments", "label_statistics"} & {*query.reads} and not {"decisions", "token_decisions"} & {*query.reads}
+    if {"assignments", "label_statistics", "label_losses"} & {*query.reads}
+    and not {"decisions", "token_decisions"} & {*query.reads}
 ]
 
 
@@ -74,6 +75,8 @@ def repeated(shard: Shard, times: np.ndarray) -> Shard:
         weights={layer: array[tokens] for layer, array in shard.weights.items()},
         statistics={layer: {n: array[tokens] for n, array in each.items()} for layer, each in shard.statistics.items()},
         dropped={layer: array[tokens] for layer, array in shard.dropped.items()},
+        effects={layer: {n: array[tokens] for n, array in each.items()} for layer, each in shard.effects.items()},
+        losses=shard.losses[tokens],
         probabilities=None,
     )
 
@@ -91,19 +94,23 @@ def test_a_sample_answers_as_a_run_of_the_drawn_documents(name: str, run: Run, s
     labels = [label for label, _ in shard.documents]
     rngs = dict(zip(sorted(set(labels)), resampling.label_generators(("en", "ko", "th"), 1), strict=True))
     drawn = {label: resampling.draw(rng, labels.count(label), labels.count(label), 3) for label, rng in rngs.items()}
-    for counts in document_counts(run):
-        here = answer.filter((pa.compute.field("stack") == counts.stack) & (pa.compute.field("layer") == counts.layer))
+    of_losses = name == "loss"
+    for counts in document_losses(run) if of_losses else document_counts(run, outputs=True):
+        same_layer = pa.compute.scalar(True) if of_losses else pa.compute.field("layer") == counts.layer
+        here = answer.filter((pa.compute.field("stack") == counts.stack) & same_layer)
         values = sampled_values(asked, here, counts, resamples=3, seed=1)
         for sample in range(3):
             places = {label: iter(drawn[label][sample].astype(int)) for label in drawn}
             times = np.array([next(places[label]) for label in labels])
             again = open_run(write_run(tmp_path / f"{counts.layer}-{sample}", LAYERS, [repeated(shard, times)]))
             every = {"n": 1000} if name == "top_experts" else {}
-            rows = again.query(name, layer=counts.layer, **every).to_arrow_table().to_pylist()
+            where = {} if of_losses else {"layer": counts.layer}
+            rows = again.query(name, **where, **every).to_arrow_table().to_pylist()
             expected = keyed(rows, "value")
             for key, value in zip(keyed(here.to_pylist(), "value"), values[:, sample], strict=True):
                 wanted = expected.get(key, 0.0)
-                assert value == pytest.approx(math.nan if wanted is None else wanted, nan_ok=True, abs=1e-6), key
+                wanted = math.nan if wanted is None else wanted
+                assert value == pytest.approx(wanted, nan_ok=True, rel=1e-5, abs=1e-6), key
 
 
 def test_there_is_a_label_level_query_of_every_kind() -> None:
@@ -226,7 +233,7 @@ def test_documents_of_unequal_length_are_worth_fewer() -> None:
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("router_entropy_quantiles", {}, "reads decisions, layers: it looks at single tokens.*domain_spec.*router_ent"),
+        ("router_entropy_quantiles", {}, "reads decisions, layers, and samples.* the sums in.*domain_spec.*router_ent"),
         ("load_balance", {}, "load_balance reads assignments, decisions"),
         ("domain_specialization", {"level": 0.95, "resamples": 1}, "at least 2, got 1"),
         ("domain_specialization", {"level": 100}, "percentage between 0 and 100"),

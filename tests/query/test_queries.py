@@ -24,7 +24,7 @@ from collector.store.tables import Layer
 from tests.helpers.query_runs import assert_same, few_examples, keyed, opened, random_runs
 from tests.helpers.reference import frequency
 from tests.helpers.reference.base import groups
-from tests.helpers.synthetic import Shard, random_shard, write_run
+from tests.helpers.synthetic import EFFECTS, Shard, random_shard, write_run
 from tests.helpers.synthetic import key as router_key
 
 CASES = Path(__file__).parent / "cases"
@@ -77,6 +77,13 @@ def case_shard(layers: list[Layer], rows: list[dict[str, str]]) -> Shard:
         for name in ("experts", "weights", "probabilities", "dropped")
         if name in tokens[0]
     }
+    if EFFECTS[0] in tokens[0]:
+        given["effects"] = {
+            router: {name: [[float(x) for x in row[name].split()] for row in rows] for name in EFFECTS}
+            for router, rows in of_router.items()
+        }
+    if "loss" in tokens[0]:
+        given["losses"] = [float(row["loss"] or "nan") for row in tokens]
     build = Shard.of_probabilities if "probabilities" in given else Shard.of_picks
     groups = itertools.groupby(enumerate(tokens), key=lambda numbered: numbered[1].get("doc", numbered[0]))
     texts = [[row for _, row in group] for _, group in groups]
@@ -232,7 +239,8 @@ def test_special_tokens_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     everything = run.query("effective_experts", include_special="true").project("label, value, n").fetchall()
     assert everything == [("bos", 1, 1), ("en", pytest.approx(2), 2)]
     for name in QUERIES:  # a label of special tokens only: no rows, no division by zero
-        assert run.query(name, labels=["bos"]).fetchall() == []
+        asked = {"include_special": False} if name == "super_experts" else {}  # which counts them, unless told not to
+        assert run.query(name, labels=["bos"], **asked).fetchall() == []
 
 
 def test_a_label_can_hold_a_quote_or_a_comma(tmp_path: Path) -> None:

@@ -322,7 +322,8 @@ def test_a_minimum_and_a_help_of_two_lines_are_read() -> None:
 def tables_of(sql: str) -> set[str]:
     """Relations after FROM and JOIN that no CTE of the statement defines."""
     code = "\n".join(line for line in sql.splitlines() if not line.strip().startswith("--"))
-    given = re.findall(rf"\b(?:{'|'.join(MACROS)})\(\s*'([\w.]+)'", code)
+    calls = re.findall(rf"\b(?:{'|'.join(MACROS)})\(\s*((?:'[\w.]+',\s*)+)", code)
+    given = [name for names in calls for name in re.findall(r"'([\w.]+)'", names)]
     found = set(re.findall(r"\b(?:from|join) ((?:other\.)?\w+)", code)) - set(re.findall(r"(\w+) as \(\n", code))
     return (found - MACROS.keys()).union(given)
 

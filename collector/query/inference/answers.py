@@ -1,7 +1,7 @@
 """Runs a query of `queries/` over many samples of documents at once.
 
-Each metric has a single definition, its SQL file. The samples replace the views `assignments` and `label_statistics`,
-where each sample is a separate `stack`. Every query keeps stacks apart, so one statement answers for all samples.
+Each metric has a single definition, its SQL file. The samples replace the views that are sums by label, where each
+sample is a separate `stack`. Every query keeps stacks apart, so one statement answers for all samples.
 
 Queries that read more than sums over documents are rejected, because weighted counts cannot answer them.
 """
@@ -16,7 +16,7 @@ import pyarrow as pa
 from collector.data.sources import LABEL_SEPARATOR
 from collector.query import locked_duckdb
 from collector.query.catalog import find_query, list_queries, macros
-from collector.query.document_counts import STATISTICS
+from collector.query.document_counts import LOSSES, OUTPUTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 KEYS = ("metric", "layer", "label", "label_a", "label_b", "expert")
 """Columns that identify the rows of a router's answer; each query has some of them."""
-_SAMPLED, _GEOMETRY, _GIVEN = {"assignments", "label_statistics"}, {"layers", "experts"}, {"labels"}
+_SAMPLED = {"assignments", "label_statistics", "label_outputs", "label_losses"}
+_GEOMETRY, _GIVEN = {"layers", "experts"}, {"labels"}
 _EVERY_ROW: dict[str, dict[str, Value]] = {"top_experts": {"n": 2**31 - 1}}
 """Parameters with which a sample has every row of the run's answer: an expert may rank lower in a sample."""
 
@@ -52,8 +53,8 @@ def ask(run: Run, name: str, params: Mapping[str, object], column: str = "value"
     if not _is_label_level(query):
         others = ", ".join(each.name for each in list_queries() if _is_label_level(each))
         raise ValueError(
-            f"{name} reads {', '.join(query.reads)}: it looks at single tokens, and samples of documents are known by "
-            f"the sums in {' and '.join(sorted(_SAMPLED))}; queries that follow from these are {others}"
+            f"{name} reads {', '.join(query.reads)}, and samples of documents are known by the sums in "
+            f"{', '.join(sorted(_SAMPLED))} alone; queries that follow from these are {others}"
         )
     answer = run.query(name, **params).to_arrow_table()
     numbers = [field.name for field in answer.schema if field.name not in KEYS and _is_number(field.type)]
@@ -91,7 +92,8 @@ class SampledQuery:
         """Opens a separate DuckDB and registers `given`, the views that are the same for all samples."""
         self.query = query
         self._column = column
-        self._params = query.bind(params) | _EVERY_ROW.get(query.name, {}) | {"stack": None}
+        self._params = query.bind(params) | _EVERY_ROW.get(query.name, {})
+        self._params |= {"stack": None} if "stack" in self._params else {}  # it is the sample's number
         self._connection = locked_duckdb.connect(())
         self._connection.execute(macros())
         self._register(given or {})
@@ -129,7 +131,7 @@ class SampledQuery:
 
 
 def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
-    """Returns `_SAMPLED` and `_GEOMETRY` with the columns of the views, and the number of the sample as `stack`."""
+    """Returns those of `_SAMPLED` that are known, and `_GEOMETRY`, with the number of the sample as `stack`."""
     samples, labels, experts = sums.picks_SLE.shape
     sample_S, expert_E = np.arange(samples, dtype=np.int32), np.arange(experts, dtype=np.int32)
     assignments = _keys_of_labels(sums, experts) | {
@@ -139,13 +141,19 @@ def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
         "top1": sums.top1_SLE.astype(np.int64).ravel(),
         "weight_sum": sums.weight_sum_SLE.ravel(),
     }
-    statistics = dict(zip(STATISTICS, sums.statistics_SLM.reshape(-1, len(STATISTICS)).T, strict=True))
+    statistics_M = sums.statistics_SLM.reshape(-1, len(counts.statistics)).T
+    statistics = _keys_of_labels(sums, 1) | {"tokens": sums.tokens_SL.ravel()}
+    statistics |= dict(zip(counts.statistics, statistics_M, strict=True))
     columns = {
         "assignments": assignments,
-        "label_statistics": _keys_of_labels(sums, 1) | {"tokens": sums.tokens_SL.ravel()} | statistics,
+        "label_losses" if counts.statistics == LOSSES else "label_statistics": statistics,
         "layers": {"stack": sample_S},
         "experts": {"stack": np.repeat(sample_S, experts), "expert": np.tile(expert_E, samples)},
     }
+    if sums.outputs_OSLE:
+        put_out = {name: each.ravel() for name, each in zip(OUTPUTS, sums.outputs_OSLE, strict=True)}
+        put_out["picks"] = put_out["picks"].astype(np.int64)
+        columns["label_outputs"] = assignments | put_out
     geometry = {"layer": counts.layer, "n_experts": counts.n_experts, "top_k": counts.top_k}
     sets = [(name, label) for name in sums.labels if LABEL_SEPARATOR in name for label in name.split(LABEL_SEPARATOR)]
     text = pa.schema([("label_set", pa.string()), ("label", pa.string())])

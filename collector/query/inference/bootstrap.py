@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import stats
 
-from collector.query.document_counts import document_counts
+from collector.query.document_counts import document_counts, document_losses
 from collector.query.inference.answers import SampledQuery, ask
 from collector.query.inference.resampling import bootstrap, documents_of
 
@@ -118,7 +118,13 @@ def routers(
     values: dict[str, Any] = asked.query.bind(params)
     # A query that reads `labels` may compare with a label that its parameter `labels` does not name.
     labels = None if "labels" in asked.query.reads else values["labels"]
-    where = {name: values[name] for name in ("stack", "layer", "include_special")}
+    special = values["include_special"]
+    if "label_losses" in asked.query.reads:  # of the whole model
+        for counts in document_losses(run, labels=labels, include_special=special):
+            yield np.arange(answer.num_rows), answer, counts
+        return
+    outputs = "label_outputs" in asked.query.reads
+    where = {"stack": values["stack"], "layer": values["layer"], "include_special": special, "outputs": outputs}
     for counts in document_counts(run, labels=labels, **where):
         here = pc.and_(pc.equal(answer["stack"], counts.stack), pc.equal(answer["layer"], counts.layer))
         place = np.flatnonzero(here.to_numpy())
@@ -137,11 +143,12 @@ def effective_documents(rows: pa.Table, counts: DocumentCounts) -> NDArray[np.fl
     return _least(rows, {label: n.sum() ** 2 / (n**2).sum() for label, n in tokens.items()})
 
 
-def _least(rows: pa.Table, of_label: Mapping[str, float]) -> NDArray:
-    """Returns the minimum over the labels that each row names, of shape [R]; over all labels if rows name none."""
+def _least(rows: pa.Table, of_label: Mapping[str | None, float]) -> NDArray:
+    """Returns the minimum over the labels that each row names, of shape [R]; over all labels where it names none."""
     named = [rows[column].to_pylist() for column in _LABELS if column in rows.column_names]
     if not named:
         return np.full(rows.num_rows, min(of_label.values()))
+    of_label = {**of_label, None: min(of_label.values())}
     return np.array([min(of_label[label] for label in labels) for labels in zip(*named, strict=True)])
 
 

@@ -9,7 +9,8 @@ Guarantees: the draws of a label depend only on the seed, the label's name and i
 same in all routers and whatever other labels there are; memory is bounded by working in portions of samples. Nothing
 here reads a run.
 
-Shapes: S samples, D documents (N of one label), L labels, E experts, M statistics, C = 1 + M + 3 E columns of counts.
+Shapes: S samples, D documents (N of one label), L labels, E experts, M statistics, O sums of outputs (0 where a query
+reads none), C = 1 + M + (3 + O) E columns of counts.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from collector.data.sources import LABEL_SEPARATOR
-from collector.query.document_counts import STATISTICS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -36,7 +36,7 @@ _PORTION = 4_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sums:
-    """Columns of the views `assignments` and `label_statistics` of one router, for S samples of its documents."""
+    """Columns of the views that queries read of one router, for S samples of its documents (see `answers`)."""
 
     labels: tuple[str, ...]
     """The L recorded labels, sets of several included, that have documents in the router."""
@@ -46,22 +46,26 @@ class Sums:
     picks_SLE: NDArray[np.float64]
     top1_SLE: NDArray[np.float64]
     weight_sum_SLE: NDArray[np.float64]
+    outputs_OSLE: Sequence[NDArray[np.float64]] = ()
+    """Sums over what each expert put out, in the order of `OUTPUTS`; none if the counts have none."""
 
     @classmethod
-    def of(cls, labels: tuple[str, ...], sums_SLC: NDArray[np.float64]) -> Sums:
+    def of(cls, counts: DocumentCounts, labels: tuple[str, ...], sums_SLC: NDArray[np.float64]) -> Sums:
         """Splits the sums of `columns` into fields."""
-        statistics, of_experts = np.split(sums_SLC[:, :, 1:], [len(STATISTICS)], axis=2)
-        picks, top1, weight_sum = np.split(of_experts, 3, axis=2)
+        statistics, of_experts = np.split(sums_SLC[:, :, 1:], [len(counts.statistics)], axis=2)
+        outputs = 0 if counts.outputs_ODE is None else len(counts.outputs_ODE)
+        picks, top1, weight_sum, *put_out = np.split(of_experts, 3 + outputs, axis=2)
         return cls(
             labels=labels, tokens_SL=sums_SLC[:, :, 0], statistics_SLM=statistics, picks_SLE=picks, top1_SLE=top1,
-            weight_sum_SLE=weight_sum,
+            weight_sum_SLE=weight_sum, outputs_OSLE=put_out,
         )  # fmt: skip
 
 
 def columns(counts: DocumentCounts) -> NDArray[np.float64]:
-    """Returns tokens, statistics, picks, top-1 and weights by document, [D, C]; float64 is exact up to 2^53."""
+    """Returns tokens, statistics, picks, top-1, weights and outputs by document, [D, C]; exact up to 2^53."""
     scalars: list[NDArray] = [counts.tokens_D[:, None], counts.statistics_DM]
     blocks = [*scalars, counts.picks_DE, counts.top1_DE, counts.weight_sum_DE]
+    blocks += [] if counts.outputs_ODE is None else [*counts.outputs_ODE]
     return np.concatenate(blocks, axis=1, dtype=np.float64)
 
 
@@ -132,7 +136,8 @@ def draw(rng: np.random.Generator, documents: int, size: int, samples: int) -> N
 def whole(counts: DocumentCounts) -> Sums:
     """Returns the sums of all documents, as one sample."""
     members, values_DC = strata_of(counts), columns(counts)
-    return Sums.of(tuple(members), np.array([[values_DC[documents].sum(axis=0) for documents in members.values()]]))
+    sums_SLC = np.array([[values_DC[documents].sum(axis=0) for documents in members.values()]])
+    return Sums.of(counts, tuple(members), sums_SLC)
 
 
 def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None) -> Iterator[Sums]:
@@ -164,4 +169,4 @@ def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | 
             else:
                 weights_SN = drawn_SN[:, document_D[rows]]
             np.matmul(weights_SN, values_DC[rows], out=sums_SLC[:, place])
-        yield Sums.of(labels, sums_SLC)
+        yield Sums.of(counts, labels, sums_SLC)

@@ -1,0 +1,145 @@
+"""What experts put out, and how well the model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from collector.store.tables import Layer
+from tests.helpers.synthetic import EFFECTS, Shard, key
+
+_EPSILON = 1e-300
+
+
+def effects(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool, pooled: bool = False) -> dict:
+    """{(stack, layer, label): (Layer, tokens, picks, norm, squared norm, g norm, contribution, each [E])}."""
+    found = {}
+    for one in layers:
+        for label in sorted({str(label) for shard in shards for label in shard.labels}) if not pooled else [None]:
+            tokens, sums_ne = 0, np.zeros((5, one.n_experts))
+            for shard in shards:
+                counted = (include_special | ~shard.is_special) & (pooled | (shard.labels == label))
+                tokens += int(counted.sum())
+                lost = shard.dropped.get(key(one), np.zeros((len(counted), one.top_k), bool))
+                kept = counted[:, None] & ~lost
+                norm, _, c = (shard.effects[key(one)][name][kept].astype(float) for name in EFFECTS)
+                g, e = shard.weights[key(one)][kept].astype(float), shard.experts[key(one)][kept].astype(int)
+                for i, values in enumerate((np.ones(len(e)), norm, norm**2, g * norm, c)):
+                    np.add.at(sums_ne[i], e, values)
+            if tokens:
+                found[one.stack, one.layer, label] = (one, tokens, *sums_ne)
+    return found
+
+
+def expert_contribution(layers: Sequence[Layer], shards: Sequence[Shard], **given: bool) -> dict:
+    """See the query."""
+    rows = {}
+    for at, (one, tokens, picks, norm, squared, weighted, c) in effects(layers, shards, **given).items():
+        everywhere = picks.sum()
+        for e in range(one.n_experts):
+            n = int(picks[e])
+            of_picks = {"saliency": weighted, "activation_norm": norm, "squared_activation_norm": squared}
+            metrics = {
+                "contribution": (c[e] / tokens, 1 / one.n_experts, tokens),
+                "contribution_if_chosen": (c[e] / n if n else None, 1 / one.top_k, n),
+                "ean": (norm[e] / tokens, norm.mean() / tokens, tokens),
+                "weighted_ean": (weighted[e] / tokens, weighted.mean() / tokens, tokens),
+            }
+            for name, values in of_picks.items():
+                baseline = values.sum() / everywhere if everywhere else None
+                metrics[name] = (values[e] / n if n else None, baseline, n)
+            rows |= {(metric, *at, e): row for metric, row in metrics.items()}
+    return rows
+
+
+def contribution_overlap(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool) -> dict:
+    """See the query."""
+    found = {
+        at: (tokens, np.maximum(sums[-1], 0) / tokens)
+        for at, (_, tokens, *sums) in effects(layers, shards, include_special=include_special).items()
+    }
+    rows = {}
+    for (stack, layer, a), (n_a, c_a) in found.items():
+        for (other_stack, other_layer, b), (n_b, c_b) in found.items():
+            if (stack, layer) != (other_stack, other_layer):
+                continue
+            length, most = np.sqrt((c_a @ c_a) * (c_b @ c_b)), np.maximum(c_a, c_b).sum()
+            known = c_a.sum() > 0 and c_b.sum() > 0
+            s_a, s_b = c_a / max(c_a.sum(), _EPSILON), c_b / max(c_b.sum(), _EPSILON)
+            metrics = {
+                "cosine": (c_a @ c_b / length if length else None, None),
+                "jsd": ((_to_mean(s_a, s_b) + _to_mean(s_b, s_a)) / 2 if known else None, 0),
+                "weighted_jaccard": (np.minimum(c_a, c_b).sum() / most if most else None, None),
+            }
+            for metric, values in metrics.items():
+                rows[metric, stack, layer, a, b] = (*values, min(n_a, n_b), n_a, n_b)
+    return rows
+
+
+def _to_mean(p: np.ndarray, q: np.ndarray) -> float:
+    has = p > 0
+    return float((p[has] * np.log2(2 * p[has] / (p[has] + q[has]))).sum())
+
+
+def largest(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool) -> dict:
+    """{stack: {(layer, expert): (largest entry, picks)}}."""
+    found: dict[str, dict] = {}
+    for one in layers:
+        for shard in shards:
+            lost = shard.dropped.get(key(one), np.zeros((len(shard.labels), one.top_k), bool))
+            for t, k in np.argwhere((include_special | ~shard.is_special)[:, None] & ~lost):
+                at = one.layer, int(shard.experts[key(one)][t, k])
+                most, n = found.setdefault(one.stack, {}).get(at, (-np.inf, 0))
+                found[one.stack][at] = (max(most, float(shard.effects[key(one)]["largest"][t, k])), n + 1)
+    return found
+
+
+def super_experts(
+    layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool, percentile: float, share: float,
+    depth: float, top: int,
+) -> dict:  # fmt: skip
+    """See the query."""
+    rows = {}
+    for stack, experts in largest(layers, shards, include_special=include_special).items():
+        values = np.array([value for value, _ in experts.values()])
+        baseline, deepest = np.quantile(values, percentile / 100), depth * (1 + max(layer for layer, _ in experts))
+        ranked = sorted(experts.items(), key=lambda item: (-item[1][0], item[0]))
+        for place, ((layer, expert), (value, n)) in enumerate(ranked[:top], start=1):
+            is_super = value > baseline and value > share * values.max() and layer < deepest
+            rows["super_experts", stack, layer, expert] = (value, baseline, n, place, bool(is_super))
+    return rows
+
+
+def loss(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool) -> dict:
+    """See the query; of the decoder's tokens."""
+    if all(one.token_stack == "encoder" for one in layers):
+        return {}
+    found: dict[str, list[float]] = {}
+    for shard in shards:
+        end = np.cumsum(shard.lengths)
+        truncated = np.zeros(len(end), bool) if shard.truncated is None else shard.truncated
+        for d, (label, length) in enumerate(shard.documents):
+            own = slice(int(end[d]) - length, int(end[d]))
+            predicted = ~np.isnan(shard.losses[own])
+            counted = predicted & (include_special | ~shard.is_special[own])
+            nats, ordinary = shard.losses[own].astype(float)[counted].sum(), predicted & ~shard.is_special[own]
+            whole = not truncated[d]
+            characters = int(shard.character_counts[d]) if whole and ordinary.any() else 0
+            if counted.any():
+                sums = found.setdefault(label, [0, 0, 0, 0])
+                added = (int(counted.sum()), nats, nats if whole else 0, characters)
+                found[label] = [a + b for a, b in zip(sums, added, strict=True)]
+    if not found:
+        return {}
+    all_n, all_nats, all_whole, all_characters = np.sum(list(found.values()), axis=0)
+    rows = {}
+    for label, (n, nats, whole, characters) in found.items():
+        per_character = whole / np.log(2) / characters if characters else None
+        baseline = all_whole / np.log(2) / all_characters if all_characters else None
+        rows |= {
+            ("nats_per_token", "decoder", label): (nats / n, all_nats / all_n, n),
+            ("perplexity", "decoder", label): (np.exp(nats / n), np.exp(all_nats / all_n), n),
+            ("bits_per_character", "decoder", label): (per_character, baseline, n),
+        }
+    return rows
