@@ -19,7 +19,7 @@ DEMO = "demo"
 """Name of both the embedded model and the embedded corpus."""
 
 Store = Literal["text", "probabilities"]
-Record = Literal["routing", "outputs", "loss"]
+Record = Literal["routing", "outputs", "loss", "similarity"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stack = Literal["encoder", "decoder"]
 
@@ -125,7 +125,9 @@ class CaptureConfig:
     A document longer than this is a batch of its own. Lower it if the device runs out of memory."""
     record: tuple[Record, ...] = ("routing",)
     """What to record: `routing`, always; `outputs`, what the chosen experts put out and contribute;
-    `loss`, how surprised the model is by each token."""
+    `loss`, how surprised the model is by each token; `similarity`, how alike the outputs of all experts are."""
+    sample_tokens: int = 512
+    """Tokens of each shard that go through all experts, for `--record similarity`."""
     store: tuple[Store, ...] = ()
     """Also store `text` (each document's text and target) or `probabilities` (of all experts).
     Probabilities are stored for every token and layer, at 4 bytes each before compression."""
@@ -138,6 +140,7 @@ class CaptureConfig:
         """Rejects impossible layers, stacks and sizes."""
         _require_positive("max_length", self.max_length)
         _require_positive("tokens_per_batch", self.tokens_per_batch)
+        _require_positive("sample_tokens", self.sample_tokens)
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError(f"--layers takes layer numbers from 0, got {self.layers}")
         if self.stacks is not None and not self.stacks:

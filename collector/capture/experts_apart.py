@@ -6,7 +6,8 @@
 The experts module of nearly all families takes `hidden_states [R, H]`, `top_k_index [R, k]` and `top_k_weights [R, k]`.
 Here it is given each pick as a row of its own, `[R k, H]` with a single expert of weight 1, so that it returns every
 f_e(x), whatever its implementation or precision; the weighted sum over a token's picks is then taken outside of it.
-The experts do the same work as before. The sum is that of transformers' grouped and batched implementations, to the
+`every_output` gives it each token once per expert, chosen or not, outside of a forward pass. In a pass the experts do
+the same work as before. The sum is that of transformers' grouped and batched implementations, to the
 bit; the plain loop over experts adds in another order. Switch's experts take a mask of a single pick instead of ids,
 and are given it with weight 1.
 
@@ -57,10 +58,79 @@ def experts_of(router: Router) -> torch.nn.Module:
     if experts is None or names is None or names[1] not in ("top_k_index", "router_indices", _MASK):
         what = type(router.owner).__name__ if experts is None else type(experts).__name__
         raise ValueError(
-            f"--record outputs: router {router.name} hands its choice to {what}, whose experts cannot be "
+            f"--record: router {router.name} hands its choice to {what}, whose experts cannot be "
             "read one by one: record the routing alone"
         )
     return experts
+
+
+class ExpertInputs(NamedTuple):
+    """What the experts of one layer receive for R tokens."""
+
+    hidden_rh: torch.Tensor
+    """[R, H] x."""
+    experts_rk: torch.Tensor
+    """[R, k] ids, as the experts receive them; -1 for a pick that a capacity limit dropped."""
+    weights_rk: torch.Tensor
+    """[R, k] g, the weights that the model applies."""
+
+
+def listen_to_inputs(experts: torch.nn.Module, listen: Callable[[ExpertInputs], None]) -> Any:
+    """Hands what an experts module receives to a listener, at every call.
+
+    Args:
+        experts: what `experts_of` returns.
+        listen: called before the experts run.
+
+    Returns:
+        The handle of the hook; it must be registered before `ExpertsApart` enters its context.
+    """
+    names, signature = argument_names(experts) or (), inspect.signature(experts.forward)
+
+    def read(_module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        listen(_inputs(names, signature.bind(*args, **kwargs)))
+
+    return experts.register_forward_pre_hook(read, with_kwargs=True)
+
+
+def _inputs(names: tuple[str, ...], bound: inspect.BoundArguments) -> ExpertInputs:
+    hidden, experts, weights = (bound.arguments[name] for name in names)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if names[1] == _MASK:
+        picked_r = torch.where(experts.bool().any(-1), experts.argmax(-1), -1)
+        return ExpertInputs(rows, picked_r.reshape(-1, 1), weights.reshape(-1, 1))
+    return ExpertInputs(rows, experts.reshape(len(rows), -1), weights.reshape(len(rows), -1))
+
+
+def count_experts(experts: torch.nn.Module) -> int:
+    """Returns how many experts a module computes, E; a router may know more, which compute nothing."""
+    for name in ("total_experts", "num_experts"):
+        if isinstance(count := getattr(experts, name, None), int):
+            return count
+    return len(experts)  # type: ignore[arg-type]
+
+
+def every_output(experts: torch.nn.Module, hidden_rh: torch.Tensor) -> torch.Tensor:
+    """Computes f_e(x) of all experts, [R, E, H], past the module's hooks.
+
+    Args:
+        experts: what `experts_of` returns.
+        hidden_rh: [R, H] tokens as the module receives them.
+    """
+    names, count = argument_names(experts) or (), count_experts(experts)
+    rows = hidden_rh.repeat_interleave(count, dim=0)
+    ids = torch.arange(count, device=hidden_rh.device).repeat(len(hidden_rh))[:, None]
+    ones = torch.ones(ids.shape, dtype=hidden_rh.dtype, device=hidden_rh.device)
+    if names[1] == _MASK:
+        ids = torch.nn.functional.one_hot(ids, count)
+    return experts.forward(rows, *_doubled(experts, ids, ones)).reshape(len(hidden_rh), count, -1)
+
+
+def _doubled(experts: torch.nn.Module, ids: torch.Tensor, ones: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds a second pick of weight 0 to each row for those that misread a single one."""
+    if type(experts).__name__ not in _SQUEEZE_SINGLE_PICKS:
+        return ids, ones
+    return ids.expand(-1, 2), torch.cat([ones, torch.zeros_like(ones)], dim=1)
 
 
 class ExpertsApart:
@@ -76,7 +146,6 @@ class ExpertsApart:
         self._experts = experts
         self._listen = listen
         self._names = argument_names(experts) or ()
-        self._twice = type(experts).__name__ in _SQUEEZE_SINGLE_PICKS
         self._signature = inspect.signature(experts.forward)
         self._given: tuple[torch.Size, torch.Tensor, torch.Tensor] | None = None
         self._handles: list[Any] = []
@@ -98,20 +167,14 @@ class ExpertsApart:
 
     def _expand(self, _module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         bound = self._signature.bind(*args, **kwargs)
-        hidden, experts, weights = (bound.arguments[name] for name in self._names)
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        given = _inputs(self._names, bound)
+        self._given = bound.arguments[self._names[0]].shape, given.experts_rk, given.weights_rk
         if self._names[1] == _MASK:
-            picked_r = torch.where(experts.bool().any(-1), experts.argmax(-1), -1)
-            self._given = hidden.shape, picked_r.reshape(-1, 1), weights.reshape(-1, 1)
-            bound.arguments[self._names[2]] = torch.ones_like(weights)
+            bound.arguments[self._names[2]] = torch.ones_like(bound.arguments[self._names[2]])
             return bound.args, bound.kwargs
-        experts_rk, weights_rk = experts.reshape(len(rows), -1), weights.reshape(len(rows), -1)
-        self._given = hidden.shape, experts_rk, weights_rk
-        ids, ones = experts_rk.reshape(-1, 1), torch.ones_like(weights_rk).reshape(-1, 1)
-        if self._twice:
-            ids, ones = ids.expand(-1, 2), torch.cat([ones, torch.zeros_like(ones)], dim=1)
-        rows = rows.repeat_interleave(experts_rk.shape[1], dim=0)
-        bound.arguments.update(zip(self._names, (rows, ids, ones), strict=True))
+        ids, ones = given.experts_rk.reshape(-1, 1), torch.ones_like(given.weights_rk).reshape(-1, 1)
+        rows = given.hidden_rh.repeat_interleave(given.experts_rk.shape[1], dim=0)
+        bound.arguments.update(zip(self._names, (rows, *_doubled(self._experts, ids, ones)), strict=True))
         return bound.args, bound.kwargs
 
     def _merge(self, _module: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:

@@ -31,17 +31,20 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from collector.capture.experts_apart import ExpertsApart
+from collector.capture.experts_apart import ExpertsApart, listen_to_inputs
 from collector.capture.landing import PinnedPool
 from collector.capture.padding import ExpertsWithoutPadding, Grid, encoder_of
 from collector.capture.positions import looks_back_only, one_text_per_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
+    from collector.capture.batches import TokenTable
     from collector.capture.landing import Landing
     from collector.capture.recorder import Hook, Recorder
 
@@ -111,11 +114,13 @@ class Capture:
     def __enter__(self) -> Self:
         try:
             self._narrowing.__enter__()
-            for index, hook in enumerate(self._hooks):
-                if hook.of_experts:
-                    self._apart.enter_context(ExpertsApart(hook.module, self._hook(index)))
-                else:
-                    self._handles.append(hook.module.register_forward_hook(self._output_hook(index)))
+            for index in self._which("inputs"):  # before `ExpertsApart` changes them
+                self._handles.append(listen_to_inputs(self._hooks[index].module, self._hook(index)))
+            for index in self._which("experts"):
+                self._apart.enter_context(ExpertsApart(self._hooks[index].module, self._hook(index)))
+            for index in self._which("module"):
+                hook = self._hooks[index]
+                self._handles.append(hook.module.register_forward_hook(self._output_hook(index)))
             self._probe()
         except BaseException:
             self._remove()
@@ -133,6 +138,10 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _which(self, of: str) -> list[int]:
+        """The numbers of the hooks that read this."""
+        return [index for index, hook in enumerate(self._hooks) if hook.of == of]
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cpu":
@@ -167,7 +176,7 @@ class Capture:
     def _reduce(self, hook: Hook, reading: Any) -> Any:
         grid, positions, device = self._grids[hook.stack], len(reading[0]), reading[0].device
         # Experts as a rule see real tokens only.
-        has_padding = grid.real is not None and not (hook.of_experts and positions == len(grid.real))
+        has_padding = grid.real is not None and not (hook.of != "module" and positions == len(grid.real))
         if positions != grid.positions and (has_padding or grid.real is None):
             raise RuntimeError(f"{hook.name} saw {positions} tokens of a batch of {grid.positions}")
         if has_padding:
@@ -177,6 +186,16 @@ class Capture:
         kept = hook.keep(reading, grid)
         return type(kept)(*map(self._landing.copy, kept))
 
+    def begin(self, tokens: Mapping[str, TokenTable]) -> None:
+        """Tells the recorders the tokens of the next shard."""
+        for recorder in self.recorders:
+            recorder.begin(tokens)
+
+    @torch.inference_mode()
+    def conclude(self) -> list[Any]:
+        """Lets each recorder compute what is left of the shard, and returns the results by recorder."""
+        return [recorder.conclude() for recorder in self.recorders]
+
     @torch.inference_mode()
     def run(
         self,
@@ -184,6 +203,8 @@ class Capture:
         attention_mask: torch.Tensor,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
+        *,
+        slots: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> Captured:
         """One forward pass.
 
@@ -193,6 +214,7 @@ class Capture:
                 encoder–decoder model on the right only: a capacity counts from the left.
             decoder_input_ids: [B, S'] on the host, where `decodes`; what the decoder is given.
             decoder_attention_mask: [B, S'] on the host.
+            slots: stack -> [T] the places of its real tokens in the shard's token table, for recorders that ask.
 
         Raises:
             RuntimeError: a hook did not fire, fired twice, or saw other than B x S tokens.
@@ -201,13 +223,16 @@ class Capture:
         self._landing = self._pool.take()
         self._grids.clear()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        self._grids["encoder" if self.two_stacks else "decoder"] = Grid.of(attention_mask, self._to_device, input_ids)
+        slots, stack = slots or {}, "encoder" if self.two_stacks else "decoder"
+        self._grids[stack] = Grid.of(attention_mask, self._to_device, input_ids, slots.get(stack))
         options: dict[str, Any] = {} if self.two_stacks and not self.decodes else {"use_cache": False}
         if self.decodes:
             assert decoder_input_ids is not None, "a hook sees the decoder's tokens"
             assert decoder_attention_mask is not None, "a hook sees the decoder's tokens"
             inputs |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
-            self._grids["decoder"] = Grid.of(decoder_attention_mask, self._to_device, decoder_input_ids)
+            self._grids["decoder"] = Grid.of(
+                decoder_attention_mask, self._to_device, decoder_input_ids, slots.get("decoder")
+            )
         elif not self.two_stacks and (attention_mask[:, 0] == 0).any():
             # A causal model numbers positions from the left edge of the batch unless told otherwise.
             inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)

@@ -133,7 +133,7 @@ class OutputsRecorder(Recorder):
                 stack=router.token_stack,
                 read=lambda call: call,
                 keep=lambda call, _grid: effects(call),
-                of_experts=True,
+                of="experts",
             )
             for router in self.routers
         ]

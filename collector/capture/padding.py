@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
 _TAKEN = (
@@ -49,6 +51,8 @@ class Grid:
     _copies: dict[torch.device, torch.Tensor] = dataclasses.field(default_factory=dict)
     _host: tuple[torch.Tensor, torch.Tensor] | None = None
     """Mask and token ids, [B, S] each, on the host."""
+    slots: NDArray[np.int64] | None = None
+    """[R] each real token's place in the shard's token table, see `batches`."""
 
     def real_on(self, device: torch.device) -> torch.Tensor:
         """`real` on another device of a model that spans several; copied once for each."""
@@ -80,14 +84,14 @@ class Grid:
     @classmethod
     def of(
         cls, attention_mask: torch.Tensor, to_device: Callable[[torch.Tensor], torch.Tensor],
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None, slots: NDArray[np.int64] | None = None,
     ) -> Grid:  # fmt: skip
-        """Reads a mask [B, S], and token ids of the same shape, on the host."""
+        """Reads a mask [B, S], token ids of the same shape, and the real tokens' slots, on the host."""
         real = attention_mask.flatten().nonzero().squeeze(1)
         positions = attention_mask.numel()
         whole = len(real) == positions
         host = None if input_ids is None else (attention_mask, input_ids)
-        return cls(positions=positions, real=None if whole else to_device(real), _host=host)
+        return cls(positions=positions, real=None if whole else to_device(real), _host=host, slots=slots)
 
 
 def encoder_of(model: PreTrainedModel) -> Any:

@@ -84,6 +84,15 @@ class Placing:
         while len(self._waiting) > AHEAD:
             self._waiting.popleft().result()
 
+    def conclude(self, results: Sequence[Any]) -> None:
+        """Hands over what the recorders computed after the last batch."""
+
+        def hand_over() -> None:
+            for recording, result in zip(self._recordings, results, strict=True):
+                recording.conclude(result)
+
+        self._waiting.append(self._thread.submit(hand_over))
+
     def finish(self) -> list[Recording]:
         """Waits until every batch is in place, and returns each recorder's recording, not checked yet.
 
@@ -123,6 +132,7 @@ class ForwardPasses:
     def start(self, tokens: dict[str, batches.TokenTable]) -> tuple[Placing, Passes]:
         """Like `run`, but returns when the last pass has been started; the results are being put in place."""
         placing, passes = Placing(self.placer, self.capture.recorders, tokens), Passes()
+        self.capture.begin(tokens)
         todo = self._packed(tokens)[::-1]
         while todo:
             documents = todo.pop()
@@ -136,6 +146,7 @@ class ForwardPasses:
             placing.add(batch, captured)
             passes.batches += 1
             passes.padded_tokens += sum(grid.input_ids.size for grid in batch.values())
+        placing.conclude(self.capture.conclude())
         return placing, passes
 
     def _packed(self, tokens: dict[str, batches.TokenTable]) -> list[np.ndarray]:
@@ -152,7 +163,7 @@ class ForwardPasses:
         """
         grids = [torch.from_numpy(part) for grid in batch.values() for part in (grid.input_ids, grid.attention_mask)]
         try:
-            return self.capture.run(*grids)
+            return self.capture.run(*grids, slots={stack: each.slots for stack, each in batch.items()})
         except torch.OutOfMemoryError as error:
             if len(grids[0]) == 1:
                 tokens = " + ".join(str(grid.input_ids.size) for grid in batch.values())

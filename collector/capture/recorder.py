@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class Hook:
     """Reads the output of one module, which fires exactly once in a forward pass.
 
-    Of an experts module it may read what single experts put out instead: see `of_experts`.
+    Of an experts module it may read what single experts put out or receive instead: see `of`.
     """
 
     name: str
@@ -44,16 +44,20 @@ class Hook:
     """`encoder` or `decoder`: the stack whose tokens the module sees."""
     read: Callable[[Any], Any]
     """The module's return value -> a NamedTuple of tensors with one row per position of the batch, padding included.
-    Parts may be None, but for the first."""
+    Parts may be None, but for the first. Of an experts module, see `of`, it takes a NamedTuple of that kind."""
     keep: Callable[[Any, Grid], Any]
     """The same NamedTuple without padding, and the batch -> a NamedTuple of what the recorder keeps, reduced on the
     device."""
-    of_experts: bool = False
-    """Whether the module is an experts module, and `read` takes an `ExpertCall`."""
+    of: Literal["module", "experts", "inputs"] = "module"
+    """What is read: what the module returns, or of an experts module what single experts put out (`ExpertCall`) or what
+    they receive (`ExpertInputs`)."""
 
 
 class Recording(abc.ABC):
     """What one recorder has of one shard."""
+
+    def conclude(self, result: Any) -> None:  # noqa: B027 - most have nothing to conclude
+        """Takes what `Recorder.conclude` returned for this shard, after all batches; by default nothing."""
 
     @abc.abstractmethod
     def put(self, batch: Mapping[str, Batch], kept: Sequence[Any]) -> None:
@@ -132,6 +136,17 @@ class Recorder(abc.ABC):
     @abc.abstractmethod
     def card(self) -> dict[str, Any]:
         """Its part of run.json, known after `probe`."""
+
+    def begin(self, tokens: Mapping[str, TokenTable]) -> None:  # noqa: B027 - most need not know
+        """Learns the tokens of the next shard, before its first pass and in the thread of the passes."""
+
+    def conclude(self) -> Any:
+        """Computes what is left of a shard on the device, after its last pass and in the same thread.
+
+        Returns:
+            What `Recording.conclude` takes, on the host; by default nothing.
+        """
+        return None
 
     @abc.abstractmethod
     def start(self, tokens: Mapping[str, TokenTable]) -> Recording:

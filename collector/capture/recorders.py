@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from collector.capture.loss import LossRecorder
 from collector.capture.outputs import OutputsRecorder
 from collector.capture.routing import RoutingRecorder
+from collector.capture.similarity import SimilarityRecorder
 from collector.store import tables
 from collector.store.run_directory import REJECTS
 
@@ -25,6 +26,7 @@ RECORDERS: dict[str, type[Recorder]] = {
     "routing": RoutingRecorder,
     "outputs": OutputsRecorder,
     "loss": LossRecorder,
+    "similarity": SimilarityRecorder,
 }
 """By the name that `--record` takes."""
 

@@ -298,9 +298,9 @@ def test_a_batch_holds_the_padded_tokens_of_both_stacks(tmp_path, folders, loade
     replica = Replica(str(tmp_path), config, "h", loaded=loaded["switch"])
     real = replica.capture.run
 
-    def run(*grids):
+    def run(*grids, **slots):
         sizes.append((len(grids[0]), grids[0].numel() + grids[2].numel()))
-        return real(*grids)
+        return real(*grids, **slots)
 
     monkeypatch.setattr(replica.capture, "run", run)
     from collector.data.plan import make_plan

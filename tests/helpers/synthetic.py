@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from collector.capture import outputs, routing_table
+from collector.capture import outputs, routing_table, similarity
 from collector.capture.loss import LossRecorder
 from collector.capture.routing_table import STATISTICS, LayerRouting
 from collector.data.sources import LABEL_SEPARATOR
@@ -64,6 +64,8 @@ class Shard:
     losses: np.ndarray
     """[T], NaN for the first of a document."""
     probabilities: Mapping[Key, np.ndarray] | None = None
+    similarity: Sequence[Mapping[str, Any]] = ()
+    """Rows of the table, without their shard."""
     token_ids: np.ndarray | None = None
     """[T], or all ids in turn."""
     spans: Sequence[str | None] | None = None
@@ -196,9 +198,23 @@ def random_shard(
             layer: {name: own.normal(1, 0.5, e_tk.shape).astype(np.float32) for name in EFFECTS}
             for layer, e_tk in shard.experts.items()
         },
+        similarity=[row for one in layers for row in _random_blocks(own, one)],
         losses=(shard.losses * own.gamma(2, 1, len(is_special))).astype(np.float32),
         **({} if vocabulary is None else _random_texts(rng, documents, vocabulary)),
     )
+
+
+def _random_blocks(rng: np.random.Generator, layer: Layer) -> list[dict[str, Any]]:
+    """Two blocks of sampled tokens, one with a massive activation; the sums are no sums of anything."""
+    pairs = layer.n_experts * (layer.n_experts - 1) // 2
+    rows = []
+    for block, overs in enumerate((("sampled", "either", "both"), ("sampled", "either", "both", "usual"))):
+        for over in overs:
+            lists = {name: rng.normal(3, 1, pairs).tolist() for name in similarity.LISTS}
+            lists["n"] = rng.integers(2, 20, pairs).tolist()
+            key_columns = {"stack": layer.stack, "layer": layer.layer, "block": block, "over": over, "tokens": 20}
+            rows.append(key_columns | {"experts": layer.n_experts} | lists)
+    return rows
 
 
 def joined(shards: Sequence[Shard]) -> Shard:
@@ -219,6 +235,11 @@ def joined(shards: Sequence[Shard]) -> Shard:
 
     return Shard(
         documents=[document for shard in shards for document in shard.documents],
+        similarity=[
+            {**row, "block": 10 * number + row["block"]}
+            for number, shard in enumerate(shards)
+            for row in shard.similarity
+        ],
         document_ids=[name for shard in shards for name in shard.document_ids or ()],
         parallel_ids=[name for shard in shards for name in shard.parallel_ids or ()],
         **{name: join(name) for name in ("is_special", "losses", "token_ids", "characters", "truncated")},
@@ -246,7 +267,7 @@ def write_run(
     complete: bool = True,
     settings: Mapping[str, Any] | None = None,
     vocabulary: Sequence[tuple[str, bool]] | None = VOCABULARY_ENTRIES,
-    record: Sequence[str] = ("outputs", "loss"),
+    record: Sequence[str] = ("outputs", "loss", "similarity"),
 ) -> Path:
     """Writes and commits all shards; returns the run's folder.
 
@@ -286,7 +307,7 @@ def publish_shard(
     *,
     attempt: str = "a",
     probabilities: bool = False,
-    record: Sequence[str] = ("outputs", "loss"),
+    record: Sequence[str] = ("outputs", "loss", "similarity"),
 ) -> dict[str, Part]:
     """Publishes the parts of a shard without committing them."""
     schema = routing_table.schema(layers, probabilities=probabilities)
@@ -312,6 +333,9 @@ def publish_shard(
             small["tokens"] = small["tokens"].drop_columns("loss")
         if "outputs" in record:
             small["outputs"] = _outputs(number, layers, shard)
+        if "similarity" in record:
+            rows = [{"shard": number, **row} for row in shard.similarity]
+            small["similarity"] = pa.Table.from_pylist(rows, schema=similarity.SCHEMA)
         for name, table in small.items():
             tables.write_table(Path(scratch, name), table)
             parts[name] = run.publish_part(Path(scratch, name), number, attempt, name, table.num_rows)

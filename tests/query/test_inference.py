@@ -77,6 +77,7 @@ def repeated(shard: Shard, times: np.ndarray) -> Shard:
         dropped={layer: array[tokens] for layer, array in shard.dropped.items()},
         effects={layer: {n: array[tokens] for n, array in each.items()} for layer, each in shard.effects.items()},
         losses=shard.losses[tokens],
+        similarity=(),
         probabilities=None,
     )
 

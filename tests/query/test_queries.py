@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from collector.capture.similarity import LISTS
 from collector.query.comparison import list_comparisons, open_runs
 from collector.query.warehouse import Run, list_queries, open_run
 from collector.store.tables import Layer
@@ -60,10 +61,24 @@ def case_layers(case: Path) -> list[Layer]:
 def case_shards(case: Path, picks: str = "picks.csv") -> list[Shard]:
     """Rows are tokens, and documents of their own unless a column `doc` says which; routers repeat the tokens."""
     layers, rows = case_layers(case), read_csv(case / picks)
-    return [
+    shards = [
         case_shard(layers, [row for row in rows if row["shard"] == number])
         for number in sorted({r["shard"] for r in rows})
     ]
+    if (case / "similarity.csv").exists():
+        blocks = read_csv(case / "similarity.csv")
+        shards = [
+            dataclasses.replace(shard, similarity=[block(row) for row in blocks if row["shard"] == str(number)])
+            for number, shard in enumerate(shards)
+        ]
+    return shards
+
+
+def block(row: dict[str, str]) -> dict[str, object]:
+    """A row of similarity.csv: lists are over the pairs of experts."""
+    counts = {name: int(row[name]) for name in ("layer", "block", "tokens", "experts")}
+    lists = {name: [float(cell) for cell in row[name].split()] for name in LISTS if name != "n"}
+    return {"stack": row["stack"], "over": row["over"], "n": [*map(int, row["n"].split())]} | counts | lists
 
 
 def case_shard(layers: list[Layer], rows: list[dict[str, str]]) -> Shard:
@@ -238,7 +253,7 @@ def test_special_tokens_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     assert run.query("effective_experts").project("label, value, n").fetchall() == [("en", 1, 1)]
     everything = run.query("effective_experts", include_special="true").project("label, value, n").fetchall()
     assert everything == [("bos", 1, 1), ("en", pytest.approx(2), 2)]
-    for name in QUERIES:  # a label of special tokens only: no rows, no division by zero
+    for name in {*QUERIES} - {"expert_similarity"}:  # a label of special tokens only: no rows, no division by zero
         asked = {"include_special": False} if name == "super_experts" else {}  # which counts them, unless told not to
         assert run.query(name, labels=["bos"], **asked).fetchall() == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from collector.query.comparison import open_runs
 from collector.query.warehouse import open_run, views_sql
 from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
-from tests.helpers.query_runs import assert_same, few_examples, keyed, opened, random_runs
+from tests.helpers.query_runs import assert_same, assert_same_rows, few_examples, keyed, opened, random_runs
 from tests.helpers.reference import outputs
 from tests.helpers.synthetic import Shard, random_shard, write_run
 
@@ -59,6 +60,26 @@ def shards() -> list[Shard]:
     return [random_shard(np.random.default_rng(seed), LAYERS, DOCUMENTS) for seed in (1, 2)]
 
 
+@few_examples
+@given(
+    random=random_runs(), measure=st.sampled_from(["cka", "cosine", "angular"]),
+    over=st.sampled_from(["sampled", "either", "both", "usual"]),
+)  # fmt: skip
+def test_expert_similarity_agrees_with_numpy(random, **params) -> None:
+    layers, shards = random
+    with opened(layers, shards) as run:
+        assert_same(keyed(run, "expert_similarity", 5, **params), outputs.expert_similarity(shards, **params))
+
+
+def test_pairs_of_one_expert_are_those_of_all(folder: Path) -> None:
+    run = open_run(folder)
+    of_one = run.query("expert_similarity", expert=2).fetchall()
+    assert_same_rows(of_one, [row for row in run.query("expert_similarity").fetchall() if row[3] == 2])
+    for name, value in (("measure", "CKA"), ("over", "none")):
+        with pytest.raises(duckdb.Error, match=f"{name} takes"):
+            run.query("expert_similarity", **{name: value}).fetchall()
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", LAYERS, shards())
@@ -86,6 +107,8 @@ def test_what_a_run_did_not_record_is_an_error_that_says_so(folder: Path, tmp_pa
             plain.query(name)
     with pytest.raises(ValueError, match="loss reads label_losses, which needs what --record loss keeps; this run was"):
         plain.query("loss")
+    with pytest.raises(ValueError, match="expert_similarity reads expert_pairs, which needs what --record similarity"):
+        plain.query("expert_similarity")
     with pytest.raises(ValueError, match="needs what --record loss keeps"):
         inference.intervals(plain, "loss")
     assert plain.query("expert_load").fetchall()

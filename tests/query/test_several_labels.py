@@ -31,8 +31,8 @@ BY_LABEL = [
     "load_balance", "log_odds", "loss", "mutual_information", "position_profile", "reference_difference", "repetition",
     "router_entropy", "router_entropy_quantiles", "routing_divergence", "selection_frequency", "top_experts",
 ]  # fmt: skip
-POOLED = ["coactivation", "expert_load", "expert_token_overlap", "expert_tokens", "layer_transition",
-          "super_experts", "vocabulary_specialization"]  # fmt: skip
+POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_overlap", "expert_tokens",
+          "layer_transition", "super_experts", "vocabulary_specialization"]  # fmt: skip
 HAVE_POOLED = ["expert_contribution", "load_balance"]
 OTHER = ["expert_profile", "token_trace"]
 

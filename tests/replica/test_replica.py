@@ -237,7 +237,8 @@ def test_the_device_stage_computes_with_the_threads_it_was_given(tmp_path, confi
     made = plan.make_plan(config)
     with contextlib.closing(Replica(str(tmp_path), config, made.hash, loaded=tiny_model, threads=1)) as replica:
         real = replica.capture.run
-        monkeypatch.setattr(replica.capture, "run", lambda *a: seen.append(torch.get_num_threads()) or real(*a))
+        thread_counted = lambda *a, **k: seen.append(torch.get_num_threads()) or real(*a, **k)  # noqa: E731
+        monkeypatch.setattr(replica.capture, "run", thread_counted)
         torch.set_num_threads(3)  # of whoever uses torch beside the replica
         try:
             replica.collect(made.shards[0])
@@ -249,7 +250,7 @@ def test_the_device_stage_computes_with_the_threads_it_was_given(tmp_path, confi
 def test_a_replica_whose_device_failed_says_so(tmp_path, config, tiny_model, monkeypatch):
     """As after a device-side assert: CUDA answers every later call with the same error."""
 
-    def failed(*_):
+    def failed(*_, **__):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
     with replica_and_plan(tmp_path / "run", config, tiny_model) as (replica, made):
@@ -383,11 +384,11 @@ def too_small(replica, monkeypatch, positions):
     """Makes a replica's device fail for batches of more padded tokens; returns the sizes that it was asked for."""
     real, asked = replica.capture.run, []
 
-    def run(ids, mask):
+    def run(ids, mask, **slots):
         asked.append(tuple(ids.shape))
         if ids.numel() > positions:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return real(ids, mask)
+        return real(ids, mask, **slots)
 
     monkeypatch.setattr(replica.capture, "run", run)
     return asked

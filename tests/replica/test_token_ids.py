@@ -33,7 +33,9 @@ def runs(tmp_path_factory, tiny_folder, tiny_model):
         return {
             policy: collect_here(
                 folder / policy,
-                run_config(data, ModelConfig(model=str(tiny_folder)), token_ids=policy),
+                run_config(
+                    data, ModelConfig(model=str(tiny_folder)), token_ids=policy, record=("outputs", "similarity")
+                ),
                 loaded=tiny_model,
             )
             for policy in ("keep", "hash", "drop")
@@ -153,7 +155,9 @@ def answers(run, name):
     return [each for row in rows for cell in row for each in (cell if isinstance(cell, list) else [cell])]
 
 
-@pytest.mark.parametrize("query", list_queries(), ids=lambda query: query.name)
+@pytest.mark.parametrize(
+    "query", [query for query in list_queries() if query.name != "loss"], ids=lambda query: query.name
+)
 def test_queries_answer_the_same_of_permuted_ids_and_nothing_about_dropped_ones(runs, query):
     kept, hashed, dropped = (answers(run, query.name) for run in runs.values())
     # Approximately: DuckDB adds up in the order in which its threads come.

@@ -143,3 +143,42 @@ def loss(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: b
             ("bits_per_character", "decoder", label): (per_character, baseline, n),
         }
     return rows
+
+
+def expert_similarity(shards: Sequence[Shard], *, measure: str, over: str) -> dict:
+    """See the query."""
+    blocks: dict[tuple, dict[tuple, list[float]]] = {}
+    for number, shard in enumerate(shards):
+        massive = {(row["stack"], row["layer"], row["block"]) for row in shard.similarity if row["over"] == "usual"}
+        for row in shard.similarity:
+            at = row["stack"], row["layer"], row["block"]
+            if row["over"] != (over if over != "usual" or at in massive else "sampled"):
+                continue
+            pair = 0
+            for i in range(row["experts"]):
+                for j in range(i + 1, row["experts"]):
+                    n = row["n"][pair]
+                    x, y, z = (np.float32(row[name][pair]) for name in ("hsic", "hsic_first", "hsic_second"))
+                    values = [n, x, y, z] if measure == "cka" else [n, np.float32(row[measure][pair]), n, n]
+                    if n >= (4 if measure == "cka" else 1):
+                        for key_columns in ((*at[:2], i, j), (*at[:2], j, i)):
+                            own = blocks.setdefault(key_columns, {})
+                            own[number, row["block"]] = [float(value) for value in values]
+                    pair += 1
+    rows = {}
+    for at, own in blocks.items():
+        sums = np.array(list(own.values()))
+        total = sums.sum(0)
+        without = [_ratio(total - each) for each in sums]
+        error = None
+        if len(sums) > 1 and None not in without:
+            error = np.sqrt((len(sums) - 1) / len(sums) * ((np.array(without) - np.mean(without)) ** 2).sum())
+        baseline = 0.5 if measure == "angular" else 0.0
+        rows["expert_similarity", *at] = (_ratio(total), baseline, int(total[0]), len(sums), error)
+    return rows
+
+
+def _ratio(sums: np.ndarray) -> float | None:
+    _, x, y, z = sums
+    below = np.sqrt(max(y, 0) * max(z, 0))
+    return x / below if below > 0 else None
