@@ -4,8 +4,8 @@
 --     CKA, blind to rotations. May be negative, and is never clipped. Baseline 0, independent outputs.
 --   cosine   mean over tokens of cos(f_i, f_j). Baseline 0, independent directions.
 --   angular  mean over tokens of 1 - arccos(cos(f_i, f_j)) / pi. Baseline 1/2.
---   over = sampled takes all sampled tokens, either or both those routed to either or both of the pair, usual all
---   without the few of massive activations, which can make any two experts look alike.
+--   over = sampled takes all sampled tokens, either or both those routed to either or both of the pair, usual
+--   all without the few of massive activations, which can make any two experts look alike.
 --   standard_error is that of a jackknife over blocks of about 256 tokens, of many documents each.
 -- Source: HSIC₁ of Song et al. 2012; CKA from sums over minibatches: arXiv 2010.15327; angular similarity of
 --   experts: arXiv 2406.18219. The usual, biased CKA is 0.67 between independent outputs of 2,048 dimensions
@@ -54,7 +54,9 @@ with blocks as (
 chosen as (
     select *
     from blocks
-    qualify is_usual or not bool_or(is_usual) over (partition by stack, layer, shard, block, expert, other_expert)
+    qualify
+        is_usual
+        or not bool_or(is_usual) over (partition by stack, layer, shard, block, expert, other_expert)
 ),
 
 totals as (

@@ -1,7 +1,8 @@
 -- Question: How alike are the outputs of two experts over a block of sampled tokens?
 -- Formula: sums over the n tokens of the pair: cosine = cos(f_i, f_j), angular = 1 - arccos(cos) / pi; hsic,
 --   hsic_first and hsic_second = HSIC₁ of i and j, of i and of j. over = which tokens of the block count:
---   all (sampled), those routed to either or both of the pair, or the usual ones, without massive activations.
+--   all (sampled), those routed to either or both of the pair, or the usual ones, without massive
+--   activations.
 -- Grain: one row per (shard, stack, layer, block, over, expert, other_expert), expert < other_expert; over =
 --   usual only for blocks that have a massive activation.
 -- Reads: similarity
