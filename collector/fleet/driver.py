@@ -100,7 +100,8 @@ def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware
     if run.store.put_new(RUN, json.dumps(described, indent=1).encode() + b"\n"):
         return
     recorded = run.read_json(RUN)
-    different = [key for key, said in card.items() if key != "versions" and recorded.get(key) != said]
+    # What the run's first version did not say of its model cannot differ.
+    different = [key for key, said in card.items() if key in recorded and key != "versions" and recorded[key] != said]
     if different:
         details = "; ".join(f"{key}: {recorded.get(key)} -> {card[key]}" for key in different)
         raise ValueError(f"{run.root} was begun with another model than this replica loaded ({details})")

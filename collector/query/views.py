@@ -92,7 +92,7 @@ def locate(
     files, several = _committed_files(run, info, rollup=rollup)
     several_labels = several and grouping is None  # a grouping gives each document, or token, one label
     _check_grouping(grouping, info, files)
-    views, absent = derived_views(grouping, rollup=rollups.DOCUMENTS in files, recorded=_recorded(info))
+    views, absent = _derived_views(info, grouping, rollup=rollups.DOCUMENTS in files)
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
     mounts: tuple[RunFiles, ...] = ()
     if isinstance(run.store, ObjectStore):
@@ -139,7 +139,7 @@ def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
     """
     files: dict[str, dict[str, int]] = {table: {} for table in (*table_names(info), "vocab")}
     files |= {table: {_escape_glob(str(path)): 0} for table, path in paths.items()}
-    views, absent = derived_views(None, rollup=False, recorded=_recorded(info))
+    views, absent = _derived_views(info)
     spelled = {str(path) for path in paths.values()} | {name for one in files.values() for name in one}
     return Located(
         info=info, complete=False, paths=frozenset(spelled), mounts=(), views=views, absent=absent, by=LABEL,
@@ -180,7 +180,7 @@ def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
     start = "" if in_place else " Inside its folder: duckdb -init views.sql"
     head = f"-- The views of this run, over its committed files.{start}\n\n"
     info = _read_info(run_directory)
-    views, _ = derived_views(None, rollup=False, recorded=_recorded(info))
+    views, _ = _derived_views(info)
     files, several = _committed_files(run_directory, info)
     return head + _script(files, info, views, prefix=prefix, several_labels=several)
 
@@ -194,6 +194,16 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
     if any("stack" not in router for router in info["layers"]):
         raise ValueError(f"{run.root} was written by an earlier version, without a stack per router: collect it again")
     return info
+
+
+def _derived_views(
+    info: Mapping[str, Any], grouping: Grouping | None = None, *, rollup: bool = False
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the selects of the views, and what relations that this run cannot have need."""
+    views, absent = derived_views(grouping, rollup=rollup, recorded=_recorded(info))
+    if not info.get("compute"):
+        absent["components"] = "which this run does not have: its model could not be counted, or its version did not"
+    return views, absent
 
 
 def _recorded(info: Mapping[str, Any]) -> set[str]:
@@ -236,6 +246,8 @@ def _script(
 ) -> str:
     """Returns the statements for the views of a schema, and the macros; `prefix` is put before the files' paths."""
     statements = {"layers": _layers_select(info["layers"])}
+    if info.get("compute"):
+        statements["components"] = _components_select(info["compute"])
     for name, paths in files.items():
         select = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
         statements[f"recorded_{name}" if name in views else name] = select
@@ -282,6 +294,23 @@ def _layers_select(layers: list[dict[str, Any]]) -> str:
         for one in layers
     )
     return f"select * from (values\n    {rows}\n) as layers (stack, layer, n_experts, top_k, has_capacity, router)"
+
+
+def _components_select(components: list[dict[str, Any]]) -> str:
+    names = {"stack": "varchar", "layer": "utinyint", "component": "varchar"} | dict.fromkeys(
+        ("parameters", "flops", "context_flops", "window", "experts"), "bigint"
+    )
+    values = [
+        ", ".join(
+            "null" if one[name] is None else literal(one[name]) if isinstance(one[name], str) else str(one[name])
+            for name in names
+        )
+        for one in components
+    ]
+    rows = "),\n    (".join(values)
+    typed = ", ".join(f'"{name}"::{kind} as "{name}"' for name, kind in names.items())
+    quoted = ", ".join(f'"{name}"' for name in names)
+    return f"select {typed} from (values\n    ({rows})\n) as components ({quoted})"
 
 
 def _empty_select(name: str, info: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collector.models import footprint, loading
+from collector.models import compute, footprint, loading
 from collector.store import tables
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from collector.capture.recorder import Recorder
     from collector.config import ModelConfig
     from collector.models.loading import LoadedModel
+
+
+_log = logging.getLogger(__name__)
 
 
 def describe(loaded: LoadedModel, config: ModelConfig, recorders: Sequence[Recorder]) -> dict[str, Any]:
@@ -42,6 +47,7 @@ def describe(loaded: LoadedModel, config: ModelConfig, recorders: Sequence[Recor
             "fingerprint": loading.fingerprint(model),
         },
         "memory": memory,
+        "compute": _compute(model),
     }
     for recorder in recorders:
         card |= recorder.card()
@@ -49,6 +55,15 @@ def describe(loaded: LoadedModel, config: ModelConfig, recorders: Sequence[Recor
         "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer)},
         "versions": _versions(),
     }
+
+
+def _compute(model: Any) -> list[dict[str, Any]] | None:
+    """What a token costs by component; None for a model that cannot be built empty, which collects all the same."""
+    try:
+        return [dataclasses.asdict(one) for one in compute.components(model)]
+    except Exception as error:  # noqa: BLE001 - a count that is missing ends no run
+        _log.warning("the operations of %s cannot be counted: %s", type(model).__name__, error)
+        return None
 
 
 def vocabulary(tokenizer: Any) -> bytes:

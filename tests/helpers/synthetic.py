@@ -268,6 +268,7 @@ def write_run(
     settings: Mapping[str, Any] | None = None,
     vocabulary: Sequence[tuple[str, bool]] | None = VOCABULARY_ENTRIES,
     record: Sequence[str] = ("outputs", "loss", "similarity"),
+    compute: bool = True,
 ) -> Path:
     """Writes and commits all shards; returns the run's folder.
 
@@ -284,7 +285,7 @@ def write_run(
     }  # fmt: skip
     info = {
         "format": 2, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},
-        "layers": routers,
+        "layers": routers, "compute": components(layers) if compute else None,
     }  # fmt: skip
     run.store.put_new(RUN, json.dumps(info).encode())
     if vocabulary is not None:
@@ -297,6 +298,25 @@ def write_run(
     if complete:
         run.store.put_new(SUCCESS, b"{}")
     return folder
+
+
+def components(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """A model around the routers: its first layer has a window, and the last of three experts or more does nothing."""
+    empty = dict.fromkeys(("context_flops", "flops"), 0) | dict.fromkeys(("window", "experts"))
+    stacks = token_stacks(layers)
+    found = [empty | {"stack": stack, "layer": None, "component": "embedding", "parameters": 500} for stack in stacks]
+    for number, stack in enumerate((stack for stack in stacks for _ in range(2)), start=0):
+        own = {"stack": stack, "layer": number % 2, "component": "attention", "parameters": 40}
+        found.append(empty | own | {"flops": 60, "context_flops": 4, "window": None if number % 2 else 3})
+    for one in layers:
+        where = {"stack": one.stack, "layer": one.layer}
+        found.append(
+            empty | where | {"component": "router", "parameters": 10, "flops": 20} | {"stack": one.token_stack}
+        )
+        computing = one.n_experts if one.n_experts <= 2 else one.n_experts - 1
+        sizes = {"parameters": 100 * computing, "flops": 200, "experts": computing}
+        found.append(empty | where | {"component": "experts"} | sizes)
+    return found
 
 
 def publish_shard(

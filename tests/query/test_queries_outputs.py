@@ -61,6 +61,14 @@ def shards() -> list[Shard]:
 
 
 @few_examples
+@given(random=random_runs(), include_special=st.booleans())
+def test_compute_agrees_with_numpy(random, **params) -> None:
+    layers, shards = random
+    with opened(layers, shards) as run:
+        assert_same(keyed(run, "compute", 4, **params), outputs.compute(layers, shards, **params))
+
+
+@few_examples
 @given(
     random=random_runs(), measure=st.sampled_from(["cka", "cosine", "angular"]),
     over=st.sampled_from(["sampled", "either", "both", "usual"]),
@@ -112,6 +120,9 @@ def test_what_a_run_did_not_record_is_an_error_that_says_so(folder: Path, tmp_pa
     with pytest.raises(ValueError, match="needs what --record loss keeps"):
         inference.intervals(plain, "loss")
     assert plain.query("expert_load").fetchall()
+    older = open_run(write_run(tmp_path / "older", LAYERS, shards(), compute=False))
+    with pytest.raises(ValueError, match="compute reads components, which this run does not have"):
+        older.query("compute")
     assert "document_outputs" not in views_sql(RunDirectory(tmp_path / "plain"))
     assert "document_outputs" in views_sql(RunDirectory(folder))
     both = open_runs(folder, tmp_path / "plain")

@@ -26,7 +26,7 @@ LAYERS = (Layer(layer=1, n_experts=8, top_k=2, has_capacity=True), Layer(layer=4
 LABELS = [("en",), ("ko",), ("en", "ko"), ("de", "en"), ("ko",), ("de",), ("de", "en", "ko"), ("en",), ("fr",)]
 
 BY_LABEL = [
-    "conditional_mutual_information", "contribution_overlap", "domain_specialization", "dropped_tokens",
+    "compute", "conditional_mutual_information", "contribution_overlap", "domain_specialization", "dropped_tokens",
     "effective_experts", "expert_contribution", "fertility", "language_divergence", "language_overlap",
     "load_balance", "log_odds", "loss", "mutual_information", "position_profile", "reference_difference", "repetition",
     "router_entropy", "router_entropy_quantiles", "routing_divergence", "selection_frequency", "top_experts",
@@ -71,7 +71,7 @@ def folders(tmp_path_factory):
 def rows(run, name: str, **params) -> list[dict]:
     """The rows, without what counts all labels together."""
     relation = run.query(name, **params)
-    left_out = {"baseline"} if name in ("conditional_mutual_information", "fertility", "loss") else set()
+    left_out = {"baseline"} if name in ("compute", "conditional_mutual_information", "fertility", "loss") else set()
     found = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
     return [{key: value for key, value in row.items() if key not in left_out} for row in found]
 

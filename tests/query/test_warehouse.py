@@ -304,7 +304,8 @@ def test_headers_tell_everything() -> None:
         assert query.question.endswith("?"), query.name
         assert all((query.formula, query.source, query.grain)), query.name
         of_routers = {"decisions", "selections", "assignments", "document_counts", "aligned_decisions"}
-        of_router = {"stack", "layer"} if of_routers & set(query.reads) else set()
+        of_model = query.name == "compute"  # of all layers together
+        of_router = {"stack", "layer"} if of_routers & set(query.reads) and not of_model else set()
         of_tokens = set() if query.reads == ("expert_pairs",) else {"labels", "include_special"}  # a sample has neither
         assert {param.name for param in query.params} >= of_tokens | of_router
         assert all(param.help for param in query.params)
@@ -332,7 +333,7 @@ def tables_of(sql: str) -> set[str]:
 def test_queries_read_only_views_and_say_which() -> None:
     for query in list_queries():
         assert set(query.reads) == tables_of(query.sql), query.name
-        assert set(query.reads) <= {*VIEWS, "layers", "label_sets"}
+        assert set(query.reads) <= {*VIEWS, "layers", "label_sets", "components"}
     for query in list_comparisons():
         assert set(query.reads) == tables_of(query.sql), query.name
         assert {name.removeprefix("other.") for name in query.reads} <= {*VIEWS, *ALIGNING, "layers", "label_sets"}

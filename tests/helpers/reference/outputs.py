@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from collector.store.tables import Layer
-from tests.helpers.synthetic import EFFECTS, Shard, key
+from tests.helpers.synthetic import EFFECTS, Shard, components, key, token_stacks
 
 _EPSILON = 1e-300
 
@@ -182,3 +182,60 @@ def _ratio(sums: np.ndarray) -> float | None:
     _, x, y, z = sums
     below = np.sqrt(max(y, 0) * max(z, 0))
     return x / below if below > 0 else None
+
+
+def compute(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool) -> dict:
+    """See the query; token by token."""
+    rows: dict[tuple, list] = {}
+    usual, parts = max(one.top_k for one in layers), components(layers)
+    by_name = {(one.stack, one.layer): one for one in layers}
+    for stack in token_stacks(layers):
+        own = [part for part in parts if part["stack"].partition(".")[0] == stack]
+        sums: dict[tuple[str, str], np.ndarray] = {}
+        tokens: dict[str, int] = {}
+        whole: dict[str, np.ndarray] = {}
+        for shard in shards:
+            end = np.cumsum(shard.lengths)
+            truncated = np.zeros(len(end), bool) if shard.truncated is None else shard.truncated
+            for d, (label, length) in enumerate(shard.documents):
+                counted = [t for t in range(end[d] - length, end[d]) if include_special or not shard.is_special[t]]
+                if counted and not truncated[d]:
+                    added = np.array([len(counted), shard.character_counts[d]])
+                    whole[label] = whole.get(label, np.zeros(2)) + added
+                for t in counted:
+                    tokens[label] = tokens.get(label, 0) + 1
+                    seen = length if stack == "encoder" else t - (end[d] - length) + 1
+                    for part in own:
+                        times, experts = 1.0, part["experts"] or 1
+                        if part["component"] == "experts":
+                            times = _computed(by_name.get((part["stack"], part["layer"])), shard, t, experts, usual)
+                        context = part["context_flops"] * min(seen, part["window"] or seen)
+                        flops = times * part["flops"] + context
+                        active = times * part["parameters"] / experts
+                        for component in (part["component"], "total"):
+                            at = label, component
+                            sums[at] = sums.get(at, np.zeros(2)) + np.array([flops, active])
+        for (label, component), (flops, active) in sums.items():
+            n = tokens[label]
+            every = [other for other in tokens if (other, component) in sums]
+            all_n = sum(tokens[other] for other in every)
+            per_character = {each: counts[0] / counts[1] for each, counts in whole.items() if counts[1]}
+            costs = {each: sums[each, component][0] * per_character[each] for each in every if each in per_character}
+            base = sum(sums[other, component][0] for other in every) / all_n
+            parameters = sum(part["parameters"] for part in own if component in (part["component"], "total"))
+            rows["flops_per_token", stack, label, component] = [flops / n, base, n]
+            rows["active_parameters", stack, label, component] = [active / n, parameters, n]
+            cost = costs[label] / n if label in costs else None
+            rows["flops_per_character", stack, label, component] = [
+                cost,
+                sum(costs.values()) / all_n if costs else None,
+                n,
+            ]
+    return rows
+
+
+def _computed(layer: Layer | None, shard: Shard, t: int, experts: int, usual: int) -> float:
+    if layer is None:
+        return float(usual)
+    picks = int((shard.experts[key(layer)][t] < experts).sum())
+    return picks - float(shard.dropped[key(layer)][t].sum()) if layer.has_capacity else picks
