@@ -22,7 +22,7 @@ from collector.commands.models import Models, Quantize
 from collector.commands.publish import Export, Report
 from collector.commands.query import Query, Sql, Views, split_query_params
 from collector.commands.test import Test
-from collector.commands.upkeep import Gc, Rollup, Verify
+from collector.commands.upkeep import Gc, Rollup, Verify, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +36,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "status": Status,
     "verify": Verify,
     "rollup": Rollup,
+    "weights": Weights,
     "gc": Gc,
     "show": Show,
     "trace": Trace,

@@ -1,4 +1,4 @@
-"""Maintenance of a run: `collector verify` checks it, `collector rollup` speeds it up, `collector gc` cleans it up.
+"""Maintenance of a run: `collector verify` checks it, `rollup` speeds it up, `gc` cleans it up, `weights` adds to it.
 
 None of them changes the collected data.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Literal
 
 from collector.commands.arguments import RunPath
 
@@ -68,6 +69,39 @@ class Rollup:
         each = f", {made.bytes / made.tokens:.1f} a token" if made.tokens else ""
         sys.stdout.write(f"{' and '.join(made.files.values())}: {made.shards:,} shards, {made.tokens:,} tokens, "
                          f"{made.bytes:,} bytes{each}\n")  # fmt: skip
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Compare the weights of a run's experts, pair by pair, for the query `weight_similarity`.
+
+    Loads the run's model again and writes one file into the run's folder `weights`: cosines of the matrices, with
+    neurons in their order and matched to each other, of router rows, and of routers with experts.
+    """
+
+    run_: RunPath
+    """The run directory: a local path or the URL of an object store."""
+    match: bool = True
+    """Match the neurons of each pair, which takes nearly all of the time: `--no-match` leaves it out."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where matrices are multiplied. Matching runs on the CPU."""
+    again: bool = False
+    """Compare even if the run has the file already."""
+
+    def run(self) -> int:
+        """Makes the table, unless it is there."""
+        from collector.store.run_directory import RunDirectory
+        from collector.upkeep import verify, weights
+
+        run = RunDirectory(self.run_)
+        if not self.again and (name := weights.current(run)):
+            sys.stdout.write(f"{name}: already there\n")
+            return 0
+        made = weights.make(run, device=self.device, match=self.match, progress=verify.Ticker("matched", "pairs"))
+        for router in made.unmatched:
+            sys.stderr.write(f"{router}: experts of more than {weights.MOST_NEURONS:,} neurons are not matched\n")
+        sys.stdout.write(f"{made.file}: {made.rows:,} rows; see collector query {self.run_} weight_similarity\n")
         return 0
 
 

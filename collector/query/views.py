@@ -21,7 +21,7 @@ from collector.query.groupings import LABEL, derived_views, find_grouping
 from collector.query.rollup import files as rollups
 from collector.store import tables
 from collector.store.remote_files import RunFiles
-from collector.store.run_directory import RUN, SUCCESS, VOCAB, ObjectStore, RunDirectory
+from collector.store.run_directory import RUN, SUCCESS, VOCAB, WEIGHTS, ObjectStore, RunDirectory, weights_name
 
 if TYPE_CHECKING:
     import os
@@ -93,6 +93,8 @@ def locate(
     several_labels = several and grouping is None  # a grouping gives each document, or token, one label
     _check_grouping(grouping, info, files)
     views, absent = _derived_views(info, grouping, rollup=rollups.DOCUMENTS in files)
+    if "weights" not in files:
+        absent["weights"] = f"which `collector weights {run.root}` makes from the model"
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
     mounts: tuple[RunFiles, ...] = ()
     if isinstance(run.store, ObjectStore):
@@ -152,7 +154,7 @@ def committed_files(root: str | os.PathLike[str], table: str) -> list[str]:
 
     Args:
         root: the run directory.
-        table: `routing`, `tokens`, `documents`, `rejects` or `vocab`.
+        table: `routing`, `tokens`, `documents`, `rejects`, `vocab`, or `weights` if there are any.
 
     Returns:
         The files that commit records name, by shard. A glob could also match leftovers of replicas that died.
@@ -229,6 +231,9 @@ def _committed_files(
         several |= commit.several_labels > 0
         for table in files.keys() & commit.files.keys():
             files[table][commit.files[table].path] = commit.files[table].bytes
+    weights = {entry.name: entry.size for entry in run.store.entries(WEIGHTS)}
+    if "model" in info and (name := weights_name(info)) in weights:
+        files["weights"] = {name: weights[name]}
     vocabulary = run.read_or_none(VOCAB)
     if vocabulary is not None:
         files["vocab"][VOCAB] = len(vocabulary)

@@ -8,6 +8,7 @@
     RUN/commits/<shard>.json                    what makes an attempt's parts count
     RUN/failures/<shard>.json                   why a shard's last attempt failed
     RUN/replaced/<shard>-<attempt>.json         commit records that `collector verify --recollect` set aside
+    RUN/weights/<model>.parquet                 how alike the experts' weights are, of `collector weights`
     RUN/rollup/<table>-<digest>.parquet         counts per document and per label, of exactly the commits of the digest
     RUN/views.sql, RUN/_MANIFEST.parquet        when every shard is committed: views; all commit records in one file
     RUN/_SUCCESS                                last of all; holds the manifest's hash
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 __all__ = [
-    "MANIFEST", "PART_FOLDERS", "PLAN", "REJECTS", "ROLLUP", "RUN", "SUCCESS", "TABLES", "VIEWS", "VOCAB",
+    "MANIFEST", "PART_FOLDERS", "PLAN", "REJECTS", "ROLLUP", "RUN", "SUCCESS", "TABLES", "VIEWS", "VOCAB", "WEIGHTS",
     "Commit", "DamagedRecordError", "Entry", "LocalStore", "ObjectStore", "Part", "RunDirectory", "Skipped", "Store",
-    "StoreError", "sha256_of",
+    "StoreError", "sha256_of", "weights_name",
 ]  # fmt: skip
 
 PLAN, RUN, VOCAB, VIEWS, SUCCESS = "plan.parquet", "run.json", "vocab.parquet", "views.sql", "_SUCCESS"
@@ -53,6 +54,8 @@ REJECTS = "rejects"
 PART_FOLDERS = ("data", REJECTS)
 ROLLUP = "rollup"
 """The folder of the counts that `collector rollup` writes; see `query.rollup`."""
+WEIGHTS = "weights"
+"""The folder of what `collector weights` writes."""
 _READERS = 16
 """Records of an unfinished run that are read in parallel: on an object store each takes a round trip."""
 _WINDOW = 1024
@@ -60,6 +63,11 @@ _WINDOW = 1024
 
 def _commit_name(shard: int) -> str:
     return f"commits/{shard:06d}.json"
+
+
+def weights_name(info: Mapping[str, Any]) -> str:
+    """The file of `collector weights` for the model of a run.json."""
+    return f"{WEIGHTS}/{info['model']['fingerprint'][:16]}.parquet"
 
 
 def sha256_of(path: Path) -> str:

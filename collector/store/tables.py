@@ -69,6 +69,19 @@ VOCAB_SCHEMA = pa.schema(
 )
 
 
+WEIGHTS_SCHEMA = pa.schema(
+    [
+        pa.field("stack", NAME, nullable=False),
+        pa.field("layer", pa.uint8(), nullable=False),
+        pa.field("measure", NAME, nullable=False),
+        pa.field("expert", pa.uint16(), nullable=False),
+        pa.field("other_expert", pa.uint16(), nullable=False),
+        pa.field("value", pa.float32(), nullable=False),
+    ]
+)
+"""How alike the weights of two experts are, measure by measure; not of a shard, but of the run's model."""
+
+
 def documents_schema(*, text: bool, target: bool = False) -> pa.Schema:
     """Schema of the documents table, with the text (and the target's text) only when it was asked for.
 

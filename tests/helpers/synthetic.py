@@ -27,7 +27,7 @@ from collector.capture.loss import LossRecorder
 from collector.capture.routing_table import STATISTICS, LayerRouting
 from collector.data.sources import LABEL_SEPARATOR
 from collector.store import tables
-from collector.store.run_directory import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory
+from collector.store.run_directory import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory, weights_name
 from collector.store.tables import Layer
 
 Documents = Sequence[tuple[str, int]]
@@ -269,10 +269,11 @@ def write_run(
     vocabulary: Sequence[tuple[str, bool]] | None = VOCABULARY_ENTRIES,
     record: Sequence[str] = ("outputs", "loss", "similarity"),
     compute: bool = True,
+    weights: Sequence[Mapping[str, Any]] | None = (),
 ) -> Path:
     """Writes and commits all shards; returns the run's folder.
 
-    `record` says what was recorded beside the routing.
+    `record` says what was recorded beside the routing. `weights` are the rows of `collector weights`; None writes none.
     `settings` are some of run.json's config. `vocabulary` says of each token id its text and whether it is special;
     None writes none, as a run that drops ids.
     """
@@ -285,9 +286,13 @@ def write_run(
     }  # fmt: skip
     info = {
         "format": 2, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},
-        "layers": routers, "compute": components(layers) if compute else None,
+        "model": {"fingerprint": 64 * "0"}, "layers": routers, "compute": components(layers) if compute else None,
     }  # fmt: skip
     run.store.put_new(RUN, json.dumps(info).encode())
+    if weights is not None:
+        with run.scratch() as scratch:
+            tables.write_table(Path(scratch, "weights"), pa.Table.from_pylist([*weights], schema=tables.WEIGHTS_SCHEMA))
+            run.store.publish(Path(scratch, "weights"), weights_name(info))
     if vocabulary is not None:
         with run.scratch() as scratch:
             tables.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))

@@ -132,7 +132,11 @@ def same(actual: object, expected: str, rounding: float) -> bool:
 def test_a_case_worked_out_by_hand(case: Path, tmp_path: Path) -> None:
     layers, shards = case_layers(case), case_shards(case)
     stored = shards[0].probabilities is not None
-    folder = write_run(tmp_path / "run", layers, shards, probabilities=stored)
+    weights = read_csv(case / "weights.csv") if (case / "weights.csv").exists() else ()
+    numbers = [
+        row | {name: float(row[name]) for name in ("layer", "expert", "other_expert", "value")} for row in weights
+    ]
+    folder = write_run(tmp_path / "run", layers, shards, probabilities=stored, weights=numbers)
     if (case / "other.csv").exists():
         run = open_runs(folder, write_run(tmp_path / "other", layers, case_shards(case, "other.csv")))
     else:
@@ -253,7 +257,10 @@ def test_special_tokens_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     assert run.query("effective_experts").project("label, value, n").fetchall() == [("en", 1, 1)]
     everything = run.query("effective_experts", include_special="true").project("label, value, n").fetchall()
     assert everything == [("bos", 1, 1), ("en", pytest.approx(2), 2)]
-    for name in {*QUERIES} - {"expert_similarity"}:  # a label of special tokens only: no rows, no division by zero
+    for name in {*QUERIES} - {
+        "expert_similarity",
+        "weight_similarity",
+    }:  # a label of special tokens only: no rows, no division by zero
         asked = {"include_special": False} if name == "super_experts" else {}  # which counts them, unless told not to
         assert run.query(name, labels=["bos"], **asked).fetchall() == []
 

@@ -120,6 +120,11 @@ def test_what_a_run_did_not_record_is_an_error_that_says_so(folder: Path, tmp_pa
     with pytest.raises(ValueError, match="needs what --record loss keeps"):
         inference.intervals(plain, "loss")
     assert plain.query("expert_load").fetchall()
+    unweighed = open_run(write_run(tmp_path / "unweighed", LAYERS, shards(), weights=None))
+    with pytest.raises(
+        ValueError, match=r"weight_similarity reads weights, which `collector weights .*unweighed` makes"
+    ):
+        unweighed.query("weight_similarity")
     older = open_run(write_run(tmp_path / "older", LAYERS, shards(), compute=False))
     with pytest.raises(ValueError, match="compute reads components, which this run does not have"):
         older.query("compute")

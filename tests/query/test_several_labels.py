@@ -34,7 +34,7 @@ BY_LABEL = [
 POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_overlap", "expert_tokens",
           "layer_transition", "super_experts", "vocabulary_specialization"]  # fmt: skip
 HAVE_POOLED = ["expert_contribution", "load_balance"]
-OTHER = ["expert_profile", "token_trace"]
+OTHER = ["expert_profile", "token_trace", "weight_similarity"]
 
 
 def documents() -> list[Shard]:

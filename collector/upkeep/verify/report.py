@@ -64,17 +64,17 @@ class Report:
 class Ticker:
     """Shows progress on standard error: updated in place in a terminal, otherwise one line a minute."""
 
-    def __init__(self, done: str = "verified") -> None:
-        self._done = done
+    def __init__(self, done: str = "verified", what: str = "shards") -> None:
+        self._done, self._what = done, what
         self._terminal = sys.stderr.isatty()
         self._told = time.monotonic()
 
     def __call__(self, done: int, of: int) -> None:
-        """Shows that `done` of `of` shards are done, unless the last update is too recent."""
+        """Shows that `done` of `of` are done, unless the last update is too recent."""
         now = time.monotonic()
         if now - self._told < (0.2 if self._terminal else 60) and not (self._terminal and done == of):
             return
         self._told = now
-        line = f"{self._done} {done:,}/{of:,} shards"
+        line = f"{self._done} {done:,}/{of:,} {self._what}"
         sys.stderr.write(f"\r{line}" + ("\n" if done == of else "") if self._terminal else f"{line}\n")
         sys.stderr.flush()
