@@ -15,6 +15,7 @@ from collector.config import DataConfig, LaunchConfig, ModelConfig
 from collector.data.corpus import read_sentences
 from collector.models import loading
 from collector.models.loading import DEMO_MODEL
+from collector.upkeep.weights import make as compare_weights
 from tests.helpers.browser import browser as browser
 from tests.helpers.browser import chromium as chromium
 from tests.helpers.runs import collect_here, run_config
@@ -85,6 +86,11 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo over 12 sentences per language, with pretrained and with random weights."""
     folder = tmp_path_factory.mktemp("demo")
     for weights in ("pretrained", "random"):
-        config = run_config(DataConfig(per_label=12), ModelConfig(weights=weights), store=("text",))
-        collect_here(folder / weights, config)
+        record = ("outputs", "loss", "similarity")
+        config = run_config(
+            DataConfig(per_label=12), ModelConfig(weights=weights), store=("text",), record=record, sample_tokens=100
+        )
+        run = collect_here(folder / weights, config)
+        if weights == "pretrained":
+            compare_weights(run, match=False)
     return {weights: folder / weights for weights in ("pretrained", "random")}

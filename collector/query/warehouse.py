@@ -126,6 +126,10 @@ class Run:
         sets = "select distinct label_set from label_sets where list_contains($labels, label) order by label_set"
         return [*labels, *(name for (name,) in self.cursor().sql(sets, params={"labels": labels}).fetchall())]
 
+    def has(self, relation: str) -> bool:
+        """Whether this run has what a relation reads, which depends on what was recorded: `outputs`, `weights` …"""
+        return relation not in self._absent
+
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """Returns a connection to the same DuckDB, in which bare names refer to the views of this run."""
         cursor = self.connection.cursor()

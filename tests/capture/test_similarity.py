@@ -161,8 +161,8 @@ def received_by_experts(model, ids: list[int]) -> dict[int, tuple[np.ndarray, np
 def all_outputs(experts, hidden: np.ndarray) -> np.ndarray:
     """[T, E, H] by the matrices of a gated expert."""
     up, down = (matrix.detach().double().numpy() for matrix in (experts.gate_up_proj, experts.down_proj))
-    gate, value = np.split(np.einsum("eij,tj->eti", up, hidden), 2, axis=2)
-    return np.einsum("ehi,eti->the", down, gate / (1 + np.exp(-gate)) * value)
+    gate, value = np.split(np.einsum("xij,tj->xti", up, hidden), 2, axis=2)
+    return np.einsum("xhi,xti->txh", down, gate / (1 + np.exp(-gate)) * value)
 
 
 def test_the_routing_is_the_same_to_the_byte(runs) -> None:

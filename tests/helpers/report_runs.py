@@ -32,7 +32,7 @@ def synthetic_run(folder: Path, layers: Sequence[Layer], shards: Sequence[Shard]
     """A run of these shards that has the card and the plan of another."""
     write_run(folder, layers, shards)
     own, other = (json.loads((each / RUN).read_text()) for each in (folder, card))
-    (folder / RUN).write_text(json.dumps(other | own))
+    (folder / RUN).write_text(json.dumps(other | own | {"model": other["model"]}))
     shutil.copy(card / PLAN, folder / PLAN)
     return folder
 

@@ -27,15 +27,18 @@ from collector.look.export import export, streams
 from collector.look.export.hub import _size_category
 from collector.store.run_directory import REJECTS, TABLES, RunDirectory
 from collector.store.tables import Layer
-from collector.upkeep import verify
+from collector.upkeep import verify, weights
 from tests.helpers.query_runs import assert_same_rows, few_examples
 from tests.helpers.runs import collect_here, run_config
 from tests.helpers.synthetic import Shard, write_run
 
 LABELS = ("eng_Latn", 'the "quoted", one', "a\nline|break", "한국어")
-BASE = ("routing", *TABLES, REJECTS, "vocab")
+BASE = ("routing", "outputs", "similarity", *TABLES, REJECTS, "vocab", "weights")
 KEYS = {"routing": "shard, stack, layer, tok", "tokens": "shard, tok", "documents": "shard, doc",
-        "rejects": "shard, source, row", "vocab": "token_id", "layers": "stack, layer"}  # fmt: skip
+        "rejects": "shard, source, row", "vocab": "token_id", "layers": "stack, layer",
+        "outputs": "shard, stack, layer, doc, is_special", "similarity": "shard, stack, layer, block, over",
+        "weights": "stack, layer, measure, expert, other_expert",
+        "components": 'stack, layer, component'}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +51,10 @@ def folder(tmp_path_factory, tiny_folder, tiny_model) -> Path:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = run_config(
         DataConfig(data=(str(data),), docs_per_shard=8), ModelConfig(model=str(tiny_folder)),
-        store=("text", "probabilities"),
+        store=("text", "probabilities"), record=("outputs", "similarity"), sample_tokens=20,
     )  # fmt: skip
     run = collect_here(root / "run", config, loaded=tiny_model)
+    weights.make(run, loaded=tiny_model)
     first = next(iter(run.commits()))
     shutil.copy(root / "run" / first.files["routing"].path, root / "run" / "data" / "000000-orphan.routing.parquet")
     run.record_failure(2, {"traceback": "once"})
@@ -61,7 +65,8 @@ def content(connection, table: str) -> pa.Table:
     """All rows of a relation in the order of their keys, in types that all formats have."""
     relation = connection.sql(f"from {table} order by {KEYS[table]}").to_arrow_table()
     wide = {pa.uint8(): pa.int64(), pa.uint16(): pa.int64(), pa.uint32(): pa.int64(), pa.uint64(): pa.int64(),
-            pa.int16(): pa.int64(), pa.int32(): pa.int64()}  # fmt: skip
+            pa.int16(): pa.int64(), pa.int32(): pa.int64(), pa.list_(pa.uint16()): pa.list_(pa.int64()),
+            pa.list_(pa.uint32()): pa.list_(pa.int64()), pa.list_(pa.int32()): pa.list_(pa.int64())}  # fmt: skip
     fields = [pa.field(field.name, wide.get(field.type, field.type)) for field in relation.schema]
     return relation.cast(pa.schema(fields))
 
@@ -174,7 +179,7 @@ def types_of(run, table: str) -> dict[str, str]:
 def test_csv_gives_every_table_back(folder, tmp_path, packed):
     out = out_of(folder, tmp_path, "--to", "csv", *(["--gzip"] if packed else []))
     exported, run = duckdb.connect(), open_run(folder)
-    for table in (*BASE, "layers"):
+    for table in (*BASE, "layers", "components"):
         path = out / f"{table}.csv{'.gz' if packed else ''}"
         read = "select * from read_csv($path, columns = $types, header = true, allow_quoted_nulls = false)"
         rows = exported.sql(read, params={"path": str(path), "types": types_of(run, table)}).to_arrow_table()
@@ -226,7 +231,7 @@ def test_delta_gives_every_table_back(folder, tmp_path):
     deltalake = pytest.importorskip("deltalake")
     out = out_of(folder, tmp_path, "--to", "delta")
     exported, run = duckdb.connect(), open_run(folder)
-    for table in (*BASE, "layers"):
+    for table in (*BASE, "layers", "components"):
         stored = deltalake.DeltaTable(out / table)
         assert stored.version() == 0
         exported.register(table, pa.table(stored.to_pyarrow_table()))

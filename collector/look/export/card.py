@@ -22,6 +22,8 @@ _ROWS = {  # of the tables that no recorder writes
     "rejects": "a row of the source that became no document: its number, and why",
     "vocab": "a token id as readable text",
     "layers": "a router: experts to choose from, experts chosen per token",
+    "components": "a part of the model's layers: parameters, and operations per token",
+    "weights": "two experts of a layer: how alike their weights are, by measure",
 }
 _PRIVACY = """\
 Treat this data as you treat the text that it was made of. Even without text and token ids, the chosen experts alone

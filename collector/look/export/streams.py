@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 _BATCH = 1 << 16
 """Rows of a batch, some 10 MB of a routing table."""
-_CSV_TYPES = {"FLOAT[]": "varchar"}
-_DELTA_TYPES = {"UTINYINT": "smallint", "USMALLINT": "integer", "UINTEGER": "bigint", "UBIGINT": "bigint"}
+_CSV_TYPES = {"FLOAT[]": "varchar", "USMALLINT[]": "varchar", "UINTEGER[]": "varchar"}
+_DELTA_TYPES = {
+    "UTINYINT": "smallint", "USMALLINT": "integer", "UINTEGER": "bigint", "UBIGINT": "bigint",
+    "USMALLINT[]": "integer[]", "UINTEGER[]": "bigint[]",
+}  # fmt: skip
 
 
 def write_csv(run: Run, folder: Path, *, gzip: bool) -> dict[str, int]:
@@ -78,7 +81,7 @@ def write_delta(run: Run, folder: Path) -> dict[str, int]:
 
 
 def _nonempty(run: Run) -> list[str]:
-    tables = (*table_names(run.info), "vocab", "layers")
+    tables = (*table_names(run.info), "vocab", "layers", *filter(run.has, ("components", "weights")))
     return [table for table in tables if run.sql(f"from {table} limit 1").fetchall()]
 
 
@@ -86,7 +89,7 @@ def _stream(run: Run, table: str, types: Mapping[str, str]) -> pa.RecordBatchRea
     """Streams all rows of a table, converted to types that the format supports."""
     relation = run.sql(f"from {table}")
     casts = [
-        f"{column}::{types[str(kind)]} as {column}"
+        f'"{column}"::{types[str(kind)]} as "{column}"'
         for column, kind in zip(relation.columns, relation.types, strict=True)
         if str(kind) in types
     ]
