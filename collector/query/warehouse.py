@@ -127,7 +127,7 @@ class Run:
         return [*labels, *(name for (name,) in self.cursor().sql(sets, params={"labels": labels}).fetchall())]
 
     def has(self, relation: str) -> bool:
-        """Whether this run has what a relation reads, which depends on what was recorded: `outputs`, `weights` …"""
+        """Whether this run has what a relation reads, which depends on what was recorded."""
         return relation not in self._absent
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
