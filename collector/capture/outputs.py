@@ -229,21 +229,13 @@ def _table(shard: int, place: _Place, summed: Sequence[_Summed]) -> pa.Table:
     group_n = np.concatenate([np.zeros(0, np.int64), *(one.group_n for one in summed)])
     order = np.argsort(group_n, kind="stable")
     groups, starts = np.unique(group_n[order], return_index=True)
-    offsets = pa.array(np.append(starts, len(group_n)).astype(np.int32))
     expert_n = np.concatenate([np.zeros(0, np.int64), *(one.expert_n for one in summed)])
-    lists = {"experts": expert_n} | {
-        name: np.concatenate([np.zeros(0), *(one.sums_n[name] for one in summed)])
+    lists = {"experts": expert_n[order]} | {
+        name: np.concatenate([np.zeros(0), *(one.sums_n[name] for one in summed)])[order]
         for name in ("picks", *SUMS, "largest")
     }
     columns = {
         "shard": np.full(len(groups), shard), "stack": tables.constant(place.stack, len(groups)),
         "layer": np.full(len(groups), place.layer), "doc": groups // 2, "is_special": groups % 2 == 1,
     }  # fmt: skip
-    arrays = []
-    for field in SCHEMA:
-        if field.name in lists:
-            values = pa.array(lists[field.name][order]).cast(field.type.value_type, safe=False)
-            arrays.append(pa.ListArray.from_arrays(offsets, values, type=field.type))
-        else:
-            arrays.append(pa.array(columns[field.name]).cast(field.type, safe=False))
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    return tables.with_lists(SCHEMA, columns, lists, np.append(starts, len(group_n)))

@@ -252,27 +252,18 @@ class ShardSimilarity(Recording):
         ) as writer:  # fmt: skip
             for one in self._found:
                 router = self._routers[one.router]
-                keys = {
-                    "shard": shard, "stack": router.stack, "layer": router.layer, "block": one.block,
-                    "tokens": one.tokens, "experts": one.experts,
+                count, pairs = len(one.sums), one.experts * (one.experts - 1) // 2
+                constants = {
+                    "shard": shard, "layer": router.layer, "block": one.block, "tokens": one.tokens,
+                    "experts": one.experts,
                 }  # fmt: skip
-                values = [
-                    keys | {"over": over} | {name: each.numpy() for name, each in zip(LISTS, sums, strict=True)}
-                    for over, sums in one.sums.items()
-                ]
-                writer.write_table(_table(values))
-                rows += len(values)
+                columns = {name: np.full(count, value) for name, value in constants.items()}
+                columns |= {"stack": tables.constant(router.stack, count), "over": [*one.sums]}
+                lists = {
+                    name: np.concatenate([getattr(sums, f"{name}_p").numpy() for sums in one.sums.values()])
+                    for name in LISTS
+                }
+                writer.write_table(tables.with_lists(SCHEMA, columns, lists, pairs * np.arange(count + 1)))
+                rows += count
         return {TABLE: rows}
 
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    arrays = []
-    for field in SCHEMA:
-        values = [row[field.name] for row in rows]
-        if field.name in LISTS:
-            offsets = pa.array(np.cumsum([0, *map(len, values)]).astype(np.int32))
-            flat = pa.array(np.concatenate(values)).cast(field.type.value_type, safe=False)
-            arrays.append(pa.ListArray.from_arrays(offsets, flat, type=field.type))
-        else:
-            arrays.append(pa.array(values).cast(field.type))
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)

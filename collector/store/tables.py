@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
 
 COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 3
@@ -143,6 +145,27 @@ def recorded_layers(info: Mapping[str, Any]) -> tuple[Layer, ...]:
 def constant(name: str, rows: int) -> pa.DictionaryArray:
     """A dictionary-encoded column with the same value in every row."""
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), [name])
+
+
+def with_lists(
+    schema: pa.Schema, columns: Mapping[str, Any], lists: Mapping[str, NDArray[Any]], offsets: NDArray[np.integer]
+) -> pa.Table:
+    """Builds a table of which some columns are lists.
+
+    Args:
+        schema: of the table.
+        columns: [R] the values of the other columns.
+        lists: the values of the list columns, row after row.
+        offsets: [R + 1] where each row's values start; the same for all lists.
+    """
+    starts, arrays = pa.array(offsets.astype(np.int32)), []
+    for field in schema:
+        if field.name in lists:
+            values = pa.array(lists[field.name]).cast(field.type.value_type, safe=False)
+            arrays.append(pa.ListArray.from_arrays(starts, values, type=field.type))
+        else:
+            arrays.append(pa.array(columns[field.name]).cast(field.type, safe=False))
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -48,7 +48,6 @@ class ShardCounts:
     def table(self) -> pa.Table:
         """Returns the router's rows of the rollup, by document."""
         schema, groups = SCHEMAS[DOCUMENTS], len(self.doc_g)
-        offsets = pa.array(np.searchsorted(self.group_n, np.arange(groups + 1)).astype(np.int32))
         columns = {
             "stack": tables.constant(self.layer.stack, groups), "layer": np.full(groups, self.layer.layer),
             "shard": np.full(groups, self.shard), "doc": self.doc_g, "is_special": self.is_special_g, **self.sums_g,
@@ -56,14 +55,7 @@ class ShardCounts:
         lists = {
             "experts": self.expert_n, "picks": self.picks_n, "top1": self.top1_n, "weight_sums": self.weight_sum_n
         }  # fmt: skip
-        arrays = []
-        for field in schema:
-            if field.name in lists:
-                values = pa.array(lists[field.name]).cast(field.type.value_type, safe=False)
-                arrays.append(pa.ListArray.from_arrays(offsets, values, type=field.type))
-            else:
-                arrays.append(pa.array(columns[field.name]).cast(field.type, safe=False))
-        return pa.Table.from_arrays(arrays, schema=schema)
+        return tables.with_lists(schema, columns, lists, np.searchsorted(self.group_n, np.arange(groups + 1)))
 
 
 def count(shard: int, layer: Layer, routing: Path, doc_t: NDArray[np.int64]) -> ShardCounts:
