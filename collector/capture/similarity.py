@@ -266,4 +266,3 @@ class ShardSimilarity(Recording):
                 writer.write_table(tables.with_lists(SCHEMA, columns, lists, pairs * np.arange(count + 1)))
                 rows += count
         return {TABLE: rows}
-

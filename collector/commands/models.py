@@ -36,7 +36,7 @@ class Quantize:
 
     def run(self) -> int:
         """Loads and quantizes the model tensor by tensor, and writes it."""
-        from collector.models import checkpoints, footprint, loading
+        from collector.models import checkpoints, footprint, heads, loading
 
         config = ModelConfig(
             model=self.source, revision=self.revision, dtype=self.dtype, quantization=self.quantization,
@@ -45,7 +45,12 @@ class Quantize:
         out = Path(self.out)
         checkpoints.require_empty(out)
         loaded = loading.load(config, "cpu")
-        written = checkpoints.save(loaded.model, loaded.tokenizer, out)
+        try:
+            head = heads.stored_head(config, loaded)
+        except ValueError as error:  # most uses need none
+            sys.stderr.write(f"The copy has no language-model head, so --record loss will refuse it. {error}\n")
+            head = {}
+        written = checkpoints.save(loaded.model, loaded.tokenizer, out, head)
         summary = footprint.describe(loaded.model, loaded.compute_dtype)["summary"]
         sys.stdout.write(f"{summary}\n{out}: {footprint.size(written)}\n")
         return 0

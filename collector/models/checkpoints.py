@@ -63,8 +63,16 @@ def require_empty(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty; choose another folder")
 
 
-def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> int:
+def save(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, head: Mapping[str, torch.Tensor] | None = None
+) -> int:  # fmt: skip
     """Writes a model with its weights as held in memory, quantized or not, to a folder that `collector` can load.
+
+    Args:
+        model: the base model.
+        tokenizer: of the model.
+        folder: where to write, new or empty.
+        head: tensors of its language-model head, which are no part of it.
 
     Returns:
         The size of its weights in bytes.
@@ -76,7 +84,7 @@ def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
-    for name, tensor in _unshared(model.state_dict()).items():
+    for name, tensor in (_unshared(model.state_dict()) | dict(head or {})).items():
         count = tensor.numel() * tensor.itemsize
         if size and size + count > _SHARD_BYTES:
             shards.append({})

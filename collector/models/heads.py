@@ -84,6 +84,20 @@ def load_head(config: ModelConfig, loaded: loading.LoadedModel) -> Head:
     return build_head(base, tensors, config.model, dtype=loaded.compute_dtype, seed=config.seed)
 
 
+def stored_head(config: ModelConfig, loaded: loading.LoadedModel) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a model's head from its checkpoint, by name and in the model's precision, to save a copy.
+
+    A tied output embedding is not among them: it is the base model's.
+
+    Raises:
+        ValueError: see `load_head`.
+    """
+    _, _, embedding, path = _without_base(loaded.model, config.model)
+    tensors, tied = loading.checkpoint_tensors(config), _is_tied(loaded.model)
+    names = [f"{path}.{part}" for part, _ in embedding.named_parameters() if not (tied and part == "weight")]
+    return {name: _stored(tensors, name, config.model).to(loaded.model.dtype) for name in names}
+
+
 def build_head(
     base: PreTrainedModel, tensors: Mapping[str, Any] | None, name: str, *, dtype: torch.dtype, seed: int = 0
 ) -> Head:

@@ -6,9 +6,13 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from collector.config import DataConfig, ModelConfig
+from collector.models import loading
 from collector.models.heads import build_head
+from tests.helpers.command_line import collector
+from tests.helpers.runs import collect_here, content, run_config, write_jsonl
 from tests.models.test_families import CAPTURED, built
 
 WITHOUT_HEAD = {
@@ -68,3 +72,28 @@ def test_a_random_head_depends_on_the_seed_alone() -> None:
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantized_copy_has_the_head_of_its_model(tmp_path, tiny_folder, tied: bool) -> None:
+    base = copy.deepcopy(loading.load(ModelConfig(model=str(tiny_folder)), "cpu").model)
+    base.config.tie_word_embeddings = tied
+    whole_model(base).save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "whole")
+    assert collector("quantize", str(tmp_path / "whole"), str(tmp_path / "copy")).returncode == 0
+    data = DataConfig(data=(str(write_jsonl(tmp_path / "texts.jsonl", 4)),))
+    losses = []
+    for name, model in (("copy", "copy"), ("whole", "whole")):
+        quantization = "none" if model == "copy" else "nf4"
+        config = run_config(
+            data, ModelConfig(model=str(tmp_path / model), quantization=quantization), record=("loss",)
+        )  # fmt: skip
+        losses.append(content(collect_here(tmp_path / f"run-{name}", config))["tokens"]["loss"].to_pylist())
+    assert losses[0] == losses[1]
+    assert any(loss is not None for loss in losses[0])
+
+
+def test_a_copy_of_a_model_without_a_head_says_that_it_has_none(tmp_path, tiny_folder) -> None:
+    done = collector("quantize", str(tiny_folder), str(tmp_path / "copy"))
+    assert done.returncode == 0
+    assert "The copy has no language-model head, so --record loss will refuse it." in done.stderr
