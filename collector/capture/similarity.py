@@ -257,7 +257,7 @@ class ShardSimilarity(Recording):
                     "shard": shard, "layer": router.layer, "block": one.block, "tokens": one.tokens,
                     "experts": one.experts,
                 }  # fmt: skip
-                columns = {name: np.full(count, value) for name, value in constants.items()}
+                columns: dict[str, Any] = {name: np.full(count, value) for name, value in constants.items()}
                 columns |= {"stack": tables.constant(router.stack, count), "over": [*one.sums]}
                 lists = {
                     name: np.concatenate([getattr(sums, f"{name}_p").numpy() for sums in one.sums.values()])
