@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from collector.commands.collect import Collect, Status, give_watch_its_seconds
-from collector.commands.look import Explore, Show, Trace
+from collector.commands.look import Explore, Profile, Show, Trace
 from collector.commands.models import Models, Quantize
 from collector.commands.publish import Export, Report
 from collector.commands.query import Query, Sql, Views, split_query_params
@@ -39,6 +39,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "weights": Weights,
     "gc": Gc,
     "show": Show,
+    "profile": Profile,
     "trace": Trace,
     "explore": Explore,
     "export": Export,

@@ -1,4 +1,4 @@
-"""Commands that show routing on the screen: `collector show`, `collector trace`, `collector explore`."""
+"""Commands that show routing: `collector show`, `collector profile`, `collector trace`, `collector explore`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,44 @@ class Show:
 
         beside = warehouse.open_run(self.beside, by=self.by) if self.beside else None
         terminal.top_experts_by_layer(warehouse.open_run(self.run_, by=self.by), self.labels, beside)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Print all that a run knows of one expert, as JSON: labels, tokens, contexts, contribution, nearest experts.
+
+    Labels have intervals and a test against the other labels. Parts that need a recorder the run was collected without
+    are null: see `--record` of `collector collect`, and `collector weights`.
+    """
+
+    run_: RunPath
+    """The run directory."""
+    layer: int
+    """The model's own number of the layer."""
+    expert: int
+    """The expert's number."""
+    stack: str | None = None
+    """The router's stack, where a layer has several routers."""
+    n: int = 10
+    """Most items of each list."""
+    by: str = "label"
+    """What labels are: label (as recorded), source, script or length."""
+    resamples: int = 1000
+    """Bootstrap samples of the intervals, and shuffles of the test."""
+
+    def run(self) -> int:
+        """Prints the profile."""
+        import json
+
+        from collector.look.profile import profile
+        from collector.query import warehouse
+
+        run = warehouse.open_run(self.run_, by=self.by)
+        found = profile(
+            run, layer=self.layer, expert=self.expert, stack=self.stack, n=self.n, resamples=self.resamples
+        )  # fmt: skip
+        sys.stdout.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         return 0
 
 
