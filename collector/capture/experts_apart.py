@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collector.models.routers import Router
 
 _MASK = "selected_experts"
+_ROWS = 1 << 15
+"""Picks that go through the experts at once where every token goes through all."""
 _SQUEEZE_SINGLE_PICKS = {"LongcatFlashExperts"}
 """Classes that misread a single pick per row; they are given a second one of weight 0."""
 
@@ -111,12 +113,17 @@ def count_experts(experts: torch.nn.Module) -> int:
 
 
 def every_output(experts: torch.nn.Module, hidden_rh: torch.Tensor) -> torch.Tensor:
-    """Computes f_e(x) of all experts, [R, E, H], past the module's hooks.
+    """Computes f_e(x) of all experts, [R, E, H], past the module's hooks, some tokens at a time.
 
     Args:
         experts: what `experts_of` returns.
         hidden_rh: [R, H] tokens as the module receives them.
     """
+    step = max(1, _ROWS // count_experts(experts))
+    return torch.cat([_every_output(experts, part_rh) for part_rh in hidden_rh.split(step)])
+
+
+def _every_output(experts: torch.nn.Module, hidden_rh: torch.Tensor) -> torch.Tensor:
     names, count = argument_names(experts) or (), count_experts(experts)
     rows = hidden_rh.repeat_interleave(count, dim=0)
     ids = torch.arange(count, device=hidden_rh.device).repeat(len(hidden_rh))[:, None]

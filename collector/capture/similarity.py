@@ -203,7 +203,7 @@ class SimilarityRecorder(Recorder):
             hidden_bh, experts_bk, weights_bk = (each[torch.from_numpy(rows).to(each.device)] for each in inputs)
             chosen_bk = experts_bk.clamp_min(0).long()
             weights_be = weights_bk.new_zeros((len(rows), max(count_experts(experts), int(chosen_bk.max()) + 1)))
-            weights_be.scatter_(1, chosen_bk, torch.where(experts_bk >= 0, weights_bk, 0))
+            weights_be.scatter_add_(1, chosen_bk, torch.where(experts_bk >= 0, weights_bk, 0))
             sums = pair_sums(every_output(experts, hidden_bh), weights_be[:, : count_experts(experts)])
             on_host = {over: PairSums(*(each.cpu() for each in of_pairs)) for over, of_pairs in sums.items()}
             found.append(

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from collector.capture import experts_apart
 from collector.capture.batches import TokenTable, tokenize
 from collector.capture.experts_apart import ExpertsApart, count_experts, every_output, experts_of, listen_to_inputs
 from collector.capture.similarity import BLOCK, LISTS, sample
@@ -22,7 +23,8 @@ from tests.models.test_families import CAPTURED, built, plain, texts
 
 
 @pytest.mark.parametrize("name", sorted({*CAPTURED} - APART))
-def test_all_experts_of_every_family_put_out_what_the_chosen_ones_do(name: str) -> None:
+def test_all_experts_of_every_family_put_out_what_the_chosen_ones_do(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(experts_apart, "_ROWS", 100)
     model = built(name)
     routers = find_routers(model)
     calls, inputs = {}, {}
