@@ -75,7 +75,8 @@ def test_the_page_does_what_it_says(place, monkeypatch):
     label, tokens = asked("select label, tokens from labels order by tokens desc limit 1")[0]
     assert re.search(rf"{label}\W+{tokens}\b", said[0])
     assert sorted(path.name for path in (place / "csv-demo").iterdir()) == [
-        "README.md", "documents.csv.gz", "layers.csv.gz", "routing.csv.gz", "tokens.csv.gz", "vocab.csv.gz",
+        "README.md", "components.csv.gz", "documents.csv.gz", "layers.csv.gz", "routing.csv.gz", "tokens.csv.gz",
+        "vocab.csv.gz",
     ]  # fmt: skip
 
 
