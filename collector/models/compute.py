@@ -20,8 +20,6 @@ import torch
 from collector.models.routers import find_routers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -69,10 +67,8 @@ def components(model: PreTrainedModel) -> list[Component]:
     embeddings = {path for path, module in empty.named_modules() if isinstance(module, torch.nn.Embedding)}
     two_stacks = bool(getattr(model.config, "is_encoder_decoder", False))
     for path, parameter in empty.named_parameters():
-        stack = "encoder" if two_stacks and ("encoder" in path.split(".") or _CROSS.search(path)) else "decoder"
+        stack, layer = _place(path, two_stacks=two_stacks)
         kind, router = _kind(path, routers, embeddings, empty)
-        number = re.search(r"\.(\d+)\.", f".{path}")
-        layer = int(number.group(1)) if number else None
         key = (router.stack if kind == "experts" and router else stack, layer, kind)
         own = found.setdefault(key, Component(stack=key[0], layer=layer, component=kind))
         own.parameters += parameter.numel()
@@ -86,12 +82,17 @@ def components(model: PreTrainedModel) -> list[Component]:
             own.flops += 2 * parameter.numel()
     for path, module in empty.named_modules():
         if (width := _attention_width(module, model.config)) is not None:
-            stack = "encoder" if two_stacks and "encoder" in path.split(".") else "decoder"
-            number = re.search(r"\.(\d+)\.", f".{path}")
-            own = found[stack, int(number.group(1)) if number else None, "attention"]
+            own = found[(*_place(path, two_stacks=two_stacks), "attention")]
             own.context_flops += 2 * width
             own.window = getattr(module, "sliding_window", None) or own.window
     return list(found.values())
+
+
+def _place(path: str, *, two_stacks: bool) -> tuple[str, int | None]:
+    """The stack whose tokens a module or parameter sees, and the number of its layer."""
+    number = re.search(r"\.(\d+)\.", f".{path}")
+    of_encoder = two_stacks and ("encoder" in path.split(".") or _CROSS.search(path))
+    return "encoder" if of_encoder else "decoder", int(number.group(1)) if number else None
 
 
 def _kind(path: str, routers: list[Router], embeddings: set[str], model: nn.Module) -> tuple[str, Router | None]:
@@ -109,13 +110,12 @@ def _kind(path: str, routers: list[Router], embeddings: set[str], model: nn.Modu
     for router in routers:
         block = router.name.rpartition(".")[0]
         inside = path.removeprefix(f"{block}.") if path.startswith(f"{block}.") else None
-        if inside and ("shared" in inside or not any(ATTENTION.search(name) for name, _ in _children(model, block))):
+        if inside is None:
+            continue
+        beside = [name for name, _ in model.get_submodule(block).named_children()]
+        if "shared" in inside or not any(map(ATTENTION.search, beside)):
             return "shared", router
     return "dense", None
-
-
-def _children(model: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
-    return model.get_submodule(path).named_children()
 
 
 def _computing(router: Router) -> int:

@@ -142,6 +142,7 @@ def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
     files: dict[str, dict[str, int]] = {table: {} for table in (*table_names(info), "vocab")}
     files |= {table: {_escape_glob(str(path)): 0} for table, path in paths.items()}
     views, absent = _derived_views(info)
+    absent["weights"] = "which are the model's, not a shard's"
     spelled = {str(path) for path in paths.values()} | {name for one in files.values() for name in one}
     return Located(
         info=info, complete=False, paths=frozenset(spelled), mounts=(), views=views, absent=absent, by=LABEL,
@@ -210,8 +211,8 @@ def _derived_views(
 
 def _recorded(info: Mapping[str, Any]) -> set[str]:
     """Returns the tables of a run, and their columns as `TABLE.COLUMN`."""
-    columns = {f"{table}.{name}" for table, schema in table_schemas(info).items() for name in schema.names}
-    return columns | {*table_names(info)}
+    schemas = table_schemas(info)
+    return {*schemas} | {f"{table}.{name}" for table, schema in schemas.items() for name in schema.names}
 
 
 def _committed_files(
