@@ -161,16 +161,17 @@ def test_the_shards_of_a_node_that_goes_are_done_elsewhere(tmp_path, job, head, 
     config, quiet = job
     stays, goes = nodes(), nodes()
     watched = Watched(tmp_path, config, cpus_per_replica=1)
-    with watched.at_work(pause=0.3):
+    with watched.at_work(pause=2.0):  # slow, so that work is left however late Ray notices
         wait_for(lambda: goes.node_id in watched.where())
-        watched.wait_for_commits(4)
+        watched.wait_for_commits(2)
         if graceful:
             head.remove_node(goes)
         else:
             psutil.Process(goes.all_processes["raylet"][0].process.pid).kill()
+        wait_for(lambda: "died, shard" in watched.said.getvalue())
+        watched.hurry()
     assert watched.where() == {stays.node_id: 1, goes.node_id: 1}
     assert (tmp_path / "run" / SUCCESS).exists()
-    assert "died, shard" in watched.said.getvalue()
     assert watched.run.failures() == {}
     assert_same_content(watched.run, quiet)
 
