@@ -140,7 +140,7 @@ def generate(root: str, geometry: Geometry) -> RunDirectory:
     run.store.put_new(RUN, json.dumps(info).encode())
     _write_vocabulary(run)
     pools = [Pool.draw(rng, geometry, layer) for layer in routers]
-    schema = routing_table.schema(routers, probabilities=False)
+    schema = routing_table.schema(routers)
     writer = PartWriter(run, documents=tables.documents_schema(text=False), token_ids="keep")
     for number in range(geometry.shards):
         text = _text(rng, geometry, number)

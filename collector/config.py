@@ -18,7 +18,7 @@ from collector.token_ids import TokenIds
 DEMO = "demo"
 """Name of both the embedded model and the embedded corpus."""
 
-Store = Literal["text", "probabilities"]
+Store = Literal["text", "probabilities", "logits"]
 Record = Literal["routing", "outputs", "loss", "similarity"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stack = Literal["encoder", "decoder"]
@@ -129,8 +129,8 @@ class CaptureConfig:
     sample_tokens: int = 512
     """Tokens of each shard that go through all experts, for `--record similarity`."""
     store: tuple[Store, ...] = ()
-    """Also store `text` (each document's text and target) or `probabilities` (of all experts).
-    Probabilities are stored for every token and layer, at 4 bytes each before compression."""
+    """Also store `text` (each document's text and target), `probabilities` or `logits` (of all experts).
+    The latter two are stored for every token and layer, at 4 bytes an expert before compression; logits give both."""
     token_ids: TokenIds = "keep"
     """How token ids are recorded: `keep` stores them, `drop` leaves them out, `hash` permutes the vocabulary.
     `hash` reads its key from the environment variable COLLECTOR_TOKEN_KEY; without the key nobody can recover the ids.

@@ -88,7 +88,11 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for weights in ("pretrained", "random"):
         record = ("outputs", "loss", "similarity")
         config = run_config(
-            DataConfig(per_label=12), ModelConfig(weights=weights), store=("text",), record=record, sample_tokens=100
+            DataConfig(per_label=12),
+            ModelConfig(weights=weights),
+            store=("text", "logits"),
+            record=record,
+            sample_tokens=100,
         )
         run = collect_here(folder / weights, config)
         if weights == "pretrained":

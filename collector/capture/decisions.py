@@ -1,4 +1,4 @@
-"""What is kept of a router's output: ids, weights, three statistics, and all probabilities if asked for.
+"""What is kept of a router's output: ids, weights, three statistics, and all probabilities or logits if asked for.
 
 Shapes: T real tokens, E experts, k chosen per token.
 """
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from collector.models.routers import Reading
 
 
@@ -37,6 +39,8 @@ class LayerDecision(NamedTuple):
     """[T, E] float32, when asked for."""
     n_experts: int
     """E."""
+    logits_te: torch.Tensor | None = None
+    """[T, E] float32, when asked for."""
     dropped_tk: torch.Tensor | None = None
     """[T, k] bool, whether a capacity limit kept the pick from its expert; None without one."""
 
@@ -63,12 +67,12 @@ def statistics(reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([entropy_t, chosen_tk.sum(-1), chosen_tk.amin(-1) - left_out_t]), probabilities_te
 
 
-def decision(reading: Reading, *, probabilities: bool = False) -> LayerDecision:
+def decision(reading: Reading, stored: Sequence[str] = ()) -> LayerDecision:
     """Reduces a router's output about T real tokens on the device.
 
     Args:
         reading: the router's output, without padding.
-        probabilities: also keep the full distribution of every token.
+        stored: which of `probabilities` and `logits` to keep of all experts.
     """
     statistics_3t, probabilities_te = statistics(reading)
     n_experts = reading.logits_te.shape[1]
@@ -76,7 +80,8 @@ def decision(reading: Reading, *, probabilities: bool = False) -> LayerDecision:
         experts_tk=reading.experts_tk.to(torch.int16 if n_experts < 2**15 else torch.int32),
         weights_tk=reading.weights_tk.float(),
         statistics_3t=statistics_3t,
-        probabilities_te=probabilities_te if probabilities else None,
+        probabilities_te=probabilities_te if "probabilities" in stored else None,
         n_experts=n_experts,
+        logits_te=reading.logits_te.float() if "logits" in stored else None,
         dropped_tk=reading.dropped_tk,
     )

@@ -39,18 +39,14 @@ class RoutingRecorder(Recorder):
     def schemas(cls, info: Mapping[str, Any]) -> dict[str, pa.Schema]:
         """See `Recorder.schemas`."""
         stored = info["config"].get("store") or ()
-        return {TABLE: routing_table.schema(recorded_layers(info), probabilities="probabilities" in stored)}
-
-    @property
-    def _probabilities(self) -> bool:
-        return "probabilities" in self.config.store
+        return {TABLE: routing_table.schema(recorded_layers(info), stored)}
 
     def hooks(self) -> list[Hook]:
         """One per router."""
         from collector.capture.decisions import decision
 
         def keep(reading: Reading, _grid: Grid) -> LayerDecision:
-            return decision(reading, probabilities=self._probabilities)
+            return decision(reading, self.config.store)
 
         return [
             Hook(
@@ -85,12 +81,10 @@ class RoutingRecorder(Recorder):
         dtype = routing_table.expert_dtype(self.layers)
         return ShardRouting(
             [
-                LayerRouting.unwritten(
-                    layer, len(tokens[layer.token_stack].ids), dtype, probabilities=self._probabilities
-                )
+                LayerRouting.unwritten(layer, len(tokens[layer.token_stack].ids), dtype, self.config.store)
                 for layer in self.layers
             ],
-            routing_table.schema(self.layers, probabilities=self._probabilities),
+            routing_table.schema(self.layers, self.config.store),
         )
 
 
@@ -111,8 +105,8 @@ class ShardRouting(Recording):
                 layer.statistics[name][slots] = values
             if layer.dropped_tk is not None and decision.dropped_tk is not None:
                 layer.dropped_tk[slots] = decision.dropped_tk.numpy()
-            if layer.probabilities_te is not None and decision.probabilities_te is not None:
-                layer.probabilities_te[slots] = decision.probabilities_te.numpy()
+            for name, values_te in layer.per_expert_te.items():
+                values_te[slots] = getattr(decision, f"{name}_te").numpy()
 
     def check(self) -> None:
         """See `Recording.check`."""

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collector.store.tables import Layer
 
 STATISTICS = ("entropy", "topk_mass", "margin")
+PER_EXPERT = ("probabilities", "logits")
+"""List columns with a value per expert, which a run may store."""
 
 
 def expert_dtype(layers: Sequence[Layer]) -> np.dtype:
@@ -42,8 +44,8 @@ def expert_dtype(layers: Sequence[Layer]) -> np.dtype:
     return np.dtype(np.uint8 if max(layer.n_experts for layer in layers) <= 255 else np.uint16)
 
 
-def schema(layers: Sequence[Layer], *, probabilities: bool) -> pa.Schema:
-    """Schema of the routing table for these routers."""
+def schema(layers: Sequence[Layer], stored: Sequence[str] = ()) -> pa.Schema:
+    """Schema of the routing table for these routers, with those of `PER_EXPERT` that are stored."""
     k_max = max(layer.top_k for layer in layers)
     k_min = min(layer.top_k for layer in layers)
     expert = pa.from_numpy_dtype(expert_dtype(layers))
@@ -61,9 +63,8 @@ def schema(layers: Sequence[Layer], *, probabilities: bool) -> pa.Schema:
         *(pa.field(f"d{i}", pa.bool_(), nullable=i >= k_min or not all_limited) for i in range(k_limited)),
         *(pa.field(name, pa.float32(), nullable=False) for name in STATISTICS),
     ]
-    if probabilities:
-        fields.append(pa.field("probabilities", pa.list_(pa.float32()), nullable=False))
-    return pa.schema(fields)
+    per_expert = [pa.field(name, pa.list_(pa.float32()), nullable=False) for name in PER_EXPERT if name in stored]
+    return pa.schema(fields + per_expert)
 
 
 def round_statistic(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -86,11 +87,11 @@ class LayerRouting:
     """`entropy` (nats), `topk_mass`, `margin`: [T] each."""
     dropped_tk: NDArray[np.bool_] | None = None
     """[T, k] whether a capacity limit kept the pick from its expert, where the router has one."""
-    probabilities_te: NDArray[np.float32] | None = None
-    """[T, E] the router's full distribution, when stored."""
+    per_expert_te: dict[str, NDArray[np.float32]] = dataclasses.field(default_factory=dict)
+    """Those of `PER_EXPERT` that are stored: [T, E] each."""
 
     @classmethod
-    def unwritten(cls, geometry: Layer, tokens: int, dtype: np.dtype, *, probabilities: bool) -> LayerRouting:
+    def unwritten(cls, geometry: Layer, tokens: int, dtype: np.dtype, stored: Sequence[str]) -> LayerRouting:
         """Makes room for `tokens` rows, filled with values that no router returns (never zero)."""
         unwritten = np.iinfo(dtype).max
         return cls(
@@ -100,7 +101,9 @@ class LayerRouting:
             statistics={name: np.full(tokens, np.nan, np.float32) for name in STATISTICS},
             # A boolean has no value for 'never written', but drops are written together with experts.
             dropped_tk=np.zeros((tokens, geometry.top_k), bool) if geometry.has_capacity else None,
-            probabilities_te=np.full((tokens, geometry.n_experts), np.nan, np.float32) if probabilities else None,
+            per_expert_te={
+                name: np.full((tokens, geometry.n_experts), np.nan, np.float32) for name in PER_EXPERT if name in stored
+            },
         )
 
     def check(self) -> None:
@@ -114,14 +117,14 @@ class LayerRouting:
             raise ValueError(
                 f"{where}: tokens without a recorded expert, or expert ids beyond {self.geometry.n_experts}"
             )
-        arrays = {"weights": self.weights_tk, **self.statistics}
-        if self.probabilities_te is not None:
-            arrays["probabilities"] = self.probabilities_te
-        for name, values in arrays.items():
-            if not np.isfinite(values).all():
-                raise ValueError(
-                    f"{where}: {name} not finite for {int((~np.isfinite(values)).sum())} values (NaN router?)"
-                )
+        for name, values in {"weights": self.weights_tk, **self.statistics, **self.per_expert_te}.items():
+            if not (finite := is_possible(name, values)).all():
+                raise ValueError(f"{where}: {name} not finite for {int((~finite).sum())} values (NaN router?)")
+
+
+def is_possible(name: str, values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Whether a router may return these values of a column: finite ones, and logits of minus infinity."""
+    return np.isfinite(values) | ((name == "logits") & np.isneginf(values))
 
 
 def rows(
@@ -159,10 +162,9 @@ def rows(
         columns[f"w{i}"] = layer.weights_tk[:, i]
         if layer.dropped_tk is not None:
             columns[f"d{i}"] = layer.dropped_tk[:, i]
-    if layer.probabilities_te is not None:
-        values = pa.array(layer.probabilities_te.ravel())
+    for name, values_te in layer.per_expert_te.items():
         offsets = np.arange(tokens + 1, dtype=np.int32) * layer.geometry.n_experts
-        columns["probabilities"] = pa.ListArray.from_arrays(pa.array(offsets), values)
+        columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_te.ravel()))
     arrays = [
         pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(tokens, field.type)
         for field in schema

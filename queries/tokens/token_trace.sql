@@ -1,7 +1,8 @@
 -- Question: What happened to each token of one document?
 -- Formula: expert = the one with the highest weight; experts and weights in the model's own order; of this
 --   token what router_entropy averages: router_entropy and weight_entropy in nats, topk_mass, margin;
---   dropped_picks = how many of the k a capacity limit kept from their expert.
+--   dropped_picks = how many of the k a capacity limit kept from their expert; top_logit = the largest of the
+--   router's logits, null unless the run stored them.
 -- Source: the recorded decisions; token is the vocabulary's own spelling.
 -- Grain: document, stack, position (from 0, special tokens counted), layer. The first document, by shard and
 --   place in it, that the parameters leave. token is null where the run has no vocabulary for the id.
@@ -65,7 +66,8 @@ select
     chosen.weight_entropy,
     chosen.topk_mass,
     chosen.margin,
-    chosen.dropped_picks
+    chosen.dropped_picks,
+    list_max(chosen.logits) as top_logit
 from chosen
 inner join text using (shard, tok)
 order by text.doc_id, chosen.stack, text.position, chosen.layer

@@ -1,9 +1,10 @@
 -- Question: How did each router decide about each token?
 -- Formula: expert = the one with the highest weight (not every model sorts them; ties: the first
 --   in the model's own order); experts, weights = the k chosen in the model's own order, null beyond the k
---   of a layer that chooses fewer than others; probabilities = p over all E experts where the run stored
---   it, else null; weight_entropy = H(w / sum w) over the k weights, in nats; dropped_picks = how many of
---   the k a capacity limit kept from their expert, 0 without a limit.
+--   of a layer that chooses fewer than others; logits of all E experts where the run stored them, else null;
+--   probabilities = p over all E experts, stored or the softmax of the stored logits, else null;
+--   weight_entropy = H(w / sum w) over the k weights, in nats; dropped_picks = how many of the k a capacity
+--   limit kept from their expert, 0 without a limit.
 -- Grain: one row per (router, token): (shard, stack, layer, tok).
 -- Reads: routing
 with limited as (
@@ -11,7 +12,7 @@ with limited as (
         *,
         -- matched below, because a run without a capacity limit has no d0 …
         false as never_dropped,
-        -- … and one that does not store them has no probabilities
+        -- … and one that does not store them has no probabilities or logits
         null::float[] as never_stored
     from routing
 ),
@@ -28,6 +29,7 @@ routed as (
         [*columns('^w[0-9]+$')] as weights,
         [*columns('^(d[0-9]+|never_dropped)$')] as drops,
         [*columns('^(probabilities|never_stored)$')] as stored,
+        [*columns('^(logits|never_stored)$')] as stored_logits,
         entropy,
         topk_mass,
         margin
@@ -37,7 +39,10 @@ routed as (
 summed as (
     select
         *,
-        list_sum(weights)::double as weight_sum
+        list_sum(weights)::double as weight_sum,
+        list_transform(
+            stored_logits[1], lambda z: exp(z::double - list_max(stored_logits[1])::double)
+        ) as exponentials
     from routed
 )
 
@@ -51,7 +56,11 @@ select
     experts[list_position(weights, list_max(weights))]::integer as expert,
     experts,
     weights,
-    stored[1] as probabilities,
+    stored_logits[1] as logits,
+    coalesce(
+        stored[1],
+        list_transform(exponentials, lambda exponential: (exponential / list_sum(exponentials))::float)
+    ) as probabilities,
     entropy as router_entropy,
     list_sum(
         list_transform(weights, lambda w: if(w > 0, -w / weight_sum * ln(w / weight_sum), 0))

@@ -290,14 +290,15 @@ def test_a_router_that_does_not_fire_fails_the_batch(tiny_model, tiny_folder):
         pass
 
 
-def test_probabilities_are_the_softmax_of_the_logits(tiny_model):
+def test_logits_are_those_of_transformers_and_probabilities_their_softmax(tiny_model):
     routers = find_routers(tiny_model.model)
     ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    with router_capture(tiny_model.model, routers, probabilities=True) as capture:
+    with router_capture(tiny_model.model, routers, store=("probabilities", "logits")) as capture:
         decisions = capture.run(ids, mask).wait()[0]
     with torch.no_grad():
         outputs = tiny_model.model(input_ids=ids, attention_mask=mask, output_router_logits=True)
     for decision, logits in zip(decisions, outputs.router_logits, strict=True):
+        torch.testing.assert_close(decision.logits_te, logits[mask.flatten().bool()])
         torch.testing.assert_close(decision.probabilities_te, logits[mask.flatten().bool()].softmax(-1))
 
 

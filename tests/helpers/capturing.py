@@ -7,7 +7,7 @@ from collector.capture.routing import RoutingRecorder
 from collector.config import CaptureConfig
 
 
-def router_capture(model, routers, *, probabilities=False, device=None) -> Capture:
+def router_capture(model, routers, *, store=(), device=None) -> Capture:
     """A capture whose `run(...).wait()[0]` has a `LayerDecision` per router."""
-    config = CaptureConfig(store=("probabilities",) if probabilities else ())
+    config = CaptureConfig(store=store)
     return Capture(model, [RoutingRecorder(model, routers, config)], device=device)

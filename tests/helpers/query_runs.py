@@ -20,6 +20,9 @@ LABELS = ("en", "ko", "o'brien", "zh-Hant")
 VOCABULARY = 7
 """Few ids, so that they repeat."""
 
+STORED = st.sampled_from([(), ("probabilities",), ("logits",)])
+"""What a run stores of all experts."""
+
 few_examples = settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 """The same in every run, bounded in time, and without shrinking, which would take minutes: failures are small."""
 
@@ -51,10 +54,10 @@ def random_runs(draw: st.DrawFn) -> tuple[list[Layer], list[Shard]]:
 
 
 @contextlib.contextmanager
-def opened(layers: Sequence[Layer], shards: Sequence[Shard], *, probabilities: bool = False) -> Iterator[Run]:
+def opened(layers: Sequence[Layer], shards: Sequence[Shard], *, store: Sequence[str] = ()) -> Iterator[Run]:
     """The run of these shards, for as long as the context."""
     with tempfile.TemporaryDirectory() as folder:
-        yield open_run(write_run(Path(folder, "run"), layers, shards, probabilities=probabilities))
+        yield open_run(write_run(Path(folder, "run"), layers, shards, store=store))
 
 
 def keyed(run: Run, name: str, keys: int, **params: object) -> dict:

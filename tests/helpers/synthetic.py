@@ -132,6 +132,13 @@ class Shard:
         return dataclasses.replace(picks, statistics=statistics, probabilities=p_te)
 
     @property
+    def logits(self) -> dict[Key, np.ndarray]:
+        """Of which the probabilities are the softmax."""
+        assert self.probabilities is not None
+        with np.errstate(divide="ignore"):
+            return {layer: np.log(p_te) - np.float32(0.5) for layer, p_te in self.probabilities.items()}
+
+    @property
     def lengths(self) -> np.ndarray:
         """[documents] tokens of each."""
         return np.array([length for _, length in self.documents], np.int64)
@@ -263,7 +270,7 @@ def write_run(
     layers: Sequence[Layer],
     shards: Sequence[Shard],
     *,
-    probabilities: bool = False,
+    store: Sequence[str] = (),
     complete: bool = True,
     settings: Mapping[str, Any] | None = None,
     vocabulary: Sequence[tuple[str, bool]] | None = VOCABULARY_ENTRIES,
@@ -273,15 +280,15 @@ def write_run(
 ) -> Path:
     """Writes and commits all shards; returns the run's folder.
 
-    `record` says what was recorded beside the routing. `weights` are the rows of `collector weights`; None writes none.
-    `settings` are some of run.json's config. `vocabulary` says of each token id its text and whether it is special;
-    None writes none, as a run that drops ids.
+    `store` says which of `probabilities` and `logits` are stored, `record` what was recorded beside the routing.
+    `weights` are the rows of `collector weights`; None writes none. `settings` are some of run.json's config.
+    `vocabulary` says of each token id its text and whether it is special; None writes none, as a run that drops ids.
     """
     run = RunDirectory(folder)
     routers = [dataclasses.asdict(one) | {"router": f"layers.{one.layer}.mlp.gate"} for one in layers]
     token_ids = "drop" if vocabulary is None else "keep"
     config = {
-        "model": "synthetic", "store": ["probabilities"] if probabilities else [], "token_ids": token_ids,
+        "model": "synthetic", "store": [*store], "token_ids": token_ids,
         "record": [*record],
     }  # fmt: skip
     info = {
@@ -298,7 +305,7 @@ def write_run(
             tables.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
             run.store.publish(Path(scratch, VOCAB), VOCAB)
     for number, shard in enumerate(shards):
-        parts = publish_shard(run, layers, number, shard, probabilities=probabilities, record=record)
+        parts = publish_shard(run, layers, number, shard, store=store, record=record)
         commit_shard(run, number, parts, shard)
     if complete:
         run.store.put_new(SUCCESS, b"{}")
@@ -331,11 +338,11 @@ def publish_shard(
     shard: Shard,
     *,
     attempt: str = "a",
-    probabilities: bool = False,
+    store: Sequence[str] = (),
     record: Sequence[str] = ("outputs", "loss", "similarity"),
 ) -> dict[str, Part]:
     """Publishes the parts of a shard without committing them."""
-    schema = routing_table.schema(layers, probabilities=probabilities)
+    schema = routing_table.schema(layers, store)
     stacks = token_stacks(layers)
     label = pa.array(shard.labels).dictionary_encode()
     parts = {}
@@ -343,7 +350,7 @@ def publish_shard(
         routing = Path(scratch, "routing")
         with routing_table.writer(routing, schema) as writer:
             for one in layers:
-                routed = _layer_routing(one, shard, probabilities=probabilities)
+                routed = _layer_routing(one, shard, store)
                 routed.check()
                 first = stacks.index(one.token_stack) * len(shard.labels)
                 writer.write_table(
@@ -379,11 +386,11 @@ def commit_shard(run: RunDirectory, number: int, parts: dict[str, Part], shard: 
     return run.commit(record)
 
 
-def _layer_routing(one: Layer, shard: Shard, *, probabilities: bool) -> LayerRouting:
-    p_te = shard.probabilities[key(one)] if probabilities and shard.probabilities else None
+def _layer_routing(one: Layer, shard: Shard, store: Sequence[str]) -> LayerRouting:
+    known = {name: getattr(shard, name)[key(one)] for name in store} if shard.probabilities else {}
     return LayerRouting(
         geometry=one, experts_tk=shard.experts[key(one)], weights_tk=shard.weights[key(one)],
-        statistics=dict(shard.statistics[key(one)]), dropped_tk=shard.dropped.get(key(one)), probabilities_te=p_te,
+        statistics=dict(shard.statistics[key(one)]), dropped_tk=shard.dropped.get(key(one)), per_expert_te=known,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def folder(tmp_path_factory, tiny_folder, tiny_model) -> Path:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = run_config(
         DataConfig(data=(str(data),), docs_per_shard=8), ModelConfig(model=str(tiny_folder)),
-        store=("text", "probabilities"), record=("outputs", "similarity"), sample_tokens=20,
+        store=("text", "probabilities", "logits"), record=("outputs", "similarity"), sample_tokens=20,
     )  # fmt: skip
     run = collect_here(root / "run", config, loaded=tiny_model)
     weights.make(run, loaded=tiny_model)

@@ -11,27 +11,33 @@ from hypothesis import strategies as st
 
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
-from tests.helpers.query_runs import assert_same, few_examples, keyed, opened, random_runs
-from tests.helpers.reference import load
+from tests.helpers.query_runs import STORED, assert_same, few_examples, keyed, opened, random_runs
+from tests.helpers.reference import frequency, load
 from tests.helpers.reference.base import decisions
 from tests.helpers.synthetic import Shard, write_run
 
+LOGITS = ("logits",)
+"""Stored without probabilities, which are then computed in double precision."""
 LAYERS = (Layer(layer=0, n_experts=7, top_k=2), Layer(layer=3, n_experts=5, top_k=5))
 
 
 @few_examples
 @given(
-    random=random_runs(), include_special=st.booleans(), pooled=st.booleans(), probabilities=st.booleans(),
+    random=random_runs(), include_special=st.booleans(), pooled=st.booleans(), store=STORED,
     threshold=st.sampled_from([0.001, 0.2, 0.5]), m=st.none() | st.integers(1, 14),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(random, include_special, pooled, probabilities, threshold, m) -> None:
+def test_agrees_with_numpy_on_random_runs(random, include_special, pooled, store, threshold, m) -> None:
     layers, shards = random
     decided = decisions(layers, shards, include_special=include_special)
-    with opened(layers, shards, probabilities=probabilities) as run:
+    with opened(layers, shards, store=store) as run:
         assert_same(
             keyed(run, "load_balance", 4, include_special=include_special, pooled=pooled, threshold=threshold, m=m),
-            load.load_balance(decided, pooled=pooled, threshold=threshold, m=m, probabilities=probabilities),
+            load.load_balance(decided, pooled=pooled, threshold=threshold, m=m, probabilities=bool(store)),
+            rel=1e-8 if store != LOGITS else 1e-5,
         )
+        stats = frequency.router_stats(decided, pooled=pooled, stored=store)
+        found = keyed(run, "router_stats", 4, include_special=include_special, pooled=pooled)
+        assert_same({key: row for key, row in found.items() if store != LOGITS or "probability" not in key[0]}, stats)
         assert_same(
             keyed(run, "expert_load", 4, include_special=include_special, threshold=threshold),
             load.expert_load(decided, threshold=threshold),
@@ -51,7 +57,7 @@ def indifferent(tmp_path_factory: pytest.TempPathFactory) -> Run:
     p = {layer: p_te / p_te.sum(1, keepdims=True) for layer, p_te in p.items()}
     shard = Shard.of_probabilities(LAYERS, documents=[("en", 4)] * 2000, probabilities=p)
     folder = tmp_path_factory.mktemp("indifferent") / "run"
-    return open_run(write_run(folder, LAYERS, [shard], probabilities=True))
+    return open_run(write_run(folder, LAYERS, [shard], store=("probabilities",)))
 
 
 def test_chance_gives_the_baselines(indifferent: Run) -> None:
@@ -78,7 +84,7 @@ def test_one_expert_for_everything_is_the_worst_load(tmp_path: Path) -> None:
     layers = [Layer(layer=0, n_experts=6, top_k=1)]
     p_te = np.tile(np.eye(6)[3], (20, 1))
     shard = Shard.of_probabilities(layers, documents=[("en", 12), ("ko", 8)], probabilities={0: p_te})
-    run = open_run(write_run(tmp_path / "run", layers, [shard], probabilities=True))
+    run = open_run(write_run(tmp_path / "run", layers, [shard], store=("probabilities",)))
     found = {metric: value for (metric, _), (value, _) in values(run).items()}
     assert found == pytest.approx({
         "gini": 5 / 6, "coefficient_of_variation": 5**0.5, "max_over_mean": 6, "mean_over_max": 1 / 6,

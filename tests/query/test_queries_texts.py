@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
-from tests.helpers.query_runs import assert_same, few_examples, keyed, opened, random_runs
+from tests.helpers.query_runs import STORED, assert_same, few_examples, keyed, opened, random_runs
 from tests.helpers.reference import texts
 from tests.helpers.reference.base import decisions
 from tests.helpers.synthetic import Shard, random_shard, write_run
@@ -22,20 +22,18 @@ LAYERS = (Layer(layer=0, n_experts=7, top_k=2), Layer(layer=3, n_experts=5, top_
 
 @few_examples
 @given(
-    random=random_runs(), include_special=st.booleans(), probabilities=st.booleans(), expert=st.integers(0, 5),
+    random=random_runs(), include_special=st.booleans(), store=STORED, expert=st.integers(0, 5),
     n=st.integers(1, 8), width=st.integers(0, 4), every=st.integers(1, 3), data=st.data(),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(
-    random, include_special, probabilities, expert, n, width, every, data
-) -> None:
+def test_agrees_with_numpy_on_random_runs(random, include_special, store, expert, n, width, every, data) -> None:
     layers, shards = random
     decided = decisions(layers, shards, include_special=include_special)
     shard = data.draw(st.integers(0, len(shards) - 1))
     doc = data.draw(st.integers(0, len(shards[shard].documents) - 1))
     special = {"include_special": include_special}
-    with opened(layers, shards, probabilities=probabilities) as run:
+    with opened(layers, shards, store=store) as run:
         assert_same(keyed(run, "fertility", 2, **special), texts.fertility(shards, include_special=include_special))
-        trace = texts.token_trace(decided, shard, doc)
+        trace = texts.token_trace(decided, shard, doc, logits="logits" in store)
         assert_same(keyed(run, "token_trace", 4, shard=shard, doc=doc, **special), trace)
         assert_same(keyed(run, "token_trace", 4, document=f"synthetic#{shard}-{doc}", **special), trace)
         assert_same(
@@ -44,7 +42,8 @@ def test_agrees_with_numpy_on_random_runs(
         )
         assert_same(
             keyed(run, "routing_divergence", 5, **special),
-            texts.routing_divergence(decided, probabilities=probabilities),
+            texts.routing_divergence(decided, probabilities=bool(store)),
+            rel=1e-5 if "logits" in store else 1e-8,
         )
 
 
@@ -57,7 +56,7 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> Run:
     other = random_shard(rng, LAYERS, [("zz", 7), ("zz", 20), ("zz", 11)])
     shards = [dataclasses.replace(each, parallel_ids=["s0", "s1", "s2"]) for each in (one, twin, other)]
     folder = tmp_path_factory.mktemp("parallel") / "run"
-    return open_run(write_run(folder, LAYERS, shards, probabilities=True))
+    return open_run(write_run(folder, LAYERS, shards, store=("probabilities",)))
 
 
 def test_divergence_is_symmetric_bounded_and_zero_for_the_same_routing(parallel: Run) -> None:

@@ -29,11 +29,12 @@ BY_LABEL = [
     "compute", "conditional_mutual_information", "contribution_overlap", "domain_specialization", "dropped_tokens",
     "effective_experts", "expert_contribution", "fertility", "language_divergence", "language_overlap",
     "load_balance", "log_odds", "loss", "mutual_information", "position_profile", "reference_difference", "repetition",
-    "router_entropy", "router_entropy_quantiles", "routing_divergence", "selection_frequency", "top_experts",
+    "router_entropy", "router_entropy_quantiles", "router_stats", "routing_divergence", "selection_frequency",
+    "top_experts",
 ]  # fmt: skip
 POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_overlap", "expert_tokens",
           "layer_transition", "super_experts", "vocabulary_specialization"]  # fmt: skip
-HAVE_POOLED = ["expert_contribution", "load_balance"]
+HAVE_POOLED = ["expert_contribution", "load_balance", "router_stats"]
 OTHER = ["expert_profile", "token_trace", "weight_similarity"]
 
 
@@ -63,7 +64,7 @@ def folders(tmp_path_factory):
         "single": [joined([with_label(shard, "x") for shard in half]) for half in (shards[:4], shards[4:])],
     }
     for name, halves in made.items():
-        write_run(root / name, LAYERS, halves, probabilities=name != "rollup")
+        write_run(root / name, LAYERS, halves, store=() if name == "rollup" else ("logits",))
     making.make(RunDirectory(root / "rollup"))
     return {name: root / name for name in made}
 
@@ -101,7 +102,7 @@ def test_label_by_label_a_document_counts_for_each_of_its_labels(folders, name: 
         assert expected == rows(open_run(folders["run"]), name, **params) == []
         return
     assert_equal(rows(open_run(folders["run"]), name, **params), expected)
-    if name not in ("load_balance", "routing_divergence"):  # which read the probabilities, where there are any
+    if name not in ("load_balance", "router_stats", "routing_divergence"):  # which read what is stored of all experts
         assert_equal(rows(open_run(folders["rollup"]), name, **params), expected)
 
 

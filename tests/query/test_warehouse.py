@@ -155,11 +155,11 @@ def test_a_part_without_a_commit_record_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_commit_has_the_same_columns(tmp_path: Path) -> None:
-    for probabilities, layers in ((False, LAYERS), (True, LAYERS), (False, TWO_STACKS)):
-        name = f"{probabilities}-{len(layers)}"
-        empty = open_run(write_run(tmp_path / f"{name}-0", layers, [], probabilities=probabilities, complete=False))
+    for store, layers in (((), LAYERS), (("probabilities",), LAYERS), (("logits",), TWO_STACKS)):
+        name = f"{store}-{len(layers)}"
+        empty = open_run(write_run(tmp_path / f"{name}-0", layers, [], store=store, complete=False))
         written = shards(1, layers)
-        full = open_run(write_run(tmp_path / f"{name}-1", layers, written, probabilities=probabilities))
+        full = open_run(write_run(tmp_path / f"{name}-1", layers, written, store=store))
         for relation in (*BASE, *VIEWS):
             described = f"select column_name, column_type from (describe {relation})"
             assert empty.sql(described).fetchall() == full.sql(described).fetchall(), relation

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.special import softmax
 
 from collector.capture import routing_table
 from collector.capture.passes import Here
@@ -357,12 +358,13 @@ def test_text_is_stored_only_when_asked_for(tmp_path, data, tiny_folder, tiny_mo
     assert content(asked)["documents"]["text"][0].as_py() == first
 
 
-def test_probabilities_are_stored_when_asked_for_and_agree_with_the_weights(tmp_path, data, tiny_folder, tiny_model):
-    config = run_config(data, ModelConfig(model=str(tiny_folder)), store=("probabilities",))
+def test_probabilities_and_logits_are_stored_when_asked_for(tmp_path, data, tiny_folder, tiny_model):
+    config = run_config(data, ModelConfig(model=str(tiny_folder)), store=("probabilities", "logits"))
     routing = content(collect_here(tmp_path / "run", config, loaded=tiny_model))["routing"].to_pandas()
     p = np.stack(routing.probabilities)
     assert p.shape[1] == 6
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(softmax(np.stack(routing.logits), axis=1), p, atol=1e-6)
     chosen = np.take_along_axis(p, routing[["e0", "e1"]].to_numpy().astype(int), 1)
     np.testing.assert_allclose(chosen, routing[["w0", "w1"]].to_numpy(), atol=1e-6)
 

@@ -105,7 +105,7 @@ def test_verifying_writes_nothing(run):
     ("family", "capture"),
     [
         ("olmoe", {"token_ids": "drop"}),
-        ("olmoe", {"store": ("text", "probabilities")}),
+        ("olmoe", {"store": ("text", "probabilities", "logits")}),
         ("olmoe", {"layers": (1,)}),
         ("switch", {}),
         ("switch", {"stacks": ("encoder", "decoder")}),
@@ -274,23 +274,23 @@ def test_rejects_are_the_skipped_rows(run, change, message):
     assert any(message in line for line in wrong[2])
 
 
-def test_picks_beyond_a_routers_k_and_probabilities_of_other_experts_are_found(
-    tmp_path, config, tiny_folder, tiny_model
-):
-    settings = run_config(config.data, ModelConfig(model=str(tiny_folder)), store=("probabilities",))
+def test_picks_beyond_a_routers_k_and_values_of_other_experts_are_found(tmp_path, config, tiny_folder, tiny_model):
+    settings = run_config(config.data, ModelConfig(model=str(tiny_folder)), store=("probabilities", "logits"))
     run = collect_here(tmp_path / "run", settings, loaded=tiny_model)
     rewrite(run, 0, "routing", lambda t: put(t, "probabilities", [0.5, 0.5]))
     rewrite(run, 1, "routing", lambda t: put(t, "probabilities", [float("nan")] * 6))
+    rewrite(run, 2, "routing", lambda t: put(t, "logits", [float("-inf")] * 5 + [float("nan")]))
     info = run.read_json(RUN)
     info["layers"][2]["top_k"] = 1
     wrong = verify.verify(run).wrong
     assert wrong == {
         0: ["decoder layer 0: probabilities are not of 6 experts in 1 rows"],
         1: ["decoder layer 0: probabilities are not finite in 6 rows"],
+        2: ["decoder layer 0: logits are not finite in 1 rows"],
     }
     run.store.put(RUN, json.dumps(info).encode())
     tokens = run.read_commit(2).tokens
-    assert verify.verify(run).wrong[2] == [f"decoder layer 2: more picks than its k of 1 in {tokens} rows"]
+    assert f"decoder layer 2: more picks than its k of 1 in {tokens} rows" in verify.verify(run).wrong[2]
 
 
 def test_ids_in_a_run_that_drops_them_are_found(tmp_path, config, tiny_folder, tiny_model):

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from collector.capture.routing_table import STATISTICS
+from collector.capture.routing_table import PER_EXPERT, STATISTICS, is_possible
 from collector.upkeep.verify.reading import STACKS, Card, Documents, Tokens, codes, each_once, groups, numbers, told
 
 if TYPE_CHECKING:
@@ -78,13 +78,14 @@ def _check_rows(
     _check_picks(rows, layer, wrong)
     for name in STATISTICS:
         wrong[f"{layer.name}: {name} is not finite"] += int((~np.isfinite(numbers(rows[name]))).sum())
-    if "probabilities" in rows.column_names:
-        lengths = pc.list_value_length(rows["probabilities"]).to_numpy()
-        wrong[f"{layer.name}: probabilities are not of {layer.n_experts} experts"] += int(
-            (lengths != layer.n_experts).sum()
-        )
-        values = pc.list_flatten(rows["probabilities"]).to_numpy()
-        wrong[f"{layer.name}: probabilities are not finite"] += int((~np.isfinite(values)).sum())
+    for name in PER_EXPERT:
+        if name in rows.column_names:
+            lengths = pc.list_value_length(rows[name]).to_numpy()
+            wrong[f"{layer.name}: {name} are not of {layer.n_experts} experts"] += int(
+                (lengths != layer.n_experts).sum()
+            )
+            values = pc.list_flatten(rows[name]).to_numpy()
+            wrong[f"{layer.name}: {name} are not finite"] += int((~is_possible(name, values)).sum())
 
 
 def _check_picks(rows: pa.Table, layer: Layer, wrong: Counter[str]) -> None:

@@ -99,6 +99,7 @@ class Decision:
     dropped: list[bool]
     """Pick by pick; empty for a router without a capacity."""
     probabilities: list[float] | None
+    logits: list[float] | None
     statistics: dict[str, float]
 
     @property
@@ -120,6 +121,7 @@ def decisions(layers: Sequence[Layer], shards: Sequence[Shard], *, include_speci
         for number, shard in enumerate(shards):
             doc = np.repeat(np.arange(len(shard.documents)), shard.lengths)
             first = np.concatenate([[0], np.cumsum(shard.lengths)])
+            logits = shard.logits[key(one)] if shard.probabilities else None
             offset = stacks.index(one.token_stack) * len(doc)
             for t in np.flatnonzero(include_special | ~shard.is_special).tolist():
                 d = int(doc[t])
@@ -132,6 +134,7 @@ def decisions(layers: Sequence[Layer], shards: Sequence[Shard], *, include_speci
                         weights=shard.weights[key(one)][t].tolist(),
                         dropped=shard.dropped[key(one)][t].tolist() if one.has_capacity else [],
                         probabilities=shard.probabilities[key(one)][t].tolist() if shard.probabilities else None,
+                        logits=logits[t].tolist() if logits is not None else None,
                         statistics={
                             name: float(round_statistic(shard.statistics[key(one)][name])[t]) for name in STATISTICS
                         },

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from tests.helpers.reference.base import Group, entropy
+from tests.helpers.reference.base import Decision, Group, by_router, entropy, grouped
 
 
 def selection_frequency(found: Sequence[Group]) -> dict:
@@ -96,6 +96,30 @@ def router_entropy_quantiles(found: Sequence[Group]) -> dict:
             first, median, third = np.quantile(_rounded(values), [0.25, 0.5, 0.75])
             rows[metric, *g.router, g.label] = (median, baseline, g.tokens, first, third)
     return rows
+
+
+def router_stats(found: Sequence[Decision], *, pooled: bool, stored: Sequence[str]) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        for label, own in grouped(decided, lambda d: None if pooled else d.label).items():
+            baselines = {"weight": 1 / one.top_k, "probability": 1 / one.n_experts, "logit": None}
+            values = {"weight": [w / sum(d.weights) for d in own for w in d.weights]}
+            for name in stored:
+                metric = name.removesuffix("s") if name == "logits" else "probability"
+                values[metric] = [x for d in own for x in getattr(d, name)]
+                values[f"chosen_{metric}"] = [getattr(d, name)[expert] for d in own for expert in d.experts]
+            for metric, each in values.items():
+                x = np.array([number for number in each if math.isfinite(number)])
+                ordered = np.sort(_rounded(x))
+                quantiles = (ordered[math.ceil(share * len(x)) - 1] for share in QUANTILES)
+                rows[metric, one.stack, one.layer, label] = (
+                    x.mean(), baselines[metric.removeprefix("chosen_")], len(x), x.std(), ordered[0], *quantiles,
+                    ordered[-1],
+                )  # fmt: skip
+    return rows
+
+
+QUANTILES = (Fraction(1, 20), Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(19, 20))
 
 
 def _decisiveness(g: Group) -> dict[str, tuple[np.ndarray, float]]:

@@ -48,14 +48,14 @@ def _measure(texts: Sequence[tuple]) -> dict:
     }
 
 
-def token_trace(found: Sequence[Decision], shard: int, doc: int) -> dict:
+def token_trace(found: Sequence[Decision], shard: int, doc: int, *, logits: bool = False) -> dict:
     rows = {}
     for d in (d for d in found if (d.shard, d.doc) == (shard, doc)):
         weights = np.array(d.weights)
         rows[f"synthetic#{shard}-{doc}", d.geometry.stack, d.position, d.geometry.layer] = (
             d.token_id, f"token {d.token_id}", d.is_special, d.label, d.top1, d.experts, d.weights,
             d.statistics["entropy"], entropy(weights / weights.sum()), d.statistics["topk_mass"],
-            d.statistics["margin"], sum(d.dropped),
+            d.statistics["margin"], sum(d.dropped), max(d.logits) if logits else None,
         )  # fmt: skip
     return rows
 
