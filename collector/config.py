@@ -19,7 +19,7 @@ DEMO = "demo"
 """Name of both the embedded model and the embedded corpus."""
 
 Store = Literal["text", "probabilities", "logits"]
-Record = Literal["routing", "outputs", "loss", "similarity"]
+Record = Literal["routing", "outputs", "loss", "similarity", "vocabulary"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stack = Literal["encoder", "decoder"]
 
@@ -125,9 +125,10 @@ class CaptureConfig:
     A document longer than this is a batch of its own. Lower it if the device runs out of memory."""
     record: tuple[Record, ...] = ("routing",)
     """What to record: `routing`, always; `outputs`, what the chosen experts put out and contribute;
-    `loss`, how surprised the model is by each token; `similarity`, how alike the outputs of all experts are."""
+    `loss`, how surprised the model is by each token; `similarity`, how alike the outputs of all experts are;
+    `vocabulary`, which tokens the outputs of the chosen experts promote."""
     sample_tokens: int = 512
-    """Tokens of each shard that go through all experts, for `--record similarity`."""
+    """Tokens of each shard that `--record similarity` sends through all experts, and that `vocabulary` reads."""
     store: tuple[Store, ...] = ()
     """Also store `text` (each document's text and target), `probabilities` or `logits` (of all experts).
     The latter two are stored for every token and layer, at 4 bytes an expert before compression; logits give both."""
@@ -145,6 +146,11 @@ class CaptureConfig:
             raise ValueError(f"--layers takes layer numbers from 0, got {self.layers}")
         if self.stacks is not None and not self.stacks:
             raise ValueError("--stacks takes encoder, decoder or both, got nothing")
+        if "vocabulary" in self.record and self.token_ids != "keep":
+            raise ValueError(
+                f"--record vocabulary names the tokens that experts promote, which --token-ids {self.token_ids} hides: "
+                "leave out one of the two"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

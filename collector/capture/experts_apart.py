@@ -6,7 +6,7 @@
 The experts module of nearly all families takes `hidden_states [R, H]`, `top_k_index [R, k]` and `top_k_weights [R, k]`.
 Here it is given each pick as a row of its own, `[R k, H]` with a single expert of weight 1, so that it returns every
 f_e(x), whatever its implementation or precision; the weighted sum over a token's picks is then taken outside of it.
-`every_output` gives it each token once per expert, chosen or not, outside of a forward pass. In a pass the experts do
+`outputs_of` gives it tokens and any experts outside of a forward pass, `every_output` all experts. In a pass the experts do
 the same work as before. The sum is that of transformers' grouped and batched implementations, to the
 bit; the plain loop over experts adds in another order. Switch's experts take a mask of a single pick instead of ids,
 and are given it with weight 1.
@@ -113,24 +113,32 @@ def count_experts(experts: torch.nn.Module) -> int:
 
 
 def every_output(experts: torch.nn.Module, hidden_rh: torch.Tensor) -> torch.Tensor:
-    """Computes f_e(x) of all experts, [R, E, H], past the module's hooks, some tokens at a time.
+    """Computes f_e(x) of all experts, [R, E, H], as `outputs_of` does."""
+    ids = torch.arange(count_experts(experts), device=hidden_rh.device)
+    return outputs_of(experts, hidden_rh, ids.expand(len(hidden_rh), -1))
+
+
+def outputs_of(experts: torch.nn.Module, hidden_rh: torch.Tensor, experts_rk: torch.Tensor) -> torch.Tensor:
+    """Computes f_e(x) of these experts, [R, k, H], past the module's hooks, some tokens at a time.
 
     Args:
         experts: what `experts_of` returns.
         hidden_rh: [R, H] tokens as the module receives them.
+        experts_rk: [R, k] ids of experts for each of them.
     """
-    step = max(1, _ROWS // count_experts(experts))
-    return torch.cat([_every_output(experts, part_rh) for part_rh in hidden_rh.split(step)])
+    step = max(1, _ROWS // experts_rk.shape[1])
+    parts = zip(hidden_rh.split(step), experts_rk.split(step), strict=True)
+    return torch.cat([_outputs_of(experts, *part) for part in parts])
 
 
-def _every_output(experts: torch.nn.Module, hidden_rh: torch.Tensor) -> torch.Tensor:
-    names, count = argument_names(experts) or (), count_experts(experts)
-    rows = hidden_rh.repeat_interleave(count, dim=0)
-    ids = torch.arange(count, device=hidden_rh.device).repeat(len(hidden_rh))[:, None]
+def _outputs_of(experts: torch.nn.Module, hidden_rh: torch.Tensor, experts_rk: torch.Tensor) -> torch.Tensor:
+    names = argument_names(experts) or ()
+    rows = hidden_rh.repeat_interleave(experts_rk.shape[1], dim=0)
+    ids = experts_rk.reshape(-1, 1)
     ones = torch.ones(ids.shape, dtype=hidden_rh.dtype, device=hidden_rh.device)
     if names[1] == _MASK:
-        ids = torch.nn.functional.one_hot(ids, count)
-    return experts.forward(rows, *_doubled(experts, ids, ones)).reshape(len(hidden_rh), count, -1)
+        ids = torch.nn.functional.one_hot(ids, count_experts(experts))
+    return experts.forward(rows, *_doubled(experts, ids, ones)).reshape(*experts_rk.shape, -1)
 
 
 def _doubled(experts: torch.nn.Module, ids: torch.Tensor, ones: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

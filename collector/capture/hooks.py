@@ -118,6 +118,9 @@ class Capture:
                 self._handles.append(listen_to_inputs(self._hooks[index].module, self._hook(index)))
             for index in self._which("experts"):
                 self._apart.enter_context(ExpertsApart(self._hooks[index].module, self._hook(index)))
+            for index in self._which("arguments"):
+                hook = self._hooks[index]
+                self._handles.append(hook.module.register_forward_pre_hook(self._argument_hook(index)))
             for index in self._which("module"):
                 hook = self._hooks[index]
                 self._handles.append(hook.module.register_forward_hook(self._output_hook(index)))
@@ -161,6 +164,10 @@ class Capture:
         listen = self._hook(index)
         return lambda _module, _inputs, outputs: listen(outputs)
 
+    def _argument_hook(self, index: int) -> Callable[[torch.nn.Module, Any], None]:
+        listen = self._hook(index)
+        return lambda _module, arguments: listen(arguments)
+
     def _hook(self, index: int) -> Callable[[Any], None]:
         hook = self._hooks[index]
 
@@ -176,7 +183,7 @@ class Capture:
     def _reduce(self, hook: Hook, reading: Any) -> Any:
         grid, positions, device = self._grids[hook.stack], len(reading[0]), reading[0].device
         # Experts as a rule see real tokens only.
-        has_padding = grid.real is not None and not (hook.of != "module" and positions == len(grid.real))
+        has_padding = grid.real is not None and not (hook.of in ("experts", "inputs") and positions == len(grid.real))
         if positions != grid.positions and (has_padding or grid.real is None):
             raise RuntimeError(f"{hook.name} saw {positions} tokens of a batch of {grid.positions}")
         if has_padding:

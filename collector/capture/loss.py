@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from collector.capture.padding import Grid
 
 COLUMN = "loss"
-_LOGITS = 1 << 26
-"""Logits that are held at once: 256 MB in float32."""
 
 
 class _Hidden(NamedTuple):
@@ -81,7 +79,7 @@ class LossRecorder(Recorder):
         hidden_rh = hidden.hidden_rh
         loss_r = torch.full((len(hidden_rh),), float("nan"), device=hidden_rh.device)
         following_f, ids_f = grid.following_on(hidden_rh.device)
-        step = max(1, _LOGITS // self.head.vocabulary)
+        step = self.head.rows_at_once
         for first in range(0, len(following_f), step):
             own_f = following_f[first : first + step]
             logits_fv = self.head.logits(hidden_rh.index_select(0, own_f - 1)).float()

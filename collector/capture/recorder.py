@@ -32,10 +32,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hook:
-    """Reads the output of one module, which fires exactly once in a forward pass.
-
-    Of an experts module it may read what single experts put out or receive instead: see `of`.
-    """
+    """Reads the output of one module, or what it receives (see `of`), exactly once in a forward pass."""
 
     name: str
     """The module in messages."""
@@ -43,14 +40,14 @@ class Hook:
     stack: str
     """`encoder` or `decoder`: the stack whose tokens the module sees."""
     read: Callable[[Any], Any]
-    """The module's return value -> a NamedTuple of tensors with one row per position of the batch, padding included.
-    Parts may be None, but for the first. Of an experts module, see `of`, it takes a NamedTuple of that kind."""
+    """What is read, see `of` -> a NamedTuple of tensors with one row per position of the batch, padding included.
+    Parts may be None, but for the first."""
     keep: Callable[[Any, Grid], Any]
     """The same NamedTuple without padding, and the batch -> a NamedTuple of what the recorder keeps, reduced on the
     device."""
-    of: Literal["module", "experts", "inputs"] = "module"
-    """What is read: what the module returns, or of an experts module what single experts put out (`ExpertCall`) or what
-    they receive (`ExpertInputs`)."""
+    of: Literal["module", "arguments", "experts", "inputs"] = "module"
+    """What is read: what the module returns, or the positional arguments that it is given; of an experts module what
+    single experts put out (`ExpertCall`) or what they receive (`ExpertInputs`)."""
 
 
 class Recording(abc.ABC):

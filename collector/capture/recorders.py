@@ -8,6 +8,7 @@ from collector.capture.loss import LossRecorder
 from collector.capture.outputs import OutputsRecorder
 from collector.capture.routing import RoutingRecorder
 from collector.capture.similarity import SimilarityRecorder
+from collector.capture.vocabulary import VocabularyRecorder
 from collector.store import tables
 from collector.store.run_directory import REJECTS
 
@@ -27,6 +28,7 @@ RECORDERS: dict[str, type[Recorder]] = {
     "outputs": OutputsRecorder,
     "loss": LossRecorder,
     "similarity": SimilarityRecorder,
+    "vocabulary": VocabularyRecorder,
 }
 """By the name that `--record` takes."""
 

@@ -1,8 +1,7 @@
 """Compares experts by what they put out for the same tokens: the table `similarity`.
 
-A sample of each shard's tokens goes through all experts of every recorded layer, chosen or not. The tokens are drawn by
-a hash of their document's ids and their position, special tokens apart, so the sample depends on the shard alone; in
-the order of the hash they make blocks of about 256, mixed across documents. During the passes only what the experts
+A sample of each shard's tokens (`sampling`) goes through all experts of every recorded layer, chosen or not. In the
+order of the sample they make blocks of about 256, mixed across documents. During the passes only what the experts
 receive is kept; after the last pass each block goes through all experts at once, and is reduced on the device to sums
 over pairs of experts (`pair_sums`). Nothing else of the run changes.
 
@@ -12,25 +11,22 @@ Shapes: R real tokens, m tokens of the sample, k chosen per token, H hidden size
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from collector.capture.recorder import Hook, Recorder, Recording
+from collector.capture.sampling import Nothing, SampledRows
 from collector.store import tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from collector.capture.batches import Batch, TokenTable
     from collector.capture.experts_apart import ExpertInputs
-    from collector.capture.padding import Grid
     from collector.capture.pair_sums import PairSums
     from collector.capture.shard_text import ShardText
     from collector.models.routers import Router
@@ -57,46 +53,6 @@ SCHEMA = pa.schema(
 )
 
 
-def sample(table: TokenTable, size: int) -> NDArray[np.int64]:
-    """Draws tokens, special ones apart; returns their slots in the order of their hash.
-
-    Args:
-        table: the tokens of a shard.
-        size: how many tokens (all, if there are fewer).
-    """
-    digests = [
-        int.from_bytes(hashlib.blake2b(table.ids[start:end].tobytes(), digest_size=8).digest(), "little")
-        for start, end in zip(table.starts[:-1], table.starts[1:], strict=True)
-    ]
-    document_t = np.repeat(np.array(digests, np.uint64), table.lengths)
-    hash_t = _mix(document_t ^ _mix(table.position.astype(np.uint64)))
-    ordinary = np.flatnonzero(~table.is_special)
-    # Documents of the same text would have equal hashes: the slot decides between them.
-    return ordinary[np.lexsort([ordinary, hash_t[ordinary]])[:size]]
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Steele, Lea and Flood 2014, the finalizer of SplitMix64."""
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-class _Nothing(NamedTuple):
-    """What leaves the device during the passes."""
-
-    nothing: None = None
-
-
-class _Held(NamedTuple):
-    """The sampled tokens of a batch at one router, on the device."""
-
-    rank_b: NDArray[np.int64]
-    """Their places in the sample, on the host."""
-    inputs: ExpertInputs
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BlockSums:
     """The sums of one block at one router, on the host."""
@@ -120,9 +76,7 @@ class SimilarityRecorder(Recorder):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         """See `Recorder`; no shard has begun."""
         super().__init__(*arguments, **named)
-        self._rank_of: dict[str, NDArray[np.int64]] = {}
-        """Stack -> [T] each token's place in the sample, -1 outside of it."""
-        self._held: list[list[_Held]] = [[] for _ in self.routers]
+        self._rows = SampledRows(self.config.sample_tokens)
 
     @classmethod
     def schemas(cls, info: Mapping[str, Any]) -> dict[str, pa.Schema]:  # noqa: ARG003
@@ -134,7 +88,7 @@ class SimilarityRecorder(Recorder):
         from collector.capture.experts_apart import experts_of
 
         def keeping(number: int, stack: str) -> Any:
-            return lambda inputs, grid: self._keep(number, stack, inputs, grid)
+            return lambda inputs, grid: self._rows.keep(number, stack, inputs, grid)
 
         return [
             Hook(
@@ -148,7 +102,7 @@ class SimilarityRecorder(Recorder):
             for number, router in enumerate(self.routers)
         ]
 
-    def probe(self, kept: Sequence[_Nothing]) -> None:
+    def probe(self, kept: Sequence[Nothing]) -> None:
         """Needs nothing to be known of the model."""
 
     def card(self) -> dict[str, Any]:
@@ -157,57 +111,36 @@ class SimilarityRecorder(Recorder):
 
     def begin(self, tokens: Mapping[str, TokenTable]) -> None:
         """Draws the sample of each stack."""
-        self._held = [[] for _ in self.routers]
-        self._rank_of = {}
-        for stack in {router.token_stack for router in self.routers}:
-            chosen = sample(tokens[stack], self.config.sample_tokens)
-            rank_t = np.full(len(tokens[stack].ids), -1)
-            rank_t[chosen] = np.arange(len(chosen))
-            self._rank_of[stack] = rank_t
-
-    def _keep(self, number: int, stack: str, inputs: ExpertInputs, grid: Grid) -> _Nothing:
-        import torch
-
-        if grid.slots is None or stack not in self._rank_of:
-            return _Nothing()
-        rank_r = self._rank_of[stack][grid.slots]
-        chosen = np.flatnonzero(rank_r >= 0)
-        if len(chosen):
-            device = inputs.hidden_rh.device
-            rows = torch.from_numpy(chosen)
-            rows = rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
-            taken = type(inputs)(*(each.index_select(0, rows) for each in inputs))
-            self._held[number].append(_Held(rank_r[chosen], taken))
-        return _Nothing()
+        self._rows.begin(tokens, {router.token_stack for router in self.routers})
 
     def conclude(self) -> list[_BlockSums]:
         """Sends the sample through all experts, block by block."""
-        found = [one for number, held in enumerate(self._held) if held for one in self._compare(number, held)]
-        self._held = [[] for _ in self.routers]
+        found: list[_BlockSums] = []
+        for number, router in enumerate(self.routers):
+            if (inputs := self._rows.take(number, router.token_stack)) is not None:
+                found += self._compare(number, inputs)
         return found
 
-    def _compare(self, number: int, held: Sequence[_Held]) -> list[_BlockSums]:
+    def _compare(self, number: int, inputs: ExpertInputs) -> list[_BlockSums]:
         import torch
 
         from collector.capture.experts_apart import count_experts, every_output, experts_of
         from collector.capture.pair_sums import PairSums, pair_sums
 
         experts = experts_of(self.routers[number])
-        # A batch that did not fit was given up in the middle, and its tokens came once more.
-        rank_b, last = np.unique(np.concatenate([one.rank_b for one in held])[::-1], return_index=True)
-        assert np.array_equal(rank_b, np.arange(len(rank_b))), "every token of the sample"
-        inputs = [torch.cat(parts).flip(0) for parts in zip(*(one.inputs for one in held), strict=True)]
-        blocks = np.array_split(last, max(1, round(len(last) / BLOCK)))
+        blocks = max(1, round(len(inputs.hidden_rh) / BLOCK))
         found = []
-        for block, rows in enumerate(blocks):
-            hidden_bh, experts_bk, weights_bk = (each[torch.from_numpy(rows).to(each.device)] for each in inputs)
+        for block, (hidden_bh, experts_bk, weights_bk) in enumerate(
+            zip(*(each.tensor_split(blocks) for each in inputs), strict=True)
+        ):
             chosen_bk = experts_bk.clamp_min(0).long()
-            weights_be = weights_bk.new_zeros((len(rows), max(count_experts(experts), int(chosen_bk.max()) + 1)))
+            tokens = len(hidden_bh)
+            weights_be = weights_bk.new_zeros((tokens, max(count_experts(experts), int(chosen_bk.max()) + 1)))
             weights_be.scatter_add_(1, chosen_bk, torch.where(experts_bk >= 0, weights_bk, 0))
             sums = pair_sums(every_output(experts, hidden_bh), weights_be[:, : count_experts(experts)])
             on_host = {over: PairSums(*(each.cpu() for each in of_pairs)) for over, of_pairs in sums.items()}
             found.append(
-                _BlockSums(router=number, block=block, tokens=len(rows), experts=count_experts(experts), sums=on_host)
+                _BlockSums(router=number, block=block, tokens=tokens, experts=count_experts(experts), sums=on_host)
             )
         return found
 
@@ -226,7 +159,7 @@ class ShardSimilarity(Recording):
         self._sampled = sampled
         self._found: list[_BlockSums] = []
 
-    def put(self, batch: Mapping[str, Batch], kept: Sequence[_Nothing]) -> None:
+    def put(self, batch: Mapping[str, Batch], kept: Sequence[Nothing]) -> None:
         """See `Recording.put`: nothing leaves the device during the passes."""
 
     def conclude(self, result: list[_BlockSums]) -> None:

@@ -51,13 +51,20 @@ class _Given(nn.Module):
         return _Hidden((self.hidden_rh[None],))
 
 
+_LOGITS = 1 << 26
+"""Logits that are held at once: 256 MB in float32."""
+
+
 class Head:
     """A language-model head on the device of its base model."""
 
     def __init__(self, model: PreTrainedModel, given: _Given, matrix: torch.Tensor) -> None:
         self._model, self._given, self._dtype = model, given, matrix.dtype
+        self.device = matrix.device
         self.vocabulary = int(matrix.shape[0])
         """V."""
+        self.rows_at_once = max(1, _LOGITS // self.vocabulary)
+        """R for which the logits take a fixed part of the memory."""
 
     @torch.inference_mode()
     def logits(self, hidden_rh: torch.Tensor) -> torch.Tensor:
@@ -146,8 +153,8 @@ def _without_base(base: PreTrainedModel, name: str) -> tuple[PreTrainedModel, _G
             model = auto.from_config(base.config, trust_remote_code=False)
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"--record loss: transformers has no language-model head for {type(base).__name__}, the class of "
-            f"--model {name}"
+            f"--record loss or vocabulary: transformers has no language-model head for {type(base).__name__}, the "
+            f"class of --model {name}"
         ) from error
     given = _Given()
     places = [place for place, child in model.named_children() if type(child) is type(base)]
@@ -155,7 +162,8 @@ def _without_base(base: PreTrainedModel, name: str) -> tuple[PreTrainedModel, _G
     embedding = model.get_output_embeddings()
     if not places or embedding is None:
         raise ValueError(
-            f"--record loss: {type(model).__name__} of --model {name} is not a base model with a head on it"
+            f"--record loss or vocabulary: {type(model).__name__} of --model {name} is not a base model with a head "
+            "on it"
         )
     for place in places:
         setattr(model, place, given)
@@ -172,5 +180,7 @@ def _stored(tensors: Mapping[str, Any], key: str, name: str) -> torch.Tensor:
     """Reads a tensor by its name, or by the only name that ends with it."""
     found = [key] if key in tensors else [each for each in tensors if each.endswith(f".{key}")]
     if len(found) != 1:
-        raise ValueError(f"--record loss: the checkpoint of --model {name} has no {key}: it was saved without its head")
+        raise ValueError(
+            f"--record loss or vocabulary: the checkpoint of --model {name} has no {key}: it was saved without its head"
+        )
     return tensors[found[0]][...]

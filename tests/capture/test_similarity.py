@@ -12,7 +12,8 @@ import torch
 from collector.capture import experts_apart
 from collector.capture.batches import TokenTable, tokenize
 from collector.capture.experts_apart import ExpertsApart, count_experts, every_output, experts_of, listen_to_inputs
-from collector.capture.similarity import BLOCK, LISTS, sample
+from collector.capture.sampling import sample
+from collector.capture.similarity import BLOCK, LISTS
 from collector.config import DataConfig, ModelConfig
 from collector.models.routers import find_routers
 from collector.upkeep.verify import verify

@@ -54,7 +54,7 @@ def test_logits_are_those_of_the_whole_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_HEAD & set(CAPTURED)))
 def test_a_family_without_a_head_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"--record loss: .* --model {name}"):
+    with pytest.raises(ValueError, match=rf"--record loss or vocabulary: .* --model {name}"):
         build_head(built(name), None, name, dtype=torch.float32)
 
 
