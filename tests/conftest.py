@@ -86,7 +86,7 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo over 12 sentences per language, with pretrained and with random weights."""
     folder = tmp_path_factory.mktemp("demo")
     for weights in ("pretrained", "random"):
-        record = ("outputs", "loss", "similarity")
+        record = ("outputs", "loss", "similarity", "vocabulary")
         config = run_config(
             DataConfig(per_label=12),
             ModelConfig(weights=weights),

@@ -5,11 +5,10 @@
 
 The experts module of nearly all families takes `hidden_states [R, H]`, `top_k_index [R, k]` and `top_k_weights [R, k]`.
 Here it is given each pick as a row of its own, `[R k, H]` with a single expert of weight 1, so that it returns every
-f_e(x), whatever its implementation or precision; the weighted sum over a token's picks is then taken outside of it.
-`outputs_of` gives it tokens and any experts outside of a forward pass, `every_output` all experts. In a pass the experts do
-the same work as before. The sum is that of transformers' grouped and batched implementations, to the
-bit; the plain loop over experts adds in another order. Switch's experts take a mask of a single pick instead of ids,
-and are given it with weight 1.
+f_e(x), whatever its implementation or precision; the weighted sum over a token's picks is then taken outside of it. In
+a pass the experts do the same work as before. The sum is that of transformers' grouped and batched implementations, to
+the bit; the plain loop over experts adds in another order. Switch's experts take a mask of a single pick instead of
+ids, and are given it with weight 1. Outside of a pass, `outputs_of` gives tokens to any experts, `every_output` to all.
 
 Shapes: R rows (real tokens only, where padding is kept out), k chosen per token, H hidden size.
 """

@@ -176,9 +176,7 @@ class VocabularyRecorder(Recorder):
         weight_p = inputs.weights_rk[place_p, pick_p].float()
         device, stream_mh = self.head.device, stream_mh.to(self.head.device)
         next_p = torch.from_numpy(next_m)[place_p.cpu()].to(device)
-        place_p, pick_p, weight_p, outputs_mkh = (
-            each.to(device) for each in (place_p, pick_p, weight_p, outputs_mkh)
-        )
+        place_p, pick_p, weight_p, outputs_mkh = (each.to(device) for each in (place_p, pick_p, weight_p, outputs_mkh))
         nothing_v = self.head.logits(torch.zeros_like(stream_mh[:1]))[0].float()
         promoted, attributed = [], []
         for own_p in torch.arange(len(place_p), device=device).split(self.head.rows_at_once):
@@ -261,6 +259,6 @@ class ShardVocabulary(Recording):
                     "attribution": pa.array(attribution_p, mask=np.isnan(attribution_p)),
                 }  # fmt: skip
                 columns |= dict(zip(PROMOTED, found.promoted_p3[order].T, strict=True))
-                writer.write_table(tables.with_lists(SCHEMA, columns, {}, np.zeros(1)))
+                writer.write_table(pa.Table.from_pydict(columns, schema=SCHEMA))
                 rows += count
         return {TABLE: rows}

@@ -48,7 +48,9 @@ class Quantize:
         try:
             head = heads.stored_head(config, loaded)
         except ValueError as error:  # most uses need none
-            sys.stderr.write(f"The copy has no language-model head, so --record loss and vocabulary will refuse it. {error}\n")
+            sys.stderr.write(
+                f"The copy has no language-model head, so --record loss and vocabulary will refuse it. {error}\n"
+            )
             head = {}
         written = checkpoints.save(loaded.model, loaded.tokenizer, out, head)
         summary = footprint.describe(loaded.model, loaded.compute_dtype)["summary"]

@@ -34,10 +34,10 @@ What `collector query` can ask: of each query its formula, with denominators and
 row is, and the first rows of an example. This page is written from the headers of `queries/*/*.sql` by
 
 ```sh
-collector collect --per-label 12 --store text logits --record outputs loss similarity --sample-tokens 100 \\
-    --out runs/small
-collector collect --per-label 12 --store text logits --record outputs loss similarity --sample-tokens 100 \\
-    --out runs/small-random --weights random
+collector collect --per-label 12 --store text logits --record outputs loss similarity vocabulary \\
+    --sample-tokens 100 --out runs/small
+collector collect --per-label 12 --store text logits --record outputs loss similarity vocabulary \\
+    --sample-tokens 100 --out runs/small-random --weights random
 collector weights runs/small --no-match
 collector query runs/small --list --format markdown --beside runs/small-random > docs/metrics.md
 ```

@@ -84,7 +84,7 @@ def switch(tmp_path_factory):
 def test_a_decoder_has_losses_and_its_encoder_none(switch, tmp_path) -> None:
     folder, model = switch
     data = DataConfig(data=(str(write_jsonl(tmp_path / "texts.jsonl", 4)),))
-    settings = {"record": ("loss",), "stacks": ("encoder", "decoder"), "max_length": 20}
+    settings = {"record": ("loss", "vocabulary"), "stacks": ("encoder", "decoder"), "max_length": 20}
     run = collect_here(tmp_path / "run", run_config(data, ModelConfig(model=str(folder)), **settings))
     encoders, decoders = (
         [doc for doc in by_document(run) if doc[0]["stack"] == stack] for stack in ("encoder", "decoder")
@@ -96,6 +96,14 @@ def test_a_decoder_has_losses_and_its_encoder_none(switch, tmp_path) -> None:
             logits = model(input_ids=ids, decoder_input_ids=inputs).logits[0]
         expected = torch.nn.functional.cross_entropy(logits[:-1], inputs[0, 1:], reduction="none")
         np.testing.assert_allclose([token["loss"] for token in target[1:]], expected.numpy(), rtol=1e-3, atol=1e-4)
+    promoted = open_run(run.root).sql(
+        "select stack, attribution is null, position + 1 = target_tokens, count(*)\n"
+        "from promotions join tokens using (shard, tok, stack) join documents using (shard, doc) group by all"
+    )
+    ((written,),) = open_run(run.root).sql("select count(*) from promotions").fetchall()
+    rows = promoted.fetchall()
+    assert {row[:3] for row in rows} == {("decoder", False, False), ("decoder", True, True)}, "but for the last tokens"
+    assert sum(count for *_, count in rows) == written
 
 
 def test_an_encoder_alone_is_refused(switch, tmp_path) -> None:

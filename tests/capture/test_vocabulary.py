@@ -54,9 +54,7 @@ def test_a_model_that_does_not_end_in_a_norm_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return DataConfig(
-        data=(str(write_jsonl(tmp_path_factory.mktemp("data") / "texts.jsonl", 24)),), docs_per_shard=8
-    )
+    return DataConfig(data=(str(write_jsonl(tmp_path_factory.mktemp("data") / "texts.jsonl", 24)),), docs_per_shard=8)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +102,7 @@ def test_every_pick_is_what_the_whole_model_says_of_it(run) -> None:
 
 
 def whole_pass(model, ids):
-    """Of each layer: number, what its chosen experts put out (ids, outputs, weights), and the stream before the norm."""
+    """Of each layer: number, what its chosen experts put out (ids, outputs, weights), the stream before the norm."""
     calls, seen = {}, {}
     routers = find_routers(model.model)
     hooks = [ExpertsApart(experts_of(one), lambda call, n=one.layer: calls.update({n: call})) for one in routers]
@@ -154,7 +152,7 @@ def test_what_hides_tokens_is_refused() -> None:
             CaptureConfig(record=("vocabulary",), token_ids=kind)
 
 
-def test_an_encoder_alone_is_refused(tmp_path, data) -> None:
+def test_an_encoder_alone_is_refused() -> None:
     model = tiny(family("switch_transformers"))
     routers = [router for router in find_routers(model) if router.token_stack == "encoder"]
     with pytest.raises(ValueError, match="an encoder writes no tokens"):

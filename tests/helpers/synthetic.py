@@ -14,6 +14,7 @@ What else a document or token has, ids for example, has defaults, see `Shard`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from collector.capture import outputs, routing_table, similarity
+from collector.capture import outputs, routing_table, similarity, vocabulary
 from collector.capture.loss import LossRecorder
 from collector.capture.routing_table import STATISTICS, LayerRouting
 from collector.data.sources import LABEL_SEPARATOR
@@ -32,6 +33,8 @@ from collector.store.tables import Layer
 
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
+RECORDED = ("outputs", "loss", "similarity", "vocabulary")
+"""All that is recorded beside the routing."""
 EFFECTS = ("norms", "largest", "contributions")
 VOCABULARY = 50
 VOCABULARY_ENTRIES = tuple((f"token {i}", i == 0) for i in range(VOCABULARY))
@@ -66,6 +69,8 @@ class Shard:
     probabilities: Mapping[Key, np.ndarray] | None = None
     similarity: Sequence[Mapping[str, Any]] = ()
     """Rows of the table, without their shard."""
+    promotions: Sequence[Mapping[str, Any]] = ()
+    """Rows of the table, without their shard; `tok` counts the tokens of the decoder."""
     token_ids: np.ndarray | None = None
     """[T], or all ids in turn."""
     spans: Sequence[str | None] | None = None
@@ -206,6 +211,7 @@ def random_shard(
             for layer, e_tk in shard.experts.items()
         },
         similarity=[row for one in layers for row in _random_blocks(own, one)],
+        promotions=[row for one in layers for row in _random_promotions(own, one, shard)],
         losses=(shard.losses * own.gamma(2, 1, len(is_special))).astype(np.float32),
         **({} if vocabulary is None else _random_texts(rng, documents, vocabulary)),
     )
@@ -221,6 +227,23 @@ def _random_blocks(rng: np.random.Generator, layer: Layer) -> list[dict[str, Any
             lists["n"] = rng.integers(2, 20, pairs).tolist()
             key_columns = {"stack": layer.stack, "layer": layer.layer, "block": block, "over": over, "tokens": 20}
             rows.append(key_columns | {"experts": layer.n_experts} | lists)
+    return rows
+
+
+def _random_promotions(rng: np.random.Generator, layer: Layer, shard: Shard) -> list[dict[str, Any]]:
+    """What the picks of some tokens promote; experts have tastes of their own."""
+    if layer.token_stack != "decoder":
+        return []
+    doc = np.repeat(np.arange(len(shard.documents)), shard.lengths)
+    rows = []
+    for t in np.flatnonzero(~shard.is_special & (rng.random(len(doc)) < 0.8)).tolist():
+        is_last = t + 1 == len(doc) or doc[t + 1] != doc[t]
+        for expert in sorted(shard.experts[key(layer)][t].tolist()):
+            if rng.random() < 0.9:  # a capacity limit dropped the others
+                promoted = (rng.permutation(5)[:3] + expert % 3).tolist()
+                row = {"stack": layer.stack, "layer": layer.layer, "tok": t, "expert": expert}
+                row |= dict(zip(vocabulary.PROMOTED, promoted, strict=True))
+                rows.append(row | {"attribution": None if is_last else float(np.float32(rng.normal(expert, 1)))})
     return rows
 
 
@@ -246,6 +269,13 @@ def joined(shards: Sequence[Shard]) -> Shard:
             {**row, "block": 10 * number + row["block"]}
             for number, shard in enumerate(shards)
             for row in shard.similarity
+        ],
+        promotions=[
+            {**row, "tok": first + row["tok"]}
+            for first, shard in zip(
+                itertools.accumulate((len(shard.labels) for shard in shards), initial=0), shards, strict=False
+            )
+            for row in shard.promotions
         ],
         document_ids=[name for shard in shards for name in shard.document_ids or ()],
         parallel_ids=[name for shard in shards for name in shard.parallel_ids or ()],
@@ -274,7 +304,7 @@ def write_run(
     complete: bool = True,
     settings: Mapping[str, Any] | None = None,
     vocabulary: Sequence[tuple[str, bool]] | None = VOCABULARY_ENTRIES,
-    record: Sequence[str] = ("outputs", "loss", "similarity"),
+    record: Sequence[str] = RECORDED,
     compute: bool = True,
     weights: Sequence[Mapping[str, Any]] | None = (),
 ) -> Path:
@@ -339,7 +369,7 @@ def publish_shard(
     *,
     attempt: str = "a",
     store: Sequence[str] = (),
-    record: Sequence[str] = ("outputs", "loss", "similarity"),
+    record: Sequence[str] = RECORDED,
 ) -> dict[str, Part]:
     """Publishes the parts of a shard without committing them."""
     schema = routing_table.schema(layers, store)
@@ -368,6 +398,10 @@ def publish_shard(
         if "similarity" in record:
             rows = [{"shard": number, **row} for row in shard.similarity]
             small["similarity"] = pa.Table.from_pylist(rows, schema=similarity.SCHEMA)
+        if "vocabulary" in record:
+            first = (len(stacks) - 1) * len(shard.labels)  # the decoder's come last
+            rows = [{"shard": number, **row, "tok": first + row["tok"]} for row in shard.promotions]
+            small[vocabulary.TABLE] = pa.Table.from_pylist(rows, schema=vocabulary.SCHEMA)
         for name, table in small.items():
             tables.write_table(Path(scratch, name), table)
             parts[name] = run.publish_part(Path(scratch, name), number, attempt, name, table.num_rows)

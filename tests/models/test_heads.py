@@ -96,4 +96,4 @@ def test_a_quantized_copy_has_the_head_of_its_model(tmp_path, tiny_folder, tied:
 def test_a_copy_of_a_model_without_a_head_says_that_it_has_none(tmp_path, tiny_folder) -> None:
     done = collector("quantize", str(tiny_folder), str(tmp_path / "copy"))
     assert done.returncode == 0
-    assert "The copy has no language-model head, so --record loss will refuse it." in done.stderr
+    assert "The copy has no language-model head, so --record loss and vocabulary will refuse it." in done.stderr

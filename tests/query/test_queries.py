@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector.capture.similarity import LISTS
+from collector.capture.vocabulary import PROMOTED
 from collector.query.comparison import list_comparisons, open_runs
 from collector.query.warehouse import Run, list_queries, open_run
 from collector.store.tables import Layer
@@ -71,7 +72,19 @@ def case_shards(case: Path, picks: str = "picks.csv") -> list[Shard]:
             dataclasses.replace(shard, similarity=[block(row) for row in blocks if row["shard"] == str(number)])
             for number, shard in enumerate(shards)
         ]
+    if (case / "promotions.csv").exists():
+        rows = read_csv(case / "promotions.csv")
+        shards = [
+            dataclasses.replace(shard, promotions=[promotion(row) for row in rows if row["shard"] == str(number)])
+            for number, shard in enumerate(shards)
+        ]
     return shards
+
+
+def promotion(row: dict[str, str]) -> dict[str, object]:
+    """A row of promotions.csv."""
+    numbers = {name: int(row[name]) for name in ("layer", "tok", "expert", *PROMOTED)}
+    return {"stack": row["stack"], "attribution": float(row["attribution"]) if row["attribution"] else None} | numbers
 
 
 def block(row: dict[str, str]) -> dict[str, object]:

@@ -79,6 +79,18 @@ def test_expert_similarity_agrees_with_numpy(random, **params) -> None:
         assert_same(keyed(run, "expert_similarity", 5, **params), outputs.expert_similarity(shards, **params))
 
 
+@few_examples
+@given(random=random_runs(), pooled=st.booleans(), n=st.integers(1, 4))
+def test_what_experts_write_agrees_with_numpy(random, pooled, n) -> None:
+    layers, shards = random
+    with opened(layers, shards) as run:
+        assert_same(keyed(run, "output_vocabulary", 5, n=n), outputs.output_vocabulary(shards, n))
+        assert_same(keyed(run, "output_specialization", 4), outputs.output_specialization(shards))
+        assert_same(
+            keyed(run, "direct_attribution", 5, pooled=pooled), outputs.direct_attribution(shards, pooled=pooled)
+        )
+
+
 def test_pairs_of_one_expert_are_those_of_all(folder: Path) -> None:
     run = open_run(folder)
     of_one = run.query("expert_similarity", expert=2).fetchall()

@@ -306,9 +306,11 @@ def test_headers_tell_everything() -> None:
         of_routers = {"decisions", "selections", "assignments", "document_counts", "aligned_decisions"}
         of_model = query.name == "compute"  # of all layers together
         of_router = {"stack", "layer"} if of_routers & set(query.reads) and not of_model else set()
-        of_tokens = (
-            set() if query.reads in (("expert_pairs",), ("weights",)) else {"labels", "include_special"}
-        )  # a sample or a model has neither
+        of_tokens = {"labels", "include_special"}
+        if "sampled_picks" in query.reads:
+            of_tokens -= {"include_special"}  # no special token is sampled
+        elif query.reads in (("expert_pairs",), ("weights",)):
+            of_tokens = set()  # blocks of a sample, and a model, have no label
         assert {param.name for param in query.params} >= of_tokens | of_router
         assert all(param.help for param in query.params)
 
@@ -335,7 +337,7 @@ def tables_of(sql: str) -> set[str]:
 def test_queries_read_only_views_and_say_which() -> None:
     for query in list_queries():
         assert set(query.reads) == tables_of(query.sql), query.name
-        assert set(query.reads) <= {*VIEWS, "layers", "label_sets", "components", "weights"}
+        assert set(query.reads) <= {*VIEWS, "layers", "label_sets", "components", "vocab", "weights"}
     for query in list_comparisons():
         assert set(query.reads) == tables_of(query.sql), query.name
         assert {name.removeprefix("other.") for name in query.reads} <= {*VIEWS, *ALIGNING, "layers", "label_sets"}

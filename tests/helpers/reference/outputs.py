@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from scipy.stats import binom
 
+from collector.capture.vocabulary import PROMOTED
 from collector.store.tables import Layer
 from tests.helpers.synthetic import EFFECTS, Shard, components, key, token_stacks
 
@@ -239,3 +243,90 @@ def _computed(layer: Layer | None, shard: Shard, t: int, experts: int, usual: in
         return float(usual)
     picks = int((shard.experts[key(layer)][t] < experts).sum())
     return picks - float(shard.dropped[key(layer)][t].sum()) if layer.has_capacity else picks
+
+
+def sampled_picks(shards: Sequence[Shard]) -> Iterator[dict]:
+    """The rows of the table, with the shard, document and label of each."""
+    for number, shard in enumerate(shards):
+        doc = np.repeat(np.arange(len(shard.documents)), shard.lengths)
+        for row in shard.promotions:
+            d = int(doc[row["tok"]])
+            promoted = [row[name] for name in PROMOTED]
+            yield row | {"shard": number, "doc": d, "label": shard.documents[d][0], "promoted": promoted}
+
+
+def _by(rows: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
+def output_vocabulary(shards: Sequence[Shard], n: int) -> dict:
+    """See the query."""
+    rows = {}
+    for (stack, layer), everyone in _by(sampled_picks(shards), "stack", "layer").items():
+        everywhere = Counter(token for pick in everyone for token in pick["promoted"])
+        for (expert,), own in _by(everyone, "expert").items():
+            counts = Counter(token for pick in own for token in pick["promoted"])
+            share = {token: count / len(own) for token, count in counts.items()}
+            baseline = {token: everywhere[token] / len(everyone) for token in counts}
+            rate = {token: share[token] * math.log(share[token] / baseline[token]) for token in counts}
+            order = sorted(counts, key=lambda token: (-round(rate[token], 12), -counts[token], token))
+            for rank, token in enumerate(order[:n], start=1):
+                rows["output_vocabulary", stack, layer, expert, rank] = (
+                    token, f"token {token}", share[token], baseline[token], len(own), counts[token],
+                )  # fmt: skip
+    return rows
+
+
+def output_specialization(shards: Sequence[Shard]) -> dict:
+    """See the query; the baseline by scipy's binomial distribution, over all that could be drawn."""
+    rows = {}
+    for (stack, layer), everyone in _by(sampled_picks(shards), "stack", "layer").items():
+        everywhere = Counter(token for pick in everyone for token in pick["promoted"])
+        tokens = sorted(everywhere)
+        q = np.array([everywhere[token] for token in tokens]) / everywhere.total()
+        for (expert,), own in _by(everyone, "expert").items():
+            counts = Counter(token for pick in own for token in pick["promoted"])
+            draws = counts.total()
+            value = _jsd_terms(np.array([counts[token] for token in tokens]) / draws, q).sum()
+            possible = np.arange(draws + 1)
+            baseline = sum(
+                binom.pmf(possible, draws, share) @ _jsd_terms(possible / draws, np.full(draws + 1, share))
+                for share in q
+            )
+            rows["output_specialization", stack, layer, expert] = (value, baseline, len(own))
+    return rows
+
+
+def _jsd_terms(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    m = (p + q) / 2
+    return (p * np.log2(np.where(p > 0, p, m) / m) + q * np.log2(q / m)) / 2
+
+
+def direct_attribution(shards: Sequence[Shard], *, pooled: bool) -> dict:
+    """See the query; the standard error by the same linearization, pick by pick."""
+    picks = [pick for pick in sampled_picks(shards) if pick["attribution"] is not None]
+    for same in _by(picks, "shard", "stack", "layer", "tok").values():
+        for pick in same:
+            others = [other["attribution"] for other in same if other is not pick]
+            pick["others"] = np.mean(others) if others else None
+            pick["label"] = None if pooled else pick["label"]
+    rows = {}
+    for (stack, layer, label, expert), own in _by(picks, "stack", "layer", "label", "expert").items():
+        value = np.mean([pick["attribution"] for pick in own])
+        accompanied = [pick["others"] for pick in own if pick["others"] is not None]
+        baseline = np.mean(accompanied) if accompanied else None
+        texts = _by(own, "shard", "doc")
+        deviations = [
+            sum(
+                (pick["attribution"] - value) / len(own)
+                - (0 if pick["others"] is None else (pick["others"] - baseline) / len(accompanied))
+                for pick in text
+            )
+            for text in texts.values()
+        ]
+        error = math.sqrt(sum(x * x for x in deviations)) if len(texts) > 1 else None
+        rows["direct_attribution", stack, layer, label, expert] = (value, baseline, len(own), len(texts), error)
+    return rows
