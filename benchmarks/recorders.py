@@ -3,9 +3,9 @@
     python -m benchmarks.recorders                      # a model of OLMoE-1B-7B's width, 2 layers, float32
     python -m benchmarks.recorders --model demo         # the demo model
 
-Five ways to run the same batches take turns in one process, round by round: the routing alone, whose pass ends at the
+Six ways to run the same batches take turns in one process, round by round: the routing alone, whose pass ends at the
 last router (cut); the routing with the pass run to its end (uncut); with outputs; with losses; with the similarity of
-512 tokens. Prints the median time of each, and the ratios to the uncut pass, pair by pair. What the host adds up is in
+512 tokens; with the vocabulary of 512 tokens. Prints the median time of each, and the ratios to the uncut pass, pair by pair. What the host adds up is in
 the times.
 """
 
@@ -29,6 +29,7 @@ from collector.capture.passes import ForwardPasses
 from collector.capture.recorder import Recorder
 from collector.capture.routing import RoutingRecorder
 from collector.capture.similarity import SimilarityRecorder
+from collector.capture.vocabulary import VocabularyRecorder
 from collector.config import CaptureConfig, ModelConfig
 from collector.data.corpus import read_sentences
 from collector.models import heads, loading
@@ -47,6 +48,7 @@ WAYS: dict[str, tuple[type[Recorder], ...]] = {
     "outputs": (Uncut, OutputsRecorder),
     "loss": (Uncut, LossRecorder),
     "similarity": (Uncut, SimilarityRecorder),
+    "vocabulary": (Uncut, VocabularyRecorder),
 }
 
 
@@ -101,7 +103,7 @@ def main(bench: Bench) -> None:
         median = statistics.median(times[1:])  # the first round warms up
         print(f"| {name} | {median:.3f} | {count / median:,.0f} |")
     print()
-    for name in ("outputs", "loss", "similarity"):
+    for name in ("outputs", "loss", "similarity", "vocabulary"):
         ratios = np.array(seconds[name][1:]) / np.array(seconds["uncut"][1:])
         print(f"{name} / uncut: median {np.median(ratios):.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
 
