@@ -5,8 +5,8 @@
 
 Six ways to run the same batches take turns in one process, round by round: the routing alone, whose pass ends at the
 last router (cut); the routing with the pass run to its end (uncut); with outputs; with losses; with the similarity of
-512 tokens; with the vocabulary of 512 tokens. Prints the median time of each, and the ratios to the uncut pass, pair by pair. What the host adds up is in
-the times.
+512 tokens; with the vocabulary of 512 tokens. Prints the median time of each, and the ratios to the uncut pass, pair by
+pair. What the host adds up is in the times.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from collector.commands.models import Models, Quantize
 from collector.commands.publish import Export, Report
 from collector.commands.query import Query, Sql, Views, split_query_params
 from collector.commands.test import Test
-from collector.commands.upkeep import Gc, Rollup, Verify, Weights
+from collector.commands.upkeep import Gc, Map, Rollup, Verify, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +37,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": Verify,
     "rollup": Rollup,
     "weights": Weights,
+    "map": Map,
     "gc": Gc,
     "show": Show,
     "profile": Profile,

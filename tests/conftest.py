@@ -15,6 +15,7 @@ from collector.config import DataConfig, LaunchConfig, ModelConfig
 from collector.data.corpus import read_sentences
 from collector.models import loading
 from collector.models.loading import DEMO_MODEL
+from collector.upkeep.maps import make as make_map
 from collector.upkeep.weights import make as compare_weights
 from tests.helpers.browser import browser as browser
 from tests.helpers.browser import chromium as chromium
@@ -97,4 +98,5 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         run = collect_here(folder / weights, config)
         if weights == "pretrained":
             compare_weights(run, match=False)
+            make_map(run, layer=4, method="pca")
     return {weights: folder / weights for weights in ("pretrained", "random")}

@@ -1,4 +1,4 @@
-"""Maintenance of a run: `collector verify` checks it, `rollup` speeds it up, `gc` cleans it up, `weights` adds to it.
+"""Maintenance of a run: `verify` checks it, `rollup` speeds it up, `gc` cleans it up, `weights` and `map` add to it.
 
 None of them changes the collected data.
 """
@@ -102,6 +102,45 @@ class Weights:
         for router in made.unmatched:
             sys.stderr.write(f"{router}: experts of more than {weights.MOST_NEURONS:,} neurons are not matched\n")
         sys.stdout.write(f"{made.file}: {made.rows:,} rows; see collector query {self.run_} weight_similarity\n")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Map:
+    """Lay out what a layer's experts put out in two dimensions, for the query `expert_map`, report and explorer.
+
+    Needs a run with `--record similarity`, which keeps the outputs of some sampled tokens, and the packages umap-learn
+    and scikit-learn. Writes files into the run's folder `maps`: the points of the method, and always those of PCA
+    beside them. Distances in a map of UMAP or t-SNE mean little; trustworthiness says how many of a point's neighbours
+    in the map are neighbours among the outputs.
+    """
+
+    run_: RunPath
+    """The run directory: a local path or the URL of an object store."""
+    layer: int
+    """The layer, by the model's own number."""
+    stack: str | None = None
+    """Its stack, where several routers have this number."""
+    method: Literal["umap", "pca", "tsne"] = "umap"
+    """How to lay out the points."""
+    points: int = 5000
+    """Most points, drawn at random if there are more outputs."""
+    seed: int = 0
+    """Of the drawing and of the method."""
+
+    def run(self) -> int:
+        """Makes the maps."""
+        from collector.store.run_directory import RunDirectory
+        from collector.upkeep import maps
+
+        made = maps.make(
+            RunDirectory(self.run_), layer=self.layer, stack=self.stack, method=self.method, points=self.points,
+            seed=self.seed,
+        )  # fmt: skip
+        for each in made:
+            sys.stdout.write(f"{each.file}: {each.points:,} of {each.outputs:,} outputs, trustworthiness "
+                             f"{each.trustworthiness:.3f}\n")  # fmt: skip
+        sys.stdout.write(f"See collector query {self.run_} expert_map --layer {self.layer}\n")
         return 0
 
 

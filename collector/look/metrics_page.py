@@ -39,6 +39,7 @@ collector collect --per-label 12 --store text logits --record outputs loss simil
 collector collect --per-label 12 --store text logits --record outputs loss similarity vocabulary \\
     --sample-tokens 100 --out runs/small-random --weights random
 collector weights runs/small --no-match
+collector map runs/small --layer 4 --method pca
 collector query runs/small --list --format markdown --beside runs/small-random > docs/metrics.md
 ```
 

@@ -21,7 +21,7 @@ from collector.query.groupings import LABEL, derived_views, find_grouping
 from collector.query.rollup import files as rollups
 from collector.store import tables
 from collector.store.remote_files import RunFiles
-from collector.store.run_directory import RUN, SUCCESS, VOCAB, WEIGHTS, ObjectStore, RunDirectory, weights_name
+from collector.store.run_directory import MAPS, RUN, SUCCESS, VOCAB, WEIGHTS, ObjectStore, RunDirectory, weights_name
 
 if TYPE_CHECKING:
     import os
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _SQL_TYPES = {
     "uint8": "utinyint", "uint16": "usmallint", "uint32": "uinteger", "uint64": "ubigint", "bool": "boolean",
     "string": "varchar", "float": "float", "list<item: float>": "float[]", "list<element: float>": "float[]",
-    "list<item: uint16>": "usmallint[]", "list<item: uint32>": "uinteger[]",
+    "list<item: halffloat>": "float[]", "list<item: uint16>": "usmallint[]", "list<item: uint32>": "uinteger[]",
 }  # fmt: skip
 
 
@@ -95,6 +95,8 @@ def locate(
     views, absent = _derived_views(info, grouping, rollup=rollups.DOCUMENTS in files)
     if "weights" not in files:
         absent["weights"] = f"which `collector weights {run.root}` makes from the model"
+    if "maps" not in files:
+        absent["maps"] = f"which `collector map {run.root} --layer …` makes from what --record similarity keeps"
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
     mounts: tuple[RunFiles, ...] = ()
     if isinstance(run.store, ObjectStore):
@@ -142,7 +144,7 @@ def locate_shard(paths: Mapping[str, Path], info: dict[str, Any]) -> Located:
     files: dict[str, dict[str, int]] = {table: {} for table in (*table_names(info), "vocab")}
     files |= {table: {_escape_glob(str(path)): 0} for table, path in paths.items()}
     views, absent = _derived_views(info)
-    absent["weights"] = "which are the model's, not a shard's"
+    absent |= dict.fromkeys(("weights", "maps"), "which are the run's, not a shard's")
     spelled = {str(path) for path in paths.values()} | {name for one in files.values() for name in one}
     return Located(
         info=info, complete=False, paths=frozenset(spelled), mounts=(), views=views, absent=absent, by=LABEL,
@@ -155,7 +157,7 @@ def committed_files(root: str | os.PathLike[str], table: str) -> list[str]:
 
     Args:
         root: the run directory.
-        table: `routing`, `tokens`, `documents`, `rejects`, `vocab`, or `weights` if there are any.
+        table: `routing`, `tokens`, `documents`, `rejects`, `vocab`, or `weights` and `maps` if there are any.
 
     Returns:
         The files that commit records name, by shard. A glob could also match leftovers of replicas that died.
@@ -235,6 +237,8 @@ def _committed_files(
     weights = {entry.name: entry.size for entry in run.store.entries(WEIGHTS)}
     if "model" in info and (name := weights_name(info)) in weights:
         files["weights"] = {name: weights[name]}
+    if maps := {entry.name: entry.size for entry in run.store.entries(MAPS)}:
+        files["maps"] = maps
     vocabulary = run.read_or_none(VOCAB)
     if vocabulary is not None:
         files["vocab"][VOCAB] = len(vocabulary)

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 __all__ = [
-    "MANIFEST", "PART_FOLDERS", "PLAN", "REJECTS", "ROLLUP", "RUN", "SUCCESS", "TABLES", "VIEWS", "VOCAB", "WEIGHTS",
-    "Commit", "DamagedRecordError", "Entry", "LocalStore", "ObjectStore", "Part", "RunDirectory", "Skipped", "Store",
-    "StoreError", "sha256_of", "weights_name",
+    "MANIFEST", "MAPS", "PART_FOLDERS", "PLAN", "REJECTS", "ROLLUP", "RUN", "SUCCESS", "TABLES", "VIEWS", "VOCAB",
+    "WEIGHTS", "Commit", "DamagedRecordError", "Entry", "LocalStore", "ObjectStore", "Part", "RunDirectory",
+    "Skipped", "Store", "StoreError", "sha256_of", "weights_name",
 ]  # fmt: skip
 
 PLAN, RUN, VOCAB, VIEWS, SUCCESS = "plan.parquet", "run.json", "vocab.parquet", "views.sql", "_SUCCESS"
@@ -56,6 +56,8 @@ ROLLUP = "rollup"
 """The folder of the counts that `collector rollup` writes; see `query.rollup`."""
 WEIGHTS = "weights"
 """The folder of what `collector weights` writes."""
+MAPS = "maps"
+"""The folder of what `collector map` writes."""
 _READERS = 16
 """Records of an unfinished run that are read in parallel: on an object store each takes a round trip."""
 _WINDOW = 1024

@@ -84,6 +84,23 @@ WEIGHTS_SCHEMA = pa.schema(
 """How alike the weights of two experts are, measure by measure; not of a shard, but of the run's model."""
 
 
+MAPS_SCHEMA = pa.schema(
+    [
+        pa.field("stack", NAME, nullable=False),
+        pa.field("layer", pa.uint8(), nullable=False),
+        pa.field("method", NAME, nullable=False),
+        pa.field("shard", pa.uint32(), nullable=False),
+        pa.field("tok", pa.uint32(), nullable=False),
+        pa.field("expert", pa.uint16(), nullable=False),
+        pa.field("x", pa.float32(), nullable=False),
+        pa.field("y", pa.float32(), nullable=False),
+        pa.field("seed", pa.uint32(), nullable=False),
+        pa.field("trustworthiness", pa.float32(), nullable=False),
+    ]
+)
+"""A pick's output as a point of a map; `trustworthiness` is that of the whole map."""
+
+
 def documents_schema(*, text: bool, target: bool = False) -> pa.Schema:
     """Schema of the documents table, with the text (and the target's text) only when it was asked for.
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.spatial.distance import pdist
 
 from collector.capture import experts_apart
 from collector.capture.batches import TokenTable, tokenize
 from collector.capture.experts_apart import ExpertsApart, count_experts, every_output, experts_of, listen_to_inputs
 from collector.capture.sampling import sample
-from collector.capture.similarity import BLOCK, LISTS
+from collector.capture.similarity import BLOCK, LISTS, directions
 from collector.config import DataConfig, ModelConfig
 from collector.models.routers import find_routers
 from collector.upkeep.verify import verify
@@ -99,10 +101,10 @@ def runs(tmp_path_factory, tiny_folder, tiny_model):
     return made
 
 
-def similarity_of(run) -> list[dict]:
+def rows_of(run, table: str = "similarity") -> list[dict]:
     rows = []
     for commit in run.commits():
-        rows += pq.read_table(run.store.location(commit.files["similarity"].path)).to_pylist()
+        rows += pq.read_table(run.store.location(commit.files[table].path)).to_pylist()
     return rows
 
 
@@ -124,11 +126,33 @@ def test_a_run_compares_the_sample_of_each_shard(runs, tiny_model) -> None:
             hidden = np.concatenate([each[number][0] for each in received])[drawn]
             routed = np.concatenate([each[number][1] for each in received])[drawn]
             outputs = all_outputs(layer.mlp.experts, hidden)
-            rows = [r for r in similarity_of(run) if r["shard"] == shard and r["layer"] == number]
+            rows = [r for r in rows_of(run) if r["shard"] == shard and r["layer"] == number]
             assert {row["over"] for row in rows} == {"sampled", "either", "both"}
             for row in rows:
                 assert (row["tokens"], row["experts"], row["block"]) == (SAMPLE, outputs.shape[1], 0)
                 compare(row, outputs, routed)
+            kept = rows_of(run, "projections")
+            found = {
+                (row["tok"], row["expert"]): row["output"]
+                for row in kept
+                if (row["shard"], row["layer"]) == (shard, number)
+            }
+            few = range(math.ceil(SAMPLE / 8))
+            expected = {(drawn[i], expert): outputs[i, expert] for i in few for expert in routed[i]}
+            assert found.keys() == expected.keys()
+            for key, output in expected.items():
+                np.testing.assert_allclose(found[key], output, rtol=2e-3, atol=1e-4)
+
+
+def test_random_directions_keep_distances_and_are_always_the_same() -> None:
+    points = np.random.default_rng(3).normal(size=(20, 2048)).astype(np.float32)
+    projected = points @ directions(2048).numpy()
+    assert projected.shape == (20, 256)
+    ratios = pdist(projected) / pdist(points)
+    assert abs(ratios.mean() - 1) < 0.02
+    assert ratios.std() < 0.06, "1 / sqrt(2 * 256) is 0.044"
+    assert torch.equal(directions(2048), directions(2048))
+    assert directions(256) is None
 
 
 def compare(row: dict, outputs: np.ndarray, routed: np.ndarray) -> None:
@@ -176,7 +200,7 @@ def test_the_routing_is_the_same_to_the_byte(runs) -> None:
 
 
 def test_recorders_do_not_disturb_each_other(runs) -> None:
-    alone, together = similarity_of(runs["similarity"]), similarity_of(runs["all"])
+    alone, together = rows_of(runs["similarity"]), rows_of(runs["all"])
     for one, other in zip(alone, together, strict=True):
         assert all(one[name] == other[name] for name in one if name not in LISTS)
         for name in LISTS:

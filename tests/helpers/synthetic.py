@@ -28,7 +28,7 @@ from collector.capture.loss import LossRecorder
 from collector.capture.routing_table import STATISTICS, LayerRouting
 from collector.data.sources import LABEL_SEPARATOR
 from collector.store import tables
-from collector.store.run_directory import RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory, weights_name
+from collector.store.run_directory import MAPS, RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory, weights_name
 from collector.store.tables import Layer
 
 Documents = Sequence[tuple[str, int]]
@@ -307,12 +307,14 @@ def write_run(
     record: Sequence[str] = RECORDED,
     compute: bool = True,
     weights: Sequence[Mapping[str, Any]] | None = (),
+    maps: Sequence[Mapping[str, Any]] | None = (),
 ) -> Path:
     """Writes and commits all shards; returns the run's folder.
 
     `store` says which of `probabilities` and `logits` are stored, `record` what was recorded beside the routing.
-    `weights` are the rows of `collector weights`; None writes none. `settings` are some of run.json's config.
-    `vocabulary` says of each token id its text and whether it is special; None writes none, as a run that drops ids.
+    `weights` and `maps` are the rows of `collector weights` and `map`; None writes none. `settings` are some of
+    run.json's config. `vocabulary` says of each token id its text and whether it is special; None writes none, as a
+    run that drops ids.
     """
     run = RunDirectory(folder)
     routers = [dataclasses.asdict(one) | {"router": f"layers.{one.layer}.mlp.gate"} for one in layers]
@@ -330,6 +332,10 @@ def write_run(
         with run.scratch() as scratch:
             tables.write_table(Path(scratch, "weights"), pa.Table.from_pylist([*weights], schema=tables.WEIGHTS_SCHEMA))
             run.store.publish(Path(scratch, "weights"), weights_name(info))
+    if maps is not None:
+        with run.scratch() as scratch:
+            tables.write_table(Path(scratch, "maps"), pa.Table.from_pylist([*maps], schema=tables.MAPS_SCHEMA))
+            run.store.publish(Path(scratch, "maps"), f"{MAPS}/all.parquet")
     if vocabulary is not None:
         with run.scratch() as scratch:
             tables.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))

@@ -149,7 +149,9 @@ def test_a_case_worked_out_by_hand(case: Path, tmp_path: Path) -> None:
     numbers = [
         row | {name: float(row[name]) for name in ("layer", "expert", "other_expert", "value")} for row in weights
     ]
-    folder = write_run(tmp_path / "run", layers, shards, store=store, weights=numbers)
+    maps = read_csv(case / "maps.csv") if (case / "maps.csv").exists() else ()
+    points = [row | {name: float(row[name]) for name in row if name not in ("stack", "method")} for row in maps]
+    folder = write_run(tmp_path / "run", layers, shards, store=store, weights=numbers, maps=points)
     if (case / "other.csv").exists():
         run = open_runs(folder, write_run(tmp_path / "other", layers, case_shards(case, "other.csv")))
     else:

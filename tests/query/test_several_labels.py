@@ -36,7 +36,7 @@ POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_over
           "layer_transition", "output_specialization", "output_vocabulary", "super_experts",
           "vocabulary_specialization"]  # fmt: skip
 HAVE_POOLED = ["direct_attribution", "expert_contribution", "load_balance", "router_stats"]
-OTHER = ["expert_profile", "token_trace", "weight_similarity"]
+OTHER = ["expert_map", "expert_profile", "token_trace", "weight_similarity"]
 
 
 def documents() -> list[Shard]:
@@ -201,12 +201,13 @@ def test_where_labels_say_nothing_p_is_uniform(tmp_path) -> None:
     found = []
     for number in range(40):
         taste = rng.dirichlet(np.ones(4), 60)
-        shards = []
+        texts, experts = [], []
         for text in range(60):
             labels = [("en",), ("ko",), ("en", "ko")][rng.integers(3)]
-            experts = rng.choice(4, size=(8, 1), p=taste[text])
-            shards.append(Shard.of_picks(layer, documents=[(LABEL_SEPARATOR.join(labels), 8)], experts={0: experts}))
-        run = open_run(write_run(tmp_path / str(number), layer, shards))
+            texts.append((LABEL_SEPARATOR.join(labels), 8))
+            experts.append(rng.choice(4, size=(8, 1), p=taste[text]))
+        shard = Shard.of_picks(layer, documents=texts, experts={0: np.concatenate(experts)})
+        run = open_run(write_run(tmp_path / str(number), layer, [shard]))
         found += specialization_test(document_counts(run), resamples=199)["p"].to_pylist()
     assert 0.02 < np.mean(np.array(found) <= 0.05) < 0.09
     assert 0.42 < np.mean(found) < 0.58

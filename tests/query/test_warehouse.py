@@ -307,7 +307,7 @@ def test_headers_tell_everything() -> None:
         of_model = query.name == "compute"  # of all layers together
         of_router = {"stack", "layer"} if of_routers & set(query.reads) and not of_model else set()
         of_tokens = {"labels", "include_special"}
-        if "sampled_picks" in query.reads:
+        if {"sampled_picks", "maps"} & set(query.reads):
             of_tokens -= {"include_special"}  # no special token is sampled
         elif query.reads in (("expert_pairs",), ("weights",)):
             of_tokens = set()  # blocks of a sample, and a model, have no label
@@ -337,7 +337,7 @@ def tables_of(sql: str) -> set[str]:
 def test_queries_read_only_views_and_say_which() -> None:
     for query in list_queries():
         assert set(query.reads) == tables_of(query.sql), query.name
-        assert set(query.reads) <= {*VIEWS, "layers", "label_sets", "components", "vocab", "weights"}
+        assert set(query.reads) <= {*VIEWS, "layers", "label_sets", "components", "maps", "vocab", "weights"}
     for query in list_comparisons():
         assert set(query.reads) == tables_of(query.sql), query.name
         assert {name.removeprefix("other.") for name in query.reads} <= {*VIEWS, *ALIGNING, "layers", "label_sets"}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from collector.capture.recorders import table_names
 from collector.look import terminal
 from collector.query.warehouse import views_sql
-from collector.store.run_directory import PLAN, REJECTS, RUN, VIEWS, VOCAB, RunDirectory, weights_name
+from collector.store.run_directory import MAPS, PLAN, REJECTS, RUN, VIEWS, VOCAB, RunDirectory, weights_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +39,8 @@ def write(source: RunDirectory, run: Run, folder: Path) -> dict[str, int]:
             rows[table] += part.rows
         node = nodes.setdefault(commit.node, f"node-{len(nodes) + 1}")
         target.commit(dataclasses.replace(commit, node=node))
-    for name in (PLAN, RUN, VOCAB, *([weights_name(run.info)] if run.has("weights") else [])):
+    made_once = [table for table in ("weights", "maps") if run.has(table)]
+    for name in (PLAN, RUN, VOCAB, *(file for table in made_once for file in source.store.list(table))):
         content = source.read_or_none(name)
         if content is not None:
             target.store.put(name, content)
@@ -48,8 +49,8 @@ def write(source: RunDirectory, run: Run, folder: Path) -> dict[str, int]:
         plan = terminal.read_plan(source)
         target.finish(plan.hash, len(plan.shards))
     rows["vocab"] = run.sql("select count(*) from vocab").fetchall()[0][0]
-    if run.has("weights"):
-        rows["weights"] = run.sql("select count(*) from weights").fetchall()[0][0]
+    for table in made_once:
+        rows[table] = run.sql(f"select count(*) from {table}").fetchall()[0][0]
     return {table: count for table, count in rows.items() if count}
 
 
@@ -71,7 +72,7 @@ def front_matter(run: Run, rows: Mapping[str, int]) -> str:
 
     files = {table: f"data/*.{table}.parquet" for table in table_names(run.info)}
     files |= {REJECTS: f"{REJECTS}/*.{REJECTS}.parquet", "vocab": VOCAB}
-    files |= {"weights": weights_name(run.info)} if run.has("weights") else {}
+    files |= {"weights": weights_name(run.info), "maps": f"{MAPS}/*.parquet"}
     tables = [table for table in files if rows.get(table)]  # the first one is the default
     configs: list[dict[str, Any]] = [{"config_name": table, "data_files": files[table]} for table in tables]
     if configs:
