@@ -37,7 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs together under `--dist loadgroup`: all tests that start Ray, first and never two at once; each file."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+        if item.get_closest_marker("ray"):
+            group = "ray"
+        else:  # the demo's runs are made once
+            group = "demo" if "demo_runs" in getattr(item, "fixturenames", ()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import Any
 from collector.config import DataConfig, ModelConfig
 from collector.store.run_directory import PLAN, RUN
 from collector.store.tables import Layer
+from collector.upkeep import maps, weights
 from tests.helpers.runs import collect_here, run_config, write_jsonl
 from tests.helpers.synthetic import Shard, write_run
 
@@ -21,10 +22,17 @@ LABELS = ("en", "ko", "th", "bg")
 
 
 def collect_pair(folder: Path, model: str) -> tuple[Path, Path]:
-    """40 sentences in four languages through a tiny model, and through the same model with other random weights."""
+    """40 sentences in four languages through a tiny model, and through the same model with other random weights.
+
+    Of the first all is recorded that needs no head, and its weights are compared and a layer mapped.
+    """
     data = DataConfig(data=(str(write_jsonl(folder / "texts.jsonl", 40, LABELS)),), docs_per_shard=16)
     for name, config in (("run", ModelConfig(model=model)), ("random", ModelConfig(model=model, weights="random"))):
-        collect_here(folder / name, run_config(data, config))
+        record = ("outputs", "similarity") if name == "run" else ()
+        made = collect_here(folder / name, run_config(data, config, record=record, sample_tokens=100))
+        if name == "run":
+            weights.make(made, match=False)
+            maps.make(made, layer=2, method="pca")
     return folder / "run", folder / "random"
 
 

@@ -26,11 +26,12 @@ from tests.helpers.synthetic import Shard, random_shard
 FIGURES = {
     "specialization", "specialization-compared", "top-experts", "divergence-by-layer", "overlap", "decisiveness",
     "effective-experts", "load", "load-by-layer", "coactivation", "vocabulary-by-layer", "vocabulary",
+    "contribution", "output-similarity", "weight-similarity", "map",
 }  # fmt: skip
 RESAMPLES = 20
 TEXT_WIDTH, COLUMN_WIDTH = 6.75 * 72, 3.3 * 72
 """Points: the text of a page of two columns, and one of these."""
-ONE_PANEL = {"divergence-by-layer", "effective-experts"}
+ONE_PANEL = {"divergence-by-layer", "effective-experts", "contribution", "loss"}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def page(pair, tmp_path_factory) -> str:
         ("specialization", "domain_specialization", ("label", "expert"), "true"),
         ("overlap", "language_overlap", ("label_a", "label_b"), "metric = 'jsd'"),
         ("coactivation", "coactivation", ("expert", "other_expert"), "true"),
+        ("output-similarity", "expert_similarity", ("expert", "other_expert"), "true"),
     ],
 )
 def test_every_cell_is_the_query_s(page, pair, figure, query, keys, where):
@@ -112,6 +114,46 @@ def test_languages_and_experts_keep_their_rows_whatever_the_order(page):
             assert sorted(at for _, at in pairs) == list(range(len(pairs)))
 
 
+def test_contribution_stands_beside_frequency(page, pair):
+    data, run = payload(page), open_run(pair[0])
+    chosen = {row[:2]: row[2] for row in run.query("expert_load").project("layer, expert, value").fetchall()}
+    pooled = run.query("expert_contribution", pooled=True).filter("metric = 'contribution'")
+    given = {row[:2]: row[2] for row in pooled.project("layer, expert, value").fetchall()}
+    for router, columns in zip(data["routers"], data["tables"]["contribution/rows"], strict=True):
+        for expert, frequency, value in zip(*(columns[x] for x in ("expert", "frequency", "value")), strict=True):
+            assert frequency == pytest.approx(chosen[router["layer"], expert], rel=5e-4)
+            assert value == pytest.approx(given[router["layer"], expert], rel=5e-4)
+
+
+def test_weights_are_in_the_order_of_outputs(page):
+    data = payload(page)
+    for outputs, weights in zip(
+        *(data["tables"][f"{name}-similarity/rows"] for name in ("output", "weight")), strict=True
+    ):
+        places = [set(zip(table["expert"], table["_row"], strict=True)) for table in (outputs, weights)]
+        assert places[0] == places[1]
+
+
+def test_only_the_mapped_layer_has_a_map(page):
+    data = payload(page)
+    points = [len(columns["x"]) for columns in data["tables"]["map/rows"]]
+    assert points[:2] == [0, 0]
+    assert points[2] > 20
+    assert f"layer 2: principal components, {points[2]} outputs, trustworthiness 0." in page
+
+
+def test_the_loss_is_the_query_s_from_the_best_to_the_worst(tmp_path, pair):
+    layers = [Layer(layer=0, n_experts=4, top_k=2)]
+    shard = random_shard(np.random.default_rng(0), layers, [(label, 9) for label in ("en", "ko", "th") * 3])
+    _, data = report_of(synthetic_run(tmp_path / "run", layers, [shard], card=pair[0]), resamples=20)
+    columns = data["tables"]["loss/rows"]
+    rows = open_run(tmp_path / "run").query("loss").filter("metric = 'bits_per_character'").project("label, value")
+    assert dict(zip(columns["label"], columns["value"], strict=True)) == pytest.approx(dict(rows.fetchall()), rel=5e-4)
+    order = sorted(zip(columns["_row"], columns["value"], strict=True))
+    assert [value for _, value in order] == sorted(columns["value"])
+    assert all(low <= high for low, high in zip(columns["low"], columns["high"], strict=True))
+
+
 def test_each_figure_has_its_sql_and_a_command_that_runs(page, pair):
     queries = {query.name: query for query in list_queries()}
     commands = re.findall(r'data-command="collector query \S+ (\w+)([^"]*)"( data-by-layer)?', page)
@@ -119,7 +161,7 @@ def test_each_figure_has_its_sql_and_a_command_that_runs(page, pair):
     for name, options, by_layer in set(commands):
         assert queries[name].sql in unescape(page)
         given = dict(re.findall(r"--(\S+) (\S+)", re.sub(r"--interval.*", "", unescape(options))))
-        rows = open_run(pair[0]).query(name, **given, **({"layer": 1} if by_layer else {}))
+        rows = open_run(pair[0]).query(name, **given, **({"layer": 2} if by_layer else {}))
         assert rows.limit(1).fetchall(), name
 
 

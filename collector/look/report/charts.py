@@ -98,7 +98,8 @@ def matrix(
         y=alt.Y(f"{y.column}:N", sort=place("_row"), title=y.title, axis=axis(layout, cell)),
     )
     cells = base.mark_rect(aria=False).encode(
-        color=alt.Color("value:Q", title=title, scale=alt.Scale(domain=[0, high or 1])), tooltip=tooltip_of(tooltip)
+        color=alt.Color("value:Q", title=title, scale=alt.Scale(domain=[0, high or 1], clamp=True)),
+        tooltip=tooltip_of(tooltip),
     )
     layers = [cells]
     if significant:

@@ -127,9 +127,15 @@ def fetch(
         answer = (
             _with_intervals(side, query, resamples, params) if i == 0 and resamples else side.run.query(query, **params)
         )
-        kept = ["stack", "layer", *columns, *(name for name in INTERVAL if name in answer.columns)]
+        kept = [
+            "stack",
+            *(["layer"] if "layer" in answer.columns else []),
+            *columns,
+            *(name for name in INTERVAL if name in answer.columns),
+        ]
         found = answer.filter(where).project(", ".join(f'"{name}"' for name in kept)).fetchnumpy()
-        parts.append({"run": np.full(len(found["layer"]), side.name, object), **found})
+        found.setdefault("layer", np.ma.masked_all(len(found["stack"])))  # of a model as a whole
+        parts.append({"run": np.full(len(found["stack"]), side.name, object), **found})
     stacked = {
         name: np.ma.concatenate([part.get(name, np.ma.masked_all(len(part["run"]))) for part in parts])
         for name in parts[0]

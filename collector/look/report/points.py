@@ -1,0 +1,83 @@
+"""Draws points as Vega-Lite specifications with Altair: experts in two measures, outputs on a map, labels in order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import altair as alt
+
+from collector.look.report.charts import COLOURED, ROWS, axis, place, tooltip_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from collector.look.report.charts import Layout
+
+
+def plane(
+    layout: Layout, *, x: str, y: str, titles: tuple[str, str], even: str, tooltip: Mapping[str, str]
+) -> alt.LayerChart | alt.FacetChart:
+    """Draws experts as points, and a dashed line.
+
+    Args:
+        layout: sizes.
+        x: column of the horizontal axis.
+        y: column of the vertical axis.
+        titles: of the two axes.
+        even: column with the height of the dashed line at `x`.
+        tooltip: type (N or Q) by column.
+    """
+    base = alt.Chart(ROWS).encode(x=alt.X(f"{x}:Q", title=titles[0]))
+    line = base.mark_line(style="baseline", aria=False).encode(y=f"{even}:Q")
+    points = base.mark_circle(size=layout.panel / 5, opacity=0.8, aria=False).encode(
+        y=alt.Y(f"{y}:Q", title=titles[1]), tooltip=tooltip_of(tooltip)
+    )
+    return alt.layer(line, points).properties(width=layout.column, height=layout.panel * 1.3)
+
+
+def maps(layout: Layout, *, tooltip: Mapping[str, str]) -> alt.HConcatChart:
+    """Draws outputs at `x` and `y` twice, side by side: coloured by label, and by expert."""
+    side = layout.width / 2 - layout.row * 2
+    bare = alt.Axis(labels=False, ticks=False, grid=False, domain=False, title=None)
+    base = (
+        alt.Chart(ROWS)
+        .encode(x=alt.X("x:Q", axis=bare, scale=alt.Scale(zero=False)), y=alt.Y("y:Q", axis=bare,
+                scale=alt.Scale(zero=False)), tooltip=tooltip_of(tooltip))
+        .properties(width=side, height=side)
+    )  # fmt: skip
+    size = layout.panel / 12
+    others = base.transform_filter(f"!datum.{COLOURED}").mark_circle(style="faint", size=size, aria=False)
+    own = base.transform_filter(f"datum.{COLOURED}").mark_circle(size=size, opacity=0.9, aria=False)
+    by_label = alt.layer(others, own.encode(color=alt.Color("label:N", title=None, legend=alt.Legend(columns=4))))
+    # so many hues tell clusters apart, and do not name experts
+    expert = alt.Color("expert:Q", title="expert", scale=alt.Scale(scheme="sinebow"))
+    by_expert = base.mark_circle(size=size, opacity=0.9, aria=False).encode(color=expert)
+    return alt.hconcat(by_label, by_expert, spacing=layout.row).resolve_scale(color="independent")
+
+
+def ordered(
+    layout: Layout, *, rows: int, title: str, interval: tuple[str, str] | None
+) -> alt.LayerChart | alt.FacetChart:
+    """Draws a value of each label as a point, in the order of `_row`, in a colour for each run.
+
+    Args:
+        layout: sizes.
+        rows: number of labels.
+        title: of the value.
+        interval: columns with the ends of an interval around it.
+    """
+    base = alt.Chart(ROWS).encode(
+        y=alt.Y("label:N", sort=place("_row"), title=None, axis=axis(layout, layout.row)),
+        color=alt.Color("run:N", title=None),
+    )
+    scale = alt.Scale(zero=False)
+    points = base.mark_circle(size=layout.row * 2, opacity=1, aria=False).encode(
+        x=alt.X("value:Q", title=title, scale=scale),
+        tooltip=tooltip_of({"run": "N", "label": "N", "value": "Q", "baseline": "Q", "n": "Q"}),
+    )
+    layers: list[alt.Chart] = [points]
+    if interval:
+        low, high = interval
+        ends = base.transform_filter(f"isValid(datum.{low})").mark_rule(aria=False)
+        layers.insert(0, ends.encode(x=alt.X(f"{low}:Q", title=title, scale=scale), x2=f"{high}:Q"))
+    return alt.layer(*layers).properties(width=layout.column, height=rows * layout.row)
