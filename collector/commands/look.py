@@ -58,11 +58,14 @@ class Profile:
     """What labels are: label (as recorded), source, script or length."""
     resamples: int = 1000
     """Bootstrap samples of the intervals, and shuffles of the test."""
+    html: str | None = None
+    """Also write the expert's card, as the explorer shows it, to this file."""
 
     def run(self) -> int:
-        """Prints the profile."""
+        """Prints the profile, and writes the card if requested."""
         import json
 
+        from collector.look.explore import views
         from collector.look.profile import profile
         from collector.query import warehouse
 
@@ -70,6 +73,9 @@ class Profile:
         found = profile(
             run, layer=self.layer, expert=self.expert, stack=self.stack, n=self.n, resamples=self.resamples
         )  # fmt: skip
+        if self.html is not None:
+            shown = views.card_page(run, stack=found["stack"], layer=self.layer, expert=self.expert)
+            Path(self.html).write_text(shown, encoding="utf-8")
         sys.stdout.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         return 0
 

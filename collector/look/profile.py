@@ -51,10 +51,20 @@ def profile(
         "load": _of(load, "value", "baseline", "n", "is_dead"),
         "labels": _labels(run, expert, at, n=n, level=level, resamples=resamples, seed=seed),
         **aspects,
+        **outputs(run, stack=router["stack"], layer=layer, expert=expert, n=n),
+    }  # fmt: skip
+
+
+def outputs(run: Run, *, stack: str, layer: int, expert: int, n: int) -> dict[str, Any]:
+    """Returns the parts of a profile about what the expert puts out; those that the run did not record are null."""
+    at = {"stack": stack, "layer": layer}
+    return {
         "contribution": _contribution(run, expert, at),
+        "promotes": _promotes(run, expert, at, n),
+        "direct_attribution": _direct_attribution(run, expert, at),
         "nearest_by_output": _nearest_by_output(run, expert, at, n),
         "nearest_by_weight": _nearest_by_weight(run, expert, at, n),
-    }  # fmt: skip
+    }
 
 
 def _router(run: Run, stack: str | None, layer: int, expert: int) -> Mapping[str, Any]:
@@ -100,6 +110,20 @@ def _contribution(run: Run, expert: int, at: Mapping[str, Any]) -> dict[str, Any
         return None
     rows = _rows(run, "expert_contribution", expert, {**at, "pooled": True})
     return {row["metric"]: _of(row, "value", "baseline", "n") for row in rows}
+
+
+def _promotes(run: Run, expert: int, at: Mapping[str, Any], n: int) -> list[dict[str, Any]] | None:
+    if not run.has("sampled_picks"):
+        return None
+    rows = _rows(run, "output_vocabulary", expert, {**at, "expert": expert, "n": n})
+    return [_of(row, "token_id", "token", "value", "baseline", "n", "count") for row in rows]
+
+
+def _direct_attribution(run: Run, expert: int, at: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not run.has("sampled_picks"):
+        return None
+    rows = _rows(run, "direct_attribution", expert, {**at, "expert": expert, "pooled": True})
+    return _of(rows[0], "value", "baseline", "standard_error", "n", "documents") if rows else None
 
 
 def _nearest_by_output(run: Run, expert: int, at: Mapping[str, Any], n: int) -> list[dict[str, Any]] | None:

@@ -17,6 +17,7 @@ import pytest
 
 from collector import __main__ as cli
 from collector.config import DataConfig, ModelConfig
+from collector.look import profile
 from collector.look.explore import advice, serving, views
 from collector.query.rollup import making
 from collector.query.warehouse import Run, open_run
@@ -107,8 +108,25 @@ def test_a_card_says_what_the_queries_say(synthetic_run):
             assert f"{item.replace('⟦', ' ').replace('⟧', ' ').strip()} {value:.2f}" in said
         else:
             assert re.search(rf"{re.escape(item)} {value:.3f}\b", said), (aspect, item)
+    outputs = profile.outputs(synthetic_run, stack="decoder", layer=3, expert=2, n=10)
+    for row in outputs["promotes"]:
+        assert f"{row['token']} {row['value']:.3f} {row['n']:,}" in said
+    for row in outputs["nearest_by_output"]:
+        assert f"{row['other_expert']} {row['value']:.3f} {row['n']:,}" in said
+    assert f"contributes {outputs['contribution']['contribution']['value']:.3f} of the layer's output" in said
+    assert f"adds {outputs['direct_attribution']['value']:.3f} to the next token's logit" in said
     with pytest.raises(ValueError, match="layer 7"):
         views.card(synthetic_run, found, stack="decoder", layer=7, expert=2, label="en", name="layer 7")
+
+
+def test_a_card_says_nothing_of_what_was_not_recorded(tmp_path):
+    shard = random_shard(np.random.default_rng(3), LAYERS, [("en", 30)], special=0, vocabulary=40)
+    run = open_run(write_run(tmp_path / "run", LAYERS, [shard], record=(), weights=None, maps=None))
+    found = views.frequencies(run, "decoder", 3)
+    said = " ".join(Texts(views.card(run, found, stack="decoder", layer=3, expert=2, label="en", name="x")).found)
+    assert "Receives the tokens" in said
+    for words in ("contributes", "Promotes", "similar", "logit"):
+        assert words not in said
 
 
 def test_a_card_of_a_large_run_is_made_from_shards_all_over_it(synthetic_run, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,29 @@ def test_every_part_is_the_answer_of_its_query(folder: Path) -> None:
     best = sorted((row for row in similar if row[5] is not None), key=lambda row: -row[5])[:2]
     assert [one["other_expert"] for one in found["nearest_by_output"]] == [row[4] for row in best]
     assert [(one["other_expert"], one["value"]) for one in found["nearest_by_weight"]] == [(1, 0.75), (0, 0.5)]
+    written = run.query("output_vocabulary", layer=1, stack="decoder", expert=3, n=2).project("token, value").fetchall()
+    assert [(one["token"], one["value"]) for one in found["promotes"]] == written
+    (attributed,) = run.query("direct_attribution", layer=1, stack="decoder", expert=3, pooled=True).fetchall()
+    assert [*found["direct_attribution"].values()] == pytest.approx([attributed[i] for i in (5, 6, 9, 7, 8)])
+
+
+def test_the_card_is_a_page_of_its_own(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "card.html"
+    done = collector("profile", str(folder), "--layer", "1", "--expert", "3", "--resamples", "20", "--html", str(out))
+    assert json.loads(done.stdout)["expert"] == 3
+    text = out.read_text(encoding="utf-8")
+    assert "Expert 3 in decoder layer 1 of synthetic" in text
+    assert "Promotes the tokens" in text
+    assert "<button" not in text
+    assert not re.search(r"(src|href)=|https?://", text)
 
 
 def test_what_was_not_recorded_is_null(tmp_path: Path) -> None:
     run = open_run(write_run(tmp_path / "run", LAYERS, [shard()], record=(), weights=None))
     run.info["model"]["id"] = "synthetic"
     found = profile(run, layer=1, expert=0, resamples=20)
-    assert [found[name] for name in ("contribution", "nearest_by_output", "nearest_by_weight")] == [None] * 3
+    assert [found[name] for name in ("contribution", "promotes", "direct_attribution")] == [None] * 3
+    assert [found[name] for name in ("nearest_by_output", "nearest_by_weight")] == [None] * 2
     assert found["labels"]
     alone = random_shard(np.random.default_rng(1), LAYERS, [("en", 5), ("en", 7)])
     single = open_run(write_run(tmp_path / "single", LAYERS, [alone]))

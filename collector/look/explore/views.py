@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from collector.look.trace import palette, pieces
+from collector.look import profile
+from collector.look.trace import page, palette, pieces
 from collector.query.views import literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from collector.query.warehouse import Run
 
@@ -130,7 +132,7 @@ def _chosen(frequency: Frequency) -> str:
 
 
 def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert: int, label: str, name: str) -> str:
-    """Renders the card of an expert: its languages, tokens, co-activated experts, positions and contexts.
+    """Renders the card of an expert: its languages, tokens, companions, positions, contexts, and what it puts out.
 
     Args:
         run: the run.
@@ -146,14 +148,18 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
     """
     every = sampling(run)
     given = {"stack": stack, "layer": layer, "expert": expert, "n": ITEMS, "width": WIDTH, "every": every}
-    profile = run.query("expert_profile", **given).project("aspect, item, value, baseline, n, count").fetchall()
+    aspects = run.query("expert_profile", **given).project("aspect, item, value, baseline, n, count").fetchall()
     languages = sorted((each for each in found if each.expert == expert), key=lambda each: -each.value)[:ITEMS]
     lists = [_bars("Languages", [(_bold(e.label, label), e.value, e.baseline, e.n) for e in languages])]
-    for aspect, title in (("token", "Tokens"), ("expert", "Together with experts"), ("position", "Positions")):
-        rows = [(_item(aspect, item), *numbers) for kind, item, *numbers, _ in profile if kind == aspect]
+    for aspect, title in (
+        ("token", "Receives the tokens"),
+        ("expert", "Together with experts"),
+        ("position", "Positions"),
+    ):
+        rows = [(_item(aspect, item), *numbers) for kind, item, *numbers, _ in aspects if kind == aspect]
         lists.append(_bars(title, rows))
     # baseline = N_e / N; positions that never chose the expert have no row, so n does not sum to N
-    own = [(count, baseline) for aspect, _, _, baseline, _, count in profile if aspect == "position"]
+    own = [(count, baseline) for aspect, _, _, baseline, _, count in aspects if aspect == "position"]
     tokens = round(sum(count for count, _ in own) / own[0][1]) if own else 0
     sample = "" if every == 1 else f", of one shard in {every}"
     return (
@@ -163,8 +169,63 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
         "tokens. Languages count all tokens, the rest "
         f"{tokens:,} tokens{sample}; spellings are those that chose it most often.</p>"
         f'<div class="aspects">{"".join(lists)}</div>'
-        + _contexts([(item, weight) for aspect, item, weight, *_ in profile if aspect == "context"])
+        + _outputs(profile.outputs(run, stack=stack, layer=layer, expert=expert, n=ITEMS))
+        + _contexts([(item, weight) for aspect, item, weight, *_ in aspects if aspect == "context"])
     )
+
+
+def _outputs(found: Mapping[str, Any]) -> str:
+    """Renders what an expert puts out: a sentence, and tables of promoted tokens and of the experts most like it."""
+    told = []
+    if parts := found["contribution"]:
+        whole, chosen = parts["contribution"], parts["contribution_if_chosen"]
+        told.append(f"It contributes {whole['value']:.3f} of the layer's output (by chance {whole['baseline']:.3f})")
+        if chosen["value"] is not None:
+            told[-1] += f", and {chosen['value']:.3f} where it is chosen ({chosen['baseline']:.3f})"
+    if (own := found["direct_attribution"]) and own["baseline"] is not None:
+        error = "" if own["standard_error"] is None else f" ± {own['standard_error']:.3f}"
+        beyond = f"{own['value'] - own['baseline']:.3f}{error}"
+        told.append(f"It adds {own['value']:.3f} to the next token's logit, {beyond} more than its companions")
+    lists = []
+    if rows := found["promotes"]:
+        bars = [(_item("token", row["token"]), row["value"], row["baseline"], row["n"]) for row in rows]
+        lists.append(_bars("Promotes the tokens", bars))
+    for name, title, baseline, count in (
+        ("nearest_by_output", "Experts with similar outputs (CKA)", None, "n"),
+        ("nearest_by_weight", "Experts with similar weights (cosine)", "mean", None),
+    ):
+        if rows := found[name]:
+            bars = [
+                (_item("expert", str(row["other_expert"])), row["value"], row[baseline] if baseline else 0.0,
+                 row[count] if count else None)
+                for row in rows
+            ]  # fmt: skip
+            lists.append(_bars(title, bars))
+    if not told and not lists:
+        return ""
+    sentence = f'<p class="quiet">{". ".join(told)}.</p>' if told else ""
+    return f'{sentence}<div class="aspects">{"".join(lists)}</div>'
+
+
+def card_page(run: Run, *, stack: str, layer: int, expert: int) -> str:
+    """Renders the card of an expert as a self-contained HTML page.
+
+    Args:
+        run: the run.
+        stack: of the router.
+        layer: of the router.
+        expert: number of the expert.
+
+    Raises:
+        ValueError: the run has no such router.
+    """
+    found = frequencies(run, stack, layer)
+    name = f"{stack} layer {layer} of {run.info['model']['id']}"
+    shown = card(run, found, stack=stack, layer=layer, expert=expert, label="", name=name)
+    still = re.sub(r"<button[^>]*>(.*?)</button>", r"<b>\1</b>", shown)  # there is nothing to choose here
+    style = (Path(__file__).parent / "panel.css").read_text(encoding="utf-8")
+    body = f'<main class="view explorer"><div data-part="card">{still}</div></main>'
+    return page.shell(f"Expert {expert} in {name}", body, style)
 
 
 def _bold(label: str, chosen: str) -> str:
@@ -178,12 +239,14 @@ def _item(aspect: str, item: str) -> str:
     return f"<bdi>{html.escape(shown)}</bdi>"
 
 
-def _bars(title: str, rows: Sequence[tuple[str, float, float, int]]) -> str:
+def _bars(title: str, rows: Sequence[tuple[str, float, float, int | None]]) -> str:
     """Renders a small table of items with bars, baselines and numbers of tokens."""
     highest = max((max(value, baseline) for _, value, baseline, _ in rows), default=1)
     lines = "".join(
-        f'<tr><th scope="row">{item}</th><td>{value:.3f}</td><td class="bar"><i style="width:{value / highest:.1%}">'
-        f'</i><s style="inset-inline-start:{baseline / highest:.1%}"></s></td><td class="n">{n:,}</td></tr>'
+        f'<tr><th scope="row">{item}</th><td>{value:.3f}</td><td class="bar">'
+        f'<i style="width:{max(value, 0) / highest:.1%}"></i>'
+        f'<s style="inset-inline-start:{baseline / highest:.1%}"></s>'
+        f'</td><td class="n">{"" if n is None else f"{n:,}"}</td></tr>'
         for item, value, baseline, n in rows
     )
     table = f'<table class="bars"><tbody>{lines}</tbody></table>' if rows else '<p class="quiet">none</p>'

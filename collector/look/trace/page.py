@@ -66,17 +66,7 @@ def page(trace: Trace, title: str) -> str:
         f"<section><h2>{name}</h2>{legend(router, scales)}{tokens(router, name, scales)}</section>"
         for router, name in ((router, html.escape(trace.name(router))) for router in trace.routers)
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 0; background: light-dark(#ffffff, #16181d); }}
-main {{ max-width: 70em; margin: 0 auto; padding: 2em; }}
-{CSS}</style>
-<main class="view" data-by="expert">
+    body = f"""<main class="view" data-by="expert">
 <h1>Routing of one text</h1>
 <p>{html.escape(title)}</p>
 <p class="quiet">Each token is followed by the expert that got the highest weight. Point at a token for all that were
@@ -86,7 +76,23 @@ chosen; click it, or press Enter, to mark the tokens that have its expert.</p>
 <details><summary>All numbers: expert, weight, router entropy in nats</summary>{"".join(_tables(trace))}</details>
 </main>
 <script type="module">
-{JS}{_START}</script>
+{JS}{_START}</script>"""
+    return shell(title, body)
+
+
+def shell(title: str, body: str, style: str = "") -> str:
+    """Renders a self-contained page around a `main` element, with the style of `view.css` and what is given."""
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{html.escape(title)}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ margin: 0; background: light-dark(#ffffff, #16181d); }}
+main {{ max-width: 70em; margin: 0 auto; padding: 2em; }}
+{CSS}{style}</style>
+{body}
 </html>
 """
 
