@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from collector import __main__ as cli
 from collector import open_run
@@ -57,7 +58,7 @@ def script(capsys, name: str, *arguments: str) -> str:
 
 def test_the_index_tells_of_every_notebook():
     index = (NOTEBOOKS / "README.md").read_text()
-    assert len(NAMES) == 5
+    assert len(NAMES) == 6
     for path in NOTEBOOKS.glob("*.py"):
         assert f"[`{path.name}`]({path.name})" in index
 
@@ -170,6 +171,25 @@ def test_the_figures_of_a_paper_are_written(runs, tmp_path):
     assert shown["coactivation"].groupby("expert").value.sum().to_numpy() == pytest.approx(7)
     assert shown["specialization"].groupby(["weights", "label"]).value.sum().to_numpy() == pytest.approx(8)
     assert not shown["examples"].empty
+
+
+def test_what_experts_do_is_what_the_queries_say():
+    shown = run("06_what_experts_do", "--per-label", "2")
+    layer, opened = shown["layer"].value, shown["run"]
+    given = opened.query("expert_contribution", layer=layer, pooled=True).filter("metric = 'contribution'")
+    values = dict(given.project("expert, value").fetchall())
+    load = dict(opened.query("expert_load", layer=layer).project("expert, value").fetchall())
+    experts = sorted(values)
+    pairs = [[source[expert] for expert in experts] for source in (load, values)]
+    assert shown["agreement"] == pytest.approx(spearmanr(*pairs).statistic)
+    assert sum(values.values()) == pytest.approx(1, abs=1e-3)
+    first = max(values, key=lambda expert: values[expert])
+    assert shown["expert"].value == str(first)
+    written = opened.query("output_vocabulary", layer=layer, expert=first).project("token").fetchall()
+    assert [(token,) for token in shown["writes"].token] == written
+    assert set(shown["languages"].label) == {row[0] for row in opened.sql("select label from labels").fetchall()}
+    assert (shown["helpful"].beyond > 0).all()
+    assert f"correlate at {shown['agreement']:.2f}" in shown["answer"]
 
 
 # ---- as scripts ----
