@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from collector.look import terminal
+from collector.store import throughput
 from collector.store.run_directory import RUN, SUCCESS
 from collector.store.totals import Totals
 
@@ -95,6 +96,7 @@ def facts(card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[s
         ("maximum length", f"{plan.config['max_length']} tokens, {totals.truncated:,} documents truncated"),
         ("skipped rows", f"{totals.skipped.total():,}{_reasons(totals)}"),
         ("replica-hours", f"{totals.replica_hours:.2f}, padding efficiency {totals.padding_efficiency:.3f}"),
+        ("compute", throughput.described(card, totals)),
         ("hardware", _hardware(card, plan, totals)),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("plan", f"{plan.hash} ({len(plan.shards):,} shards)"),

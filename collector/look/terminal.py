@@ -18,6 +18,7 @@ from collector.data.plan import Plan
 from collector.fleet.progress import PlainConsole, shares
 from collector.fleet.rejected import told
 from collector.query.catalog import GROUPS
+from collector.store import throughput
 from collector.store.run_directory import PLAN, RUN, SUCCESS
 from collector.store.totals import Totals
 
@@ -135,6 +136,8 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
     facts.append(("size", size))
     if time_shares := shares(totals.seconds):
         facts.append(("time", time_shares))
+    if stored is not None and (operations := throughput.described(card, totals)):
+        facts.append(("compute", operations))
     if totals.halved:
         facts.append(("memory", f"{totals.halved:,} batches did not fit and were halved; a lower --tokens-per-batch "
                                 "would save the attempts"))  # fmt: skip
