@@ -117,15 +117,16 @@ def small_disk(stage: Stage, kills: int) -> None:
 
 
 def demo_model(stage: Stage, kills: int) -> None:
-    """The trained demo model over real sentences, killed like the toy; compared with a quiet run in this process."""
+    """The demo model with all recorders over real sentences, killed like the toy, beside a quiet run."""
     from collector.config import DataConfig, ModelConfig
     from tests.chaos.faults import PROTOCOL, draw
     from tests.helpers.runs import collect_here, run_config
 
     documents = stage.shards * stage.oracle.per_shard
     data = DataConfig(limit=documents, docs_per_shard=stage.oracle.per_shard)
-    config = run_config(data, ModelConfig(), max_length=toy.MAX_LENGTH)
+    record = ("outputs", "loss", "similarity", "vocabulary")
+    config = run_config(data, ModelConfig(), max_length=toy.MAX_LENGTH, record=record, sample_tokens=20)
     stage.oracle = QuietRun(collect_here(stage.folder / "quiet", config, threads=1), stage.oracle.per_shard)
     stage.data, stage.model = ("demo", "--limit", str(documents)), "demo"
     stage.board.schedule(draw(stage.rng, kills, points=PROTOCOL, visits=stage.shards // 3))
-    stage.resume_until_complete(launches=1)
+    stage.resume_until_complete("--record", *record, "--sample-tokens", "20", launches=1)

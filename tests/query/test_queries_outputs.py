@@ -41,6 +41,11 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, pooled) -> No
             outputs.contribution_overlap(layers, shards, **special),
             rel=FLOAT32,
         )
+        assert_same(
+            keyed(run, "contribution_specialization", 5, **special),
+            outputs.contribution_specialization(layers, shards, **special),
+            rel=FLOAT32,
+        )
         assert_same(keyed(run, "loss", 3, **special), outputs.loss(layers, shards, **special))
 
 
@@ -122,7 +127,7 @@ def test_shares_of_a_layer_add_up(folder: Path) -> None:
 
 def test_what_a_run_did_not_record_is_an_error_that_says_so(folder: Path, tmp_path: Path) -> None:
     plain = open_run(write_run(tmp_path / "plain", LAYERS, shards(), record=()))
-    for name in ("expert_contribution", "contribution_overlap", "super_experts"):
+    for name in ("expert_contribution", "contribution_overlap", "contribution_specialization", "super_experts"):
         with pytest.raises(ValueError, match=rf"{name} reads \w+_outputs, which needs what --record outputs keeps"):
             plain.query(name)
     with pytest.raises(ValueError, match="loss reads label_losses, which needs what --record loss keeps; this run was"):

@@ -26,11 +26,11 @@ LAYERS = (Layer(layer=1, n_experts=8, top_k=2, has_capacity=True), Layer(layer=4
 LABELS = [("en",), ("ko",), ("en", "ko"), ("de", "en"), ("ko",), ("de",), ("de", "en", "ko"), ("en",), ("fr",)]
 
 BY_LABEL = [
-    "compute", "conditional_mutual_information", "contribution_overlap", "direct_attribution",
-    "domain_specialization", "dropped_tokens", "effective_experts", "expert_contribution", "fertility",
-    "language_divergence", "language_overlap", "load_balance", "log_odds", "loss", "mutual_information",
-    "position_profile", "reference_difference", "repetition", "router_entropy", "router_entropy_quantiles",
-    "router_stats", "routing_divergence", "selection_frequency", "top_experts",
+    "compute", "conditional_mutual_information", "contribution_overlap", "contribution_specialization",
+    "direct_attribution", "domain_specialization", "dropped_tokens", "effective_experts", "expert_contribution",
+    "fertility", "language_divergence", "language_overlap", "load_balance", "log_odds", "loss",
+    "mutual_information", "position_profile", "reference_difference", "repetition", "router_entropy",
+    "router_entropy_quantiles", "router_stats", "routing_divergence", "selection_frequency", "top_experts",
 ]  # fmt: skip
 POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_overlap", "expert_tokens",
           "layer_transition", "output_specialization", "output_vocabulary", "super_experts",

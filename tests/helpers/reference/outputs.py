@@ -57,6 +57,23 @@ def expert_contribution(layers: Sequence[Layer], shards: Sequence[Shard], **give
     return rows
 
 
+def contribution_specialization(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool) -> dict:
+    """See the query."""
+    found = effects(layers, shards, include_special=include_special)
+    rows = {}
+    for (stack, layer, label), (one, tokens, picks, *_, c) in found.items():
+        own = np.maximum(c, 0) / tokens
+        of_labels = [np.maximum(other[-1], 0) / other[1] for at, other in found.items() if at[:2] == (stack, layer)]
+        total = np.sum(of_labels, axis=0)
+        for e in range(one.n_experts):
+            exclusivity = own[e] / total[e] if total[e] > 0 else None
+            rows["contribution_specialization", stack, layer, label, e] = (
+                own[e], 1 / one.n_experts, tokens, int(picks[e]), exclusivity, 1 / len(of_labels),
+                None if exclusivity is None else exclusivity * len(of_labels),
+            )  # fmt: skip
+    return rows
+
+
 def contribution_overlap(layers: Sequence[Layer], shards: Sequence[Shard], *, include_special: bool) -> dict:
     """See the query."""
     found = {
