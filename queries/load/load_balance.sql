@@ -72,7 +72,7 @@ probable as (
         label,
         probabilities
     from by_label('decisions', $stack, $layer, $labels, $include_special, $pooled)
-    where probabilities is not null
+    where has_probabilities
 ),
 
 losses as (

@@ -3,6 +3,7 @@
 --   in the model's own order); experts, weights = the k chosen in the model's own order, null beyond the k
 --   of a layer that chooses fewer than others; logits of all E experts where the run stored them, else null;
 --   probabilities = p over all E experts, stored or the softmax of the stored logits, else null;
+--   has_probabilities = whether it is there, which is known before any file is read;
 --   weight_entropy = H(w / sum w) over the k weights, in nats; dropped_picks = how many of the k a capacity
 --   limit kept from their expert, 0 without a limit.
 -- Grain: one row per (router, token): (shard, stack, layer, tok).
@@ -61,6 +62,7 @@ select
         stored[1],
         list_transform(exponentials, lambda exponential: (exponential / list_sum(exponentials))::float)
     ) as probabilities,
+    stored[1] is not null or stored_logits[1] is not null as has_probabilities,
     entropy as router_entropy,
     list_sum(
         list_transform(weights, lambda w: if(w > 0, -w / weight_sum * ln(w / weight_sum), 0))

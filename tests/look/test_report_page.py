@@ -40,7 +40,7 @@ def opened(browser: Browser, file: Path, scheme: str) -> Browser:
 
 def test_every_figure_is_drawn_without_errors_or_requests(report):
     figures = report.page.locator("figure[data-figure]")
-    assert figures.count() == 12
+    assert figures.count() == 16
     for figure in figures.all():
         drawing, title = figure.locator(".chart"), figure.locator("h3").inner_text().partition(" · ")[0]
         assert drawing.locator("svg").bounding_box()["width"] > 100, title

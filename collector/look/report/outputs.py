@@ -69,14 +69,22 @@ def _contribution(subject: Subject) -> Figure:
         text="Each expert's share of its layer's output, against the share of tokens that choose it. On the dashed "
         "line an expert contributes as much as it is chosen; above it, its picks count for more than others do.",
         draw=functools.partial(
-            points.plane, x="frequency", y="value", even="_even",
+            points.experts, x="frequency", y="value", even="_even",
             titles=("share of tokens that choose it", "share of the layer's output"),
+            ends=(_ends(rows["frequency"]), _ends(rows["value"])),
             tooltip={"expert": "N", "frequency": "Q", "value": "Q", "baseline": "Q", "n": "Q"},
         ),
         tables={"rows": dataclasses.replace(rows, also=load.commands())},
         notes=[f"{span(rows['n'])} tokens, all languages together; shared experts apart.",
                "A contribution is no proof that the model needs the expert."],
     )  # fmt: skip
+
+
+def _ends(*columns: np.ndarray) -> points.Ends:
+    """Returns the ends of an axis with a margin."""
+    low, high = min(float(each.min()) for each in columns), max(float(each.max()) for each in columns)
+    margin = (high - low) / 20 or 1.0
+    return low - margin, high + margin
 
 
 def _experts(rows: Table) -> list[tuple[Router, int]]:
@@ -152,7 +160,7 @@ def _matrix(
 
 def _map(subject: Subject) -> Figure | None:
     columns = ("expert", "label", "token", "x", "y", "method", "trustworthiness", "n")
-    rows = fetch(subject.main, "expert_map", columns, by_layer=True)
+    rows = fetch(subject.main, "expert_map", columns)
     if len(rows) == 0:
         return None
     best: dict[Router, str] = {}
@@ -160,11 +168,14 @@ def _map(subject: Subject) -> Figure | None:
         best[router] = min(best.get(router, method), method, key=list(METHODS).index)
     chosen = zip(rows.routers(), rows["method"].tolist(), strict=True)
     rows = rows.only(np.array([best[router] == method for router, method in chosen]))
-    notes = []
+    planes, notes = [], []
     for router in sorted(best):
         own = rows.of(router)
-        where = f"layer {router[1]}" if len(subject.stacks) == 1 else f"{router[0]} layer {router[1]}"
-        notes.append(f"{where}: {METHODS[best[router]]}, {int(own['n'][0]):,} outputs, trustworthiness "
+        name = f"layer {router[1]}" if len(subject.stacks) == 1 else f"{router[0]} layer {router[1]}"
+        ends = {axis: _ends(own[axis]) for axis in ("x", "y")}
+        experts = (0.0, float(own["expert"].max()))
+        planes.append(points.Plane(stack=router[0], layer=router[1], name=name, experts=experts, **ends))
+        notes.append(f"{name}: {METHODS[best[router]]}, {int(own['n'][0]):,} outputs, trustworthiness "
                      f"{float(own['trustworthiness'][0]):.2f}.")  # fmt: skip
     return Figure(
         name="map",
@@ -172,8 +183,8 @@ def _map(subject: Subject) -> Figure | None:
         title="Map of outputs",
         text="What chosen experts put out for sampled tokens, in two dimensions: each point is a pick, coloured by the "
         "language of its text on the left and by its expert on the right. Neighbours are alike; distances between "
-        "clusters and their sizes mean little. Only layers that `collector map` was asked for have one.",
-        draw=functools.partial(points.maps, tooltip={"expert": "N", "label": "N", "token": "N"}),
+        "clusters and their sizes mean little. `collector map` makes one of a layer.",
+        draw=functools.partial(points.maps, planes=planes, tooltip={"expert": "N", "label": "N", "token": "N"}),
         tables={"rows": rows},
         notes=notes,
     )
@@ -203,7 +214,8 @@ def _loss(subject: Subject) -> Figure | None:
         text=f"How surprised the model is by each language's text, in {words}"
         + (", which compares languages whose tokens are of different length." if known else "."),
         draw=functools.partial(
-            points.ordered, rows=len(order), title=words, interval=INTERVAL if rows.resamples else None
+            points.ordered, rows=len(order), title=words, interval=INTERVAL if rows.resamples else None,
+            ends=_ends(*(rows[name] for name in ("value", *INTERVAL) if name in rows.columns)),
         ),
         tables={"rows": rows},
         notes=[f"{span(rows['n'])} tokens of each language.",
