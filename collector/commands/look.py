@@ -86,6 +86,10 @@ class Trace:
 
     The text is printed once per router, each token in the colour of its expert and followed by the expert's number.
     A table then gives, token by token, the expert with the highest weight, that weight and the router's entropy.
+
+    With `--edit` the text runs a second time with changed routing, and the most probable next tokens of both are shown.
+    Operations: drop (weight 0), drop_renorm (its weight goes to the others), replace (the next expert takes its place),
+    scale (weight times value), bias (logit plus value standard deviations), force (always chosen).
     """
 
     text: tyro.conf.Positional[str]
@@ -99,6 +103,10 @@ class Trace:
     """Maximum number of tokens. A longer text is truncated, and the title says so."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on. `auto` takes a GPU if torch sees one."""
+    edit: tuple[str, ...] = ()
+    """Edits of the routing, such as 'layer=1 expert=9 operation=scale value=2' 'layer=4 expert=3 operation=drop'."""
+    position: tuple[int, ...] | None = None
+    """Tokens at which the edits act, numbered from 0 with special tokens (default: all)."""
     html: str | None = None
     """Also write a self-contained page to this file; it shows all chosen experts of the token at the pointer."""
 
@@ -109,12 +117,32 @@ class Trace:
 
         text = sys.stdin.read() if self.text == "-" else self.text
         capture = CaptureConfig(layers=self.layers, stacks=self.stacks, max_length=self.max_length)
+        if self.edit:
+            return self._intervene(text, capture)
+        if self.position is not None:
+            raise ValueError("--position says where edits act, and there is no --edit")
         with collecting.collected(text, self.model, capture, self.device) as run:
             trace, title = read(run), f"{terminal.model(run.info)}: {terminal.routers(run.info['layers'])}"
             cut = f"; cut after {self.max_length} tokens" if collecting.was_cut(run) else ""
         printing.show(trace, terminal.console(), title + cut)
         if self.html is not None:
             Path(self.html).write_text(page.page(trace, title + cut), encoding="utf-8")
+        return 0
+
+    def _intervene(self, text: str, capture: CaptureConfig) -> int:
+        """Prints both traces and the next tokens, and writes the page if requested."""
+        from collector.look import terminal
+        from collector.look.trace import intervening, page, printing
+
+        edits = [intervening.parse(each) for each in self.edit]
+        outcome = intervening.compare(text, self.model, capture, self.device, edits, self.position)
+        told, title = "; ".join(self.edit), self.model.model
+        if self.position is not None:
+            told += f" at {', '.join(map(str, self.position))}"
+        cut = f"; cut after {self.max_length} tokens" if outcome.was_cut else ""
+        printing.show_outcome(outcome, told, terminal.console(), title + cut)
+        if self.html is not None:
+            Path(self.html).write_text(page.page_of_outcome(outcome, told, title + cut), encoding="utf-8")
         return 0
 
 

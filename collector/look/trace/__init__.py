@@ -1,7 +1,7 @@
 """Shows a document token by token, with the expert that each router chose, for a new text or a document of a run.
 
-`collecting` runs a model over a text, `reading` reads a document of a run, `printing` and `page` show it; `pieces` and
-`palette` define how tokens are written and coloured.
+`collecting` runs a model over a text, `intervening` a second time with edits of its routing, `reading` reads a document
+of a run, `printing` and `page` show it; `pieces` and `palette` define how tokens are written and coloured.
 """
 
 from __future__ import annotations

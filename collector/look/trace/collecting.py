@@ -47,7 +47,7 @@ def collected(
         source = Path(folder, "text.jsonl")
         source.write_text(json.dumps({"text": text, "label": "text"}), encoding="utf-8")
         data = DataConfig(data=(str(source),))
-        config = resolve(data=data, model=model, capture=capture, device=_device(device))
+        config = resolve(data=data, model=model, capture=capture, device=device_of(device))
         run = warehouse.open_run(driver.collect_in_process(f"{folder}/run", config, loaded=loaded).root)
         if rejected := run.sql("select reason from rejects").fetchall():
             raise ValueError(f"nothing to trace in {text!r}: {rejected[0][0]}")
@@ -59,7 +59,12 @@ def was_cut(run: Run) -> bool:
     return run.sql("select truncated from documents").fetchall() == [(True,)]
 
 
-def _device(asked: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+def device_of(asked: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """Returns the device to run on.
+
+    Raises:
+        ValueError: a GPU was asked for, and there is none.
+    """
     import torch
 
     if asked == "cuda" and not torch.cuda.is_available():

@@ -19,6 +19,7 @@ from collector.look.trace import palette, pieces
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from collector.look.trace.intervening import Outcome
     from collector.look.trace.reading import Decision, Router, Token, Trace
 
 _FOLDER = Path(__file__).parent
@@ -61,23 +62,67 @@ def page(trace: Trace, title: str) -> str:
     Returns:
         HTML.
     """
+    return _page("Routing of one text", title, _sections(trace))
+
+
+def page_of_outcome(outcome: Outcome, edits: str, title: str) -> str:
+    """Renders a text's routing before and after edits, and what comes next.
+
+    Args:
+        outcome: of `intervening.compare`.
+        edits: the edits, in words.
+        title: description of the model.
+
+    Returns:
+        HTML.
+    """
+    parts = [
+        f"<p>{html.escape(outcome.changes)}</p>", _next_tokens(outcome),
+        f"<h1>With {html.escape(edits)}</h1>", _sections(outcome.after),
+        "<h1>As it is</h1>", _sections(outcome.before),
+    ]  # fmt: skip
+    return _page("One text before and after edits", title, "".join(parts))
+
+
+def _page(head: str, title: str, content: str) -> str:
+    body = f"""<main class="view" data-by="expert">
+<h1>{head}</h1>
+<p>{html.escape(title)}</p>
+<p class="quiet">Each token is followed by the expert that got the highest weight. Point at a token for all that were
+chosen; click it, or press Enter, to mark the tokens that have its expert.</p>
+{_choice()}
+{content}
+</main>
+<script type="module">
+{JS}{_START}</script>"""
+    return shell(title, body)
+
+
+def _sections(trace: Trace) -> str:
     scales = Scales.of(trace)
     sections = [
         f"<section><h2>{name}</h2>{legend(router, scales)}{tokens(router, name, scales)}</section>"
         for router, name in ((router, html.escape(trace.name(router))) for router in trace.routers)
     ]
-    body = f"""<main class="view" data-by="expert">
-<h1>Routing of one text</h1>
-<p>{html.escape(title)}</p>
-<p class="quiet">Each token is followed by the expert that got the highest weight. Point at a token for all that were
-chosen; click it, or press Enter, to mark the tokens that have its expert.</p>
-{_choice()}
-{"".join(sections)}
-<details><summary>All numbers: expert, weight, router entropy in nats</summary>{"".join(_tables(trace))}</details>
-</main>
-<script type="module">
-{JS}{_START}</script>"""
-    return shell(title, body)
+    summary = "<summary>All numbers: expert, weight, router entropy in nats</summary>"
+    return f"{''.join(sections)}<details>{summary}{''.join(_tables(trace))}</details>"
+
+
+def _next_tokens(outcome: Outcome) -> str:
+    if outcome.divergence is None:
+        return f"<p>{html.escape(outcome.silence)}</p>"
+    rows = "".join(
+        f"<tr><td>{rank}</td><td><bdi>{html.escape(pieces.spelled(old.token))}</bdi></td><td>{old.before:.4f}</td>"
+        f"<td><bdi>{html.escape(pieces.spelled(new.token))}</bdi></td><td>{new.after:.4f}</td>"
+        f"<td>{new.before:.4f}</td></tr>"
+        for rank, (old, new) in enumerate(zip(outcome.first_before, outcome.first_after, strict=True), start=1)
+    )
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("", "as it is", "p", "with the edits", "p", "was"))
+    return (
+        '<h2>Most probable next tokens</h2><div class="numbers" tabindex="0" role="region" aria-label="Next tokens">'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<p>KL(as it is ‖ with the edits) = {outcome.divergence:.4f} nats</p>"
+    )
 
 
 def shell(title: str, body: str, style: str = "") -> str:

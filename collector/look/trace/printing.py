@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from collector.look.trace.intervening import Outcome
     from collector.look.trace.reading import Decision, Router, Token, Trace
 
 _SMALL = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -50,6 +51,38 @@ def show(trace: Trace, out: Console, title: str) -> None:
         out.print()
     out.print(Text("Expert with the highest weight, its weight, and the router's entropy in nats"), soft_wrap=True)
     out.print(Text(_scales(trace)), soft_wrap=True)
+
+
+def show_outcome(outcome: Outcome, edits: str, out: Console, title: str) -> None:
+    """Prints a text's routing before and after edits, and what comes next.
+
+    Args:
+        outcome: of `intervening.compare`.
+        edits: the edits, in words.
+        out: console to print to.
+        title: description of the model.
+    """
+    show(outcome.before, out, title)
+    out.print()
+    show(outcome.after, out, f"With {edits}")
+    out.print()
+    out.print(Text(outcome.changes), soft_wrap=True)
+    if outcome.divergence is None:
+        out.print(Text(outcome.silence), soft_wrap=True)
+        return
+    table = Table(
+        "", "as it is", "p", "with the edits", "p", "was", box=None, padding=(0, 2, 0, 0), pad_edge=False,
+        header_style="bold", title="Most probable next tokens", title_justify="left",
+    )  # fmt: skip
+    for at in (0, 2, 4, 5):
+        table.columns[at].justify = "right"
+    for rank, (old, new) in enumerate(zip(outcome.first_before, outcome.first_after, strict=True), start=1):
+        table.add_row(
+            str(rank), Text(pieces.spelled(old.token)), f"{old.before:.4f}",
+            Text(pieces.spelled(new.token)), f"{new.after:.4f}", f"{new.before:.4f}",
+        )  # fmt: skip
+    out.print(table)
+    out.print(Text(f"KL(as it is ‖ with the edits) = {outcome.divergence:.4f} nats"), soft_wrap=True)
 
 
 def _scales(trace: Trace) -> str:
