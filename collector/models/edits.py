@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import torch
 from torch.overrides import TorchFunctionMode
 
+from collector.models.probing import tiny_pass
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
@@ -143,7 +145,6 @@ class EditedRouting:
         self._wrapped.append(block)
 
 
-@torch.inference_mode()
 def _geometry(model: PreTrainedModel, routers: Sequence[Router]) -> dict[str, tuple[int, int]]:
     """Finds E and k of routers, by name, in a tiny forward pass."""
     found: dict[str, tuple[int, int]] = {}
@@ -156,10 +157,8 @@ def _geometry(model: PreTrainedModel, routers: Sequence[Router]) -> dict[str, tu
         return read
 
     handles = [router.module.register_forward_hook(listen(router)) for router in routers]
-    ids = torch.tensor([[0, 1]], device=model.device)
     try:
-        inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-        model(input_ids=ids, use_cache=False, **inputs)
+        tiny_pass(model)
     finally:
         for handle in handles:
             handle.remove()

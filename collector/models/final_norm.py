@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from collector.models.probing import tiny_pass
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -58,10 +60,8 @@ def find_final_norm(model: PreTrainedModel) -> FinalNorm:
 
     leaves = [module for module in model.modules() if next(module.children(), None) is None]
     handles = [leaf.register_forward_hook(listen) for leaf in leaves]
-    ids = torch.tensor([[0, 1]], device=model.device)
     try:
-        inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-        last = model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+        last = tiny_pass(model).last_hidden_state
     finally:
         for handle in handles:
             handle.remove()

@@ -162,6 +162,10 @@ def test_olmoe_by_its_formula() -> None:
         assert [set(row) for row in after.experts_tk.tolist()] == [set(row) for row in chosen.tolist()]
         expected = np.take_along_axis(p, after.experts_tk.numpy(), 1)
         np.testing.assert_allclose(after.weights_tk, expected, rtol=1e-5)
+        if operation == "replace":  # a logit of minus infinity would shift the weights of all others
+            masked = before.logits_te.double().index_fill(1, torch.tensor([expert]), -torch.inf).softmax(-1).numpy()
+            shifted = np.take_along_axis(masked, after.experts_tk.numpy(), 1)
+            assert (shifted > 1.0001 * expected).all()
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "gpt_oss"])
