@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from collector.commands.collect import Collect, Status, give_watch_its_seconds
+from collector.commands.collect import Collect, Intervene, Status, give_watch_its_seconds
 from collector.commands.look import Explore, Profile, Show, Trace
 from collector.commands.models import Models, Quantize
 from collector.commands.publish import Export, Report
@@ -34,6 +34,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "sql": Sql,
     "views": Views,
     "status": Status,
+    "intervene": Intervene,
     "verify": Verify,
     "rollup": Rollup,
     "weights": Weights,

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from collector import token_ids
 from collector.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DEMO = "demo"
 """Name of both the embedded model and the embedded corpus."""
 
 Store = Literal["text", "probabilities", "logits"]
-Record = Literal["routing", "outputs", "loss", "similarity", "vocabulary"]
+Record = Literal["routing", "outputs", "loss", "similarity", "vocabulary", "effects"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stack = Literal["encoder", "decoder"]
 
@@ -126,7 +129,11 @@ class CaptureConfig:
     record: tuple[Record, ...] = ("routing",)
     """What to record: `routing`, always; `outputs`, what the chosen experts put out and contribute;
     `loss`, how surprised the model is by each token; `similarity`, how alike the outputs of all experts are;
-    `vocabulary`, which tokens the outputs of the chosen experts promote."""
+    `vocabulary`, which tokens the outputs of the chosen experts promote; `effects`, what the edits of --arms do."""
+    arms: tuple[str, ...] = ()
+    """Edits of the routing whose effects are recorded, each set with a name:
+    'no-31: layer=4 expert=31 operation=drop; layer=5 expert=2 operation=scale value=0.5'.
+    Operations are those of `collector trace --edit`. Every arm is one more forward pass of each batch."""
     sample_tokens: int = 512
     """Tokens of each shard that `--record similarity` sends through all experts, and that `vocabulary` reads."""
     store: tuple[Store, ...] = ()
@@ -146,6 +153,8 @@ class CaptureConfig:
             raise ValueError(f"--layers takes layer numbers from 0, got {self.layers}")
         if self.stacks is not None and not self.stacks:
             raise ValueError("--stacks takes encoder, decoder or both, got nothing")
+        if ("effects" in self.record) != bool(self.arms):
+            raise ValueError("--record effects and --arms go together: the arms are what the effects are of")
         if "vocabulary" in self.record and self.token_ids != "keep":
             raise ValueError(
                 f"--record vocabulary names the tokens that experts promote, which --token-ids {self.token_ids} hides: "
@@ -296,6 +305,19 @@ class RunConfig:
         if self.token_key is not None:
             flat["token_key_fingerprint"] = token_ids.fingerprint(self.token_key)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
+
+
+def section(kind: type[Any], flat: Mapping[str, Any], **changed: Any) -> Any:
+    """Builds one section of a configuration from a dictionary of `RunConfig.to_dict`.
+
+    Args:
+        kind: `DataConfig`, `ModelConfig` or `CaptureConfig`.
+        flat: the dictionary; what it lacks gets its default.
+        changed: values to take instead.
+    """
+    fields = {field.name for field in dataclasses.fields(kind)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in flat.items() if name in fields}
+    return kind(**given | changed)
 
 
 def resolve(

@@ -91,13 +91,16 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo over 12 sentences per language, with pretrained and with random weights."""
     folder = tmp_path_factory.mktemp("demo")
     for weights in ("pretrained", "random"):
-        record = ("outputs", "loss", "similarity", "vocabulary")
+        record, arms = ("outputs", "loss", "similarity", "vocabulary"), ()
+        if weights == "pretrained":
+            record, arms = (*record, "effects"), ("no 31: layer=4 expert=31 operation=drop",)
         config = run_config(
             DataConfig(per_label=12),
             ModelConfig(weights=weights),
             store=("text", "logits"),
             record=record,
             sample_tokens=100,
+            arms=arms,
         )
         run = collect_here(folder / weights, config)
         if weights == "pretrained":

@@ -102,6 +102,7 @@ class Capture:
         self._entry: Any = encoder if self.two_stacks and not self.decodes else model
         self._needs_mask = not looks_back_only(model)
         self._last: int | None = None
+        self._silent = False
         self._handles: list[Any] = []
         self._devices: set[torch.device] = set()
         self._kept: dict[int, Any] = {}
@@ -172,6 +173,8 @@ class Capture:
         hook = self._hooks[index]
 
         def record(outputs: Any) -> None:
+            if self._silent:
+                return
             if index in self._kept:
                 raise RuntimeError(f"{hook.name} fired twice in one forward pass")
             self._kept[index] = self._reduce(hook, hook.read(outputs))
@@ -192,6 +195,15 @@ class Capture:
         self._devices.add(device)
         kept = hook.keep(reading, grid)
         return type(kept)(*map(self._landing.copy, kept))
+
+    def _again(self, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> Any:
+        """Runs the same batch once more, unheard."""
+        self._silent = True
+        try:
+            with one_text_per_row():
+                return self._entry(**inputs, **options)
+        finally:
+            self._silent = False
 
     def begin(self, tokens: Mapping[str, TokenTable]) -> None:
         """Tells the recorders the tokens of the next shard."""
@@ -247,11 +259,14 @@ class Capture:
             # Padding on the right is after every token that could see it. Without a mask, kernels for causal attention
             # run, and nobody waits for the device to learn whether the mask masks anything.
             del inputs["attention_mask"]
+        on_device = {name: self._to_device(tensor) for name, tensor in inputs.items()}
         with contextlib.suppress(_LastHookReached), one_text_per_row():
-            self._entry(**{name: self._to_device(tensor) for name, tensor in inputs.items()}, **options)
+            self._entry(**on_device, **options)
         silent = [hook.name for index, hook in enumerate(self._hooks) if index not in self._kept]
         if silent:
             raise RuntimeError(f"{', '.join(silent)} did not fire")
+        for recorder in self.recorders:
+            recorder.after_pass(lambda: self._again(on_device, options))
         # A thread that waits for these sleeps; by default it would keep a core busy.
         events = [
             torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))

@@ -137,6 +137,13 @@ class Recorder(abc.ABC):
     def begin(self, tokens: Mapping[str, TokenTable]) -> None:  # noqa: B027 - most need not know
         """Learns the tokens of the next shard, before its first pass and in the thread of the passes."""
 
+    def after_pass(self, again: Callable[[], Any]) -> None:  # noqa: B027 - most run nothing again
+        """Follows each pass of a batch, in the same thread.
+
+        Args:
+            again: runs the batch once more, with the hooks of all recorders silent; returns what the model returns.
+        """
+
     def conclude(self) -> Any:
         """Computes what is left of a shard on the device, after its last pass and in the same thread.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from collector.capture.effects import EffectsRecorder
 from collector.capture.loss import LossRecorder
 from collector.capture.outputs import OutputsRecorder
 from collector.capture.routing import RoutingRecorder
@@ -29,6 +30,7 @@ RECORDERS: dict[str, type[Recorder]] = {
     "loss": LossRecorder,
     "similarity": SimilarityRecorder,
     "vocabulary": VocabularyRecorder,
+    "effects": EffectsRecorder,
 }
 """By the name that `--record` takes."""
 

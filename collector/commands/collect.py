@@ -1,6 +1,6 @@
-"""`collector collect` makes a run and `collector status` reports its progress.
+"""`collector collect` makes a run, `collector intervene` one with edits; `collector status` reports their progress.
 
-Both exit with 0 for a complete run, 1 for an incomplete one, and 2 for one without any document or, of `collect`, with
+All exit with 0 for a complete run, 1 for an incomplete one, and 2 for one without any document or, of `collect`, with
 too few of them.
 """
 
@@ -13,7 +13,7 @@ import sys
 import tyro
 
 from collector.commands.arguments import RunPath
-from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
+from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,49 @@ class Collect:
         if said := complaint(totals.skipped, plan.documents, self.launch.max_rejected):
             raise ValueError(said)
         return 0 if len(totals.committed) == len(plan.shards) else 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Intervene:
+    """Measure what edits of the routing do to the model's predictions, over all documents of a run.
+
+    Makes a run of its own with the same documents and model, in which each batch goes through the model as it is, and
+    once more for every arm, a set of edits with a name. The query `expert_effect` tells the change of the loss and of
+    the next token's distribution by arm and label. To resume an interrupted run, repeat the same command.
+
+    Arms are rows with the columns arm, layer, expert, operation and, where they matter, stack and value: a CSV file, a
+    SQL file over the views of the run, or one of queries/arms/ by its name: every_expert, language_experts,
+    most_loaded. Operations are those of `collector trace --edit`.
+    """
+
+    run_: RunPath
+    """The run whose documents and model are used: a local path or the URL of an object store."""
+    arms: str
+    """A file that ends with .csv or .sql, or the name of one of queries/arms/."""
+    out: str
+    """The run directory to write."""
+    launch: tyro.conf.OmitArgPrefixes[LaunchConfig] = dataclasses.field(default_factory=LaunchConfig)
+
+    def run(self) -> int:
+        """Collects the effects and prints the run's status.
+
+        Raises:
+            FileNotFoundError: there is no run, or no such arms.
+            ValueError: arms, data or model are not usable.
+        """
+        from collector.look import terminal
+        from collector.query.arms import read_arms
+        from collector.query.warehouse import open_run
+        from collector.store.run_directory import RunDirectory
+
+        settings = terminal.read_plan(RunDirectory(self.run_)).config
+        capture = section(
+            CaptureConfig, settings, record=("effects",), store=(), arms=read_arms(open_run(self.run_), self.arms)
+        )
+        return Collect(
+            out=self.out, data=section(DataConfig, settings), model=section(ModelConfig, settings), capture=capture,
+            launch=self.launch,
+        ).run()  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -133,8 +133,9 @@ class Trace:
         """Prints both traces and the next tokens, and writes the page if requested."""
         from collector.look import terminal
         from collector.look.trace import intervening, page, printing
+        from collector.models.edits import parse
 
-        edits = [intervening.parse(each) for each in self.edit]
+        edits = [parse(each) for each in self.edit]
         outcome = intervening.compare(text, self.model, capture, self.device, edits, self.position)
         told, title = "; ".join(self.edit), self.model.model
         if self.position is not None:

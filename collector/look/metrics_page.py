@@ -34,8 +34,8 @@ What `collector query` can ask: of each query its formula, with denominators and
 row is, and the first rows of an example. This page is written from the headers of `queries/*/*.sql` by
 
 ```sh
-collector collect --per-label 12 --store text logits --record outputs loss similarity vocabulary \\
-    --sample-tokens 100 --out runs/small
+collector collect --per-label 12 --store text logits --record outputs loss similarity vocabulary effects \\
+    --sample-tokens 100 --arms 'no 31: layer=4 expert=31 operation=drop' --out runs/small
 collector collect --per-label 12 --store text logits --record outputs loss similarity vocabulary \\
     --sample-tokens 100 --out runs/small-random --weights random
 collector weights runs/small --no-match

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from collector.models.probing import tiny_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from transformers import PreTrainedModel
@@ -76,12 +76,47 @@ class Edit:
             raise ValueError(f"operation {self.operation}: value {self.value} is not finite")
 
 
+def parse(text: str) -> Edit:
+    """Reads an edit from `layer=1 expert=9 operation=scale value=2`, with `stack=encoder` where that matters.
+
+    Raises:
+        ValueError: a name is unknown or missing, or a value is not of its kind.
+    """
+    kinds = {"layer": int, "expert": int, "operation": str, "value": float, "stack": str}
+    given: dict[str, Any] = {}
+    for part in text.replace(",", " ").split():
+        name, _, value = part.partition("=")
+        if name not in kinds or not value:
+            raise ValueError(f"edit {text!r}: {part!r} is none of {', '.join(f'{each}=…' for each in kinds)}")
+        try:
+            given[name] = kinds[name](value)
+        except ValueError as error:
+            raise ValueError(f"edit {text!r}: {name} takes a number, got {value!r}") from error
+    if missing := [name for name in ("layer", "expert", "operation") if name not in given]:
+        raise ValueError(f"edit {text!r} lacks {' and '.join(missing)}, as in 'layer=1 expert=9 operation=drop'")
+    return Edit(**given)
+
+
+def parse_arm(text: str) -> tuple[str, list[Edit]]:
+    """Reads the name and the edits of an arm from `NAME: EDIT; EDIT`.
+
+    Raises:
+        ValueError: it has no name or no edit, or an edit is invalid.
+    """
+    name, colon, edits = text.partition(":")
+    found = [parse(each) for each in edits.split(";") if each.strip()]
+    if not (name.strip() and colon and found):
+        raise ValueError(f"arm {text!r} is not NAME: EDIT; EDIT, as in 'no-9: layer=1 expert=9 operation=drop'")
+    return name.strip(), found
+
+
 class EditedRouting:
     """Context manager that holds edits on the routers of a model."""
 
     def __init__(
-        self, model: PreTrainedModel, routers: Sequence[Router], edits: Sequence[Edit], where: Where | None = None
-    ) -> None:
+        self, model: PreTrainedModel, routers: Sequence[Router], edits: Sequence[Edit], where: Where | None = None,
+        *, known: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:  # fmt: skip
         """Prepares the edits; they act inside the context only, which must be entered before hooks that read routers.
 
         Args:
@@ -89,19 +124,20 @@ class EditedRouting:
             routers: of the model.
             edits: any number of each router.
             where: T -> [T] bool, the positions of a forward pass at which the edits act (default: all).
+            known: `geometry` of the routers, if it was asked for already.
 
         Raises:
             ValueError: a router or an expert does not exist, or the operation has no meaning for the family.
         """
-        known = {(router.stack, router.layer): router for router in routers}
+        there = {(router.stack, router.layer): router for router in routers}
         of: dict[tuple[str, int], list[Edit]] = {}
         for edit in edits:
             of.setdefault((edit.stack, edit.layer), []).append(edit)
-        for stack, layer in of.keys() - known.keys():
-            there = ", ".join(f"{each} {number}" for each, number in known)
-            raise ValueError(f"no router in {stack} layer {layer}; the model has {there}")
-        geometry = _geometry(model, [known[at] for at in of])
-        self._edited = [_Edited(known[at], own, *geometry[known[at].name]) for at, own in of.items()]
+        for stack, layer in of.keys() - there.keys():
+            names = ", ".join(f"{each} {number}" for each, number in there)
+            raise ValueError(f"no router in {stack} layer {layer}; the model has {names}")
+        sizes = geometry(model, [there[at] for at in of]) if known is None else known
+        self._edited = [_Edited(there[at], own, *sizes[there[at].name]) for at, own in of.items()]
         self._where = where
         self._handles: list[Any] = []
         self._wrapped: list[Any] = []
@@ -145,8 +181,8 @@ class EditedRouting:
         self._wrapped.append(block)
 
 
-def _geometry(model: PreTrainedModel, routers: Sequence[Router]) -> dict[str, tuple[int, int]]:
-    """Finds E and k of routers, by name, in a tiny forward pass."""
+def geometry(model: PreTrainedModel, routers: Sequence[Router]) -> dict[str, tuple[int, int]]:
+    """Finds E and k of routers, by name, in a tiny forward pass; before hooks that expect a batch."""
     found: dict[str, tuple[int, int]] = {}
 
     def listen(router: Router) -> Callable[..., None]:

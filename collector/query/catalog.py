@@ -35,6 +35,7 @@ GROUPS = {
     "structure": "Which decisions belong together: experts, layers, positions, tokens?",
     "tokens": "What do experts read, token by token?",
     "outputs": "What do experts put out, and how well does the model predict?",
+    "interventions": "What do experts cause?",
     "comparison": "How do two runs of the same text differ?",
 }
 """Folder of `queries/` -> what its queries ask, in the order of every list."""

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 _SQL_TYPES = {
     "uint8": "utinyint", "uint16": "usmallint", "uint32": "uinteger", "uint64": "ubigint", "bool": "boolean",
-    "string": "varchar", "float": "float", "list<item: float>": "float[]", "list<element: float>": "float[]",
+    "string": "varchar", "double": "double", "float": "float",
+    "list<item: float>": "float[]", "list<element: float>": "float[]",
     "list<item: halffloat>": "float[]", "list<item: uint16>": "usmallint[]", "list<item: uint32>": "uinteger[]",
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ PEAKS = {
     "H20": 148e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
 }  # fmt: skip
 """FLOP/s of dense 16-bit matrix products by kind of GPU, as Ray names it; from NVIDIA's data sheets."""
-_WHOLE = {"loss", "vocabulary"}
+_WHOLE = {"loss", "vocabulary", "effects"}
 """Recorders for which the pass runs to its end."""
 
 
@@ -33,7 +33,8 @@ def described(info: Mapping[str, Any], totals: Totals) -> str:
     each, seconds = flops_per_token(info, totals), totals.seconds.get("forward", 0.0)
     if not each or not seconds:
         return ""
-    rate = each * totals.tokens / seconds
+    passes = 1 + len(info["config"].get("arms") or ())
+    rate = passes * each * totals.tokens / seconds
     hardware = info.get("hardware") or {}
     kinds, gpus = list(hardware.get("accelerators") or ()), hardware.get("gpus_per_replica") or 0
     share = ""

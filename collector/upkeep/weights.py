@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from collector.config import ModelConfig
+from collector.config import ModelConfig, section
 from collector.models import loading
 from collector.models.expert_weights import ExpertWeights, cosines, couplings, matched, router_cosines, router_rows
 from collector.models.routers import find_routers
@@ -65,10 +65,7 @@ def make(
         ValueError: the model cannot be loaded, is not that of the run, or its experts are not known.
     """
     info = run.read_json(RUN)
-    fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    config = ModelConfig(
-        **{name: value for name, value in info["config"].items() if name in fields} | {"compile": False}
-    )
+    config = section(ModelConfig, info["config"], compile=False)
     model = (loaded or loading.load(config, device)).model
     if (found := loading.fingerprint(model)) != info["model"]["fingerprint"]:
         raise ValueError(

@@ -94,7 +94,7 @@ def config(tmp_path, tiny_folder):
 
 
 def test_the_routing_is_always_recorded_and_alone_unless_told():
-    assert list(RECORDERS) == ["routing", "outputs", "loss", "similarity", "vocabulary"]
+    assert list(RECORDERS) == ["routing", "outputs", "loss", "similarity", "vocabulary", "effects"]
     assert CaptureConfig().record == ("routing",)
 
 

@@ -18,6 +18,7 @@ KEYS = {
     "similarity": ["shard", "stack", "layer", "block", "over"],
     "projections": ["shard", "stack", "layer", "tok", "expert"],
     "promotions": ["shard", "stack", "layer", "tok", "expert"],
+    "effects": ["shard", "doc", "arm"],
 }  # fmt: skip
 """Of the tables that every shard has, if their recorder ran."""
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from collector.capture import outputs, routing_table, similarity, vocabulary
+from collector.capture import effects, outputs, routing_table, similarity, vocabulary
 from collector.capture.loss import LossRecorder
 from collector.capture.routing_table import STATISTICS, LayerRouting
 from collector.data.sources import LABEL_SEPARATOR
@@ -33,7 +33,7 @@ from collector.store.tables import Layer
 
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
-RECORDED = ("outputs", "loss", "similarity", "vocabulary")
+RECORDED = ("outputs", "loss", "similarity", "vocabulary", "effects")
 """All that is recorded beside the routing."""
 EFFECTS = ("norms", "largest", "contributions")
 VOCABULARY = 50
@@ -71,6 +71,8 @@ class Shard:
     """Rows of the table, without their shard."""
     promotions: Sequence[Mapping[str, Any]] = ()
     """Rows of the table, without their shard; `tok` counts the tokens of the decoder."""
+    arms: Sequence[Mapping[str, Any]] = ()
+    """Rows of the table `effects`, without their shard."""
     token_ids: np.ndarray | None = None
     """[T], or all ids in turn."""
     spans: Sequence[str | None] | None = None
@@ -212,6 +214,7 @@ def random_shard(
         },
         similarity=[row for one in layers for row in _random_blocks(own, one)],
         promotions=[row for one in layers for row in _random_promotions(own, one, shard)],
+        arms=[row for arm in ("no-1", "no-2") for row in _random_effects(own, arm, shard)],
         losses=(shard.losses * own.gamma(2, 1, len(is_special))).astype(np.float32),
         **({} if vocabulary is None else _random_texts(rng, documents, vocabulary)),
     )
@@ -247,6 +250,20 @@ def _random_promotions(rng: np.random.Generator, layer: Layer, shard: Shard) -> 
     return rows
 
 
+def _random_effects(rng: np.random.Generator, arm: str, shard: Shard) -> list[dict[str, Any]]:
+    """What an arm does to each document; some have no token with a prediction."""
+    tokens = [int(rng.integers(0, length + 1)) for length in shard.lengths]
+    return [
+        {
+            "doc": doc, "arm": arm, "tokens": count, "loss": count * float(rng.gamma(2)),
+            "base_loss": count * float(rng.gamma(2)), "divergence": count * float(rng.gamma(1)),
+            "flips": int(rng.integers(0, count + 1)), "decisions": 3 * count,
+            "rerouted": int(rng.integers(0, count + 1)),
+        }
+        for doc, count in enumerate(tokens)
+    ]  # fmt: skip
+
+
 def joined(shards: Sequence[Shard]) -> Shard:
     """The documents of several shards in one; each has all ids of its own."""
 
@@ -276,6 +293,13 @@ def joined(shards: Sequence[Shard]) -> Shard:
                 itertools.accumulate((len(shard.labels) for shard in shards), initial=0), shards, strict=False
             )
             for row in shard.promotions
+        ],
+        arms=[
+            {**row, "doc": first + row["doc"]}
+            for first, shard in zip(
+                itertools.accumulate((len(shard.documents) for shard in shards), initial=0), shards, strict=False
+            )
+            for row in shard.arms
         ],
         document_ids=[name for shard in shards for name in shard.document_ids or ()],
         parallel_ids=[name for shard in shards for name in shard.parallel_ids or ()],
@@ -408,6 +432,9 @@ def publish_shard(
             first = (len(stacks) - 1) * len(shard.labels)  # the decoder's come last
             rows = [{"shard": number, **row, "tok": first + row["tok"]} for row in shard.promotions]
             small[vocabulary.TABLE] = pa.Table.from_pylist(rows, schema=vocabulary.SCHEMA)
+        if "effects" in record:
+            rows = [{"shard": number, **row} for row in shard.arms]
+            small[effects.TABLE] = pa.Table.from_pylist(rows, schema=effects.SCHEMA)
         for name, table in small.items():
             tables.write_table(Path(scratch, name), table)
             parts[name] = run.publish_part(Path(scratch, name), number, attempt, name, table.num_rows)

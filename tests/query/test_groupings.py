@@ -30,7 +30,8 @@ from tests.helpers.synthetic import Shard, random_shard, write_run
 
 GROUPINGS = sorted(path.stem for path in (query_folder() / "groupings").glob("*.sql"))
 QUERIES = [query.name for query in list_queries()]
-OF_DOCUMENTS = {query.name for query in list_queries() if {"label_outputs", "document_outputs"} & {*query.reads}}
+VIEWS_OF_DOCUMENTS = {"label_outputs", "document_outputs", "document_effects"}
+OF_DOCUMENTS = {query.name for query in list_queries() if VIEWS_OF_DOCUMENTS & {*query.reads}}
 """Those that refuse groups of tokens."""
 LAYERS = [
     Layer(stack="encoder", layer=1, n_experts=4, top_k=1, has_capacity=True),
@@ -244,7 +245,7 @@ def test_a_condition_on_the_router_reaches_the_files(folder, with_rollup, by) ->
 def test_a_grouped_run_has_the_same_relations_and_columns(folder, by) -> None:
     plain, grouped = open_run(folder), open_run(folder, by=by)
     names = {row[0] for row in plain.sql("select view_name from duckdb_views() where not internal").fetchall()}
-    without = {"document_outputs", "label_outputs"} if find_grouping(by).of == "token" else set()
+    without = VIEWS_OF_DOCUMENTS if find_grouping(by).of == "token" else set()
     assert without < names
     for name in names - without:
         described = f"select column_name, column_type from (describe {name})"

@@ -78,7 +78,20 @@ def case_shards(case: Path, picks: str = "picks.csv") -> list[Shard]:
             dataclasses.replace(shard, promotions=[promotion(row) for row in rows if row["shard"] == str(number)])
             for number, shard in enumerate(shards)
         ]
+    if (case / "effects.csv").exists():
+        rows = read_csv(case / "effects.csv")
+        shards = [
+            dataclasses.replace(shard, arms=[effect(row) for row in rows if row["shard"] == str(number)])
+            for number, shard in enumerate(shards)
+        ]
     return shards
+
+
+def effect(row: dict[str, str]) -> dict[str, object]:
+    """A row of effects.csv."""
+    numbers = {name: float(row[name]) for name in ("loss", "base_loss", "divergence")}
+    counts = {name: int(row[name]) for name in ("doc", "tokens", "flips", "decisions", "rerouted")}
+    return {"arm": row["arm"]} | numbers | counts
 
 
 def promotion(row: dict[str, str]) -> dict[str, object]:

@@ -307,8 +307,8 @@ def test_headers_tell_everything() -> None:
         of_model = query.name == "compute"  # of all layers together
         of_router = {"stack", "layer"} if of_routers & set(query.reads) and not of_model else set()
         of_tokens = {"labels", "include_special"}
-        if {"sampled_picks", "maps"} & set(query.reads):
-            of_tokens -= {"include_special"}  # no special token is sampled
+        if {"sampled_picks", "maps", "document_effects"} & set(query.reads):
+            of_tokens -= {"include_special"}  # no special token is in them
         elif query.reads in (("expert_pairs",), ("weights",)):
             of_tokens = set()  # blocks of a sample, and a model, have no label
         assert {param.name for param in query.params} >= of_tokens | of_router

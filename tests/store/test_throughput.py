@@ -63,6 +63,12 @@ def test_the_share_of_the_peak_is_said_where_it_is_known() -> None:
         assert "peak" not in described(card(hardware=unknown), totals())
 
 
+def test_every_arm_is_a_pass() -> None:
+    whole = flops_per_token(card(("loss",)), totals())
+    told = described(card(("effects",)) | {"config": {"record": ("effects",), "arms": ["a: …", "b: …"]}}, totals())
+    assert told.endswith(f"{3 * 90 * whole / 2 / 1e9:.3g} GFLOP/s in forward passes")
+
+
 def test_what_cannot_be_counted_is_not_said() -> None:
     assert described(card() | {"compute": None}, totals()) == ""
     assert described(card(), totals(seconds=0)) == ""

@@ -10,7 +10,7 @@ import torch
 from collector.look.trace import collecting, pieces
 from collector.look.trace.reading import read
 from collector.models import heads, loading
-from collector.models.edits import Edit, EditedRouting
+from collector.models.edits import EditedRouting
 from collector.models.routers import find_routers
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from collector.config import CaptureConfig, ModelConfig
     from collector.look.trace.reading import Trace
+    from collector.models.edits import Edit
     from collector.models.heads import Head
     from collector.models.loading import LoadedModel
     from collector.query.warehouse import Run
@@ -64,27 +65,6 @@ class Outcome:
             changed = sum(set(one.experts) != set(other.experts) for one, other in pairs)
             parts.append(f"{self.before.name(old)} {changed} of {len(old.tokens)}")
         return f"Tokens with other experts: {', '.join(parts)}"
-
-
-def parse(text: str) -> Edit:
-    """Reads an edit from `layer=1 expert=9 operation=scale value=2`, with `stack=encoder` where that matters.
-
-    Raises:
-        ValueError: a name is unknown or missing, or a value is not of its kind.
-    """
-    kinds = {"layer": int, "expert": int, "operation": str, "value": float, "stack": str}
-    given: dict[str, object] = {}
-    for part in text.replace(",", " ").split():
-        name, _, value = part.partition("=")
-        if name not in kinds or not value:
-            raise ValueError(f"--edit {text!r}: {part!r} is none of {', '.join(f'{each}=…' for each in kinds)}")
-        try:
-            given[name] = kinds[name](value)
-        except ValueError as error:
-            raise ValueError(f"--edit {text!r}: {name} takes a number, got {value!r}") from error
-    if missing := [name for name in ("layer", "expert", "operation") if name not in given]:
-        raise ValueError(f"--edit {text!r} lacks {' and '.join(missing)}, as in 'layer=1 expert=9 operation=drop'")
-    return Edit(**given)  # type: ignore[arg-type]
 
 
 def compare(

@@ -347,3 +347,30 @@ def direct_attribution(shards: Sequence[Shard], *, pooled: bool) -> dict:
         error = math.sqrt(sum(x * x for x in deviations)) if len(texts) > 1 else None
         rows["direct_attribution", stack, layer, label, expert] = (value, baseline, len(own), len(texts), error)
     return rows
+
+
+def expert_effect(shards: Sequence[Shard], *, pooled: bool) -> dict:
+    """See the query."""
+    found: dict[tuple, list[tuple[float, float]]] = {}
+    for shard in shards:
+        characters = shard.character_counts
+        for row in shard.arms:
+            doc = row["doc"]
+            label = None if pooled else shard.documents[doc][0]
+            cut = shard.truncated is not None and bool(shard.truncated[doc])
+            change = row["loss"] - row["base_loss"]
+            metrics = {
+                "nats_per_token": (change, row["tokens"]), "divergence": (row["divergence"], row["tokens"]),
+                "flips": (row["flips"], row["tokens"]), "rerouted": (row["rerouted"], row["decisions"]),
+                "bits_per_character": None if cut else (change / math.log(2), int(characters[doc])),
+            }  # fmt: skip
+            for metric, pair in metrics.items():
+                if pair is not None and pair[1] > 0:
+                    found.setdefault((metric, row["arm"], label), []).append(pair)
+    rows = {}
+    for at, pairs in found.items():
+        x, y = np.array(pairs, float).T
+        value = x.sum() / y.sum()
+        error = math.sqrt(((x - y * value) ** 2).sum()) / y.sum() if len(pairs) > 1 else None
+        rows[at] = (value, 0, int(y.sum()), len(pairs), error)
+    return rows

@@ -1,0 +1,70 @@
+"""Reads the arms of an intervention: sets of edits of the routing, from a file or by name.
+
+A file is CSV, or SQL over the views of the run whose experts are edited. Its rows are edits: `arm` (the name of the
+set), `layer`, `expert`, `operation`, and optionally `stack` (default decoder) and `value`. Named arms are the SQL files
+of `queries/arms/`.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collector.query.catalog import query_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from collector.query.warehouse import Run
+
+_NEEDED = ("arm", "layer", "expert", "operation")
+_ALL = (*_NEEDED, "stack", "value")
+
+
+def read_arms(run: Run, source: str) -> tuple[str, ...]:
+    """Returns arms as `--arms` takes them: `NAME: EDIT; EDIT`.
+
+    Args:
+        run: whose views SQL reads.
+        source: a file that ends with .csv or .sql, or the name of one in `queries/arms/`.
+
+    Raises:
+        FileNotFoundError: there is no such file or name.
+        ValueError: the SQL is invalid, or the rows lack a column or are none.
+    """
+    path = Path(source)
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    else:
+        relation = run.sql(_statement(source).rstrip().rstrip(";"))
+        rows = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
+    return tuple(_told(rows, source))
+
+
+def named_arms() -> list[str]:
+    """Returns the names of the arms in `queries/arms/`."""
+    return sorted(path.stem for path in (query_folder() / "arms").glob("*.sql"))
+
+
+def _statement(source: str) -> str:
+    path = Path(source) if source.endswith(".sql") else query_folder() / "arms" / f"{source}.sql"
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"--arms {source}: no such file; name a CSV or SQL file, or one of {', '.join(named_arms())}"
+        ) from error
+
+
+def _told(rows: Iterable[Mapping[str, Any]], source: str) -> Iterable[str]:
+    edits: dict[str, list[str]] = {}
+    for row in rows:
+        if missing := [name for name in _NEEDED if row.get(name) in (None, "")]:
+            raise ValueError(f"--arms {source}: a row lacks {' and '.join(missing)}; it has {', '.join(row)}")
+        parts = [f"{name}={row[name]}" for name in _ALL[1:] if row.get(name) not in (None, "")]
+        edits.setdefault(str(row["arm"]), []).append(" ".join(parts))
+    if not edits:
+        raise ValueError(f"--arms {source}: it names no edit")
+    return (f"{arm}: {'; '.join(parts)}" for arm, parts in edits.items())

@@ -1,0 +1,117 @@
+"""`collector intervene`: the documents and the model of a run, once more with edits."""
+
+from __future__ import annotations
+
+import pytest
+
+from collector import open_run
+from collector.config import CaptureConfig, DataConfig, ModelConfig, section
+from collector.query.arms import named_arms, read_arms
+from collector.store.run_directory import RunDirectory
+from collector.store.tables import Layer
+from collector.upkeep.verify import verify
+from tests.helpers.command_line import collector
+from tests.helpers.runs import collect_here, content, run_config, write_jsonl
+from tests.helpers.synthetic import Shard, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("intervene")
+    data = DataConfig(data=(str(write_jsonl(folder / "texts.jsonl", 12)),), docs_per_shard=6)
+    return collect_here(folder / "run", run_config(data, ModelConfig(dtype="float32"), max_length=40, store=("text",)))
+
+
+@pytest.mark.ray
+def test_the_same_documents_go_through_the_same_model_with_edits(run, tmp_path) -> None:
+    arms = tmp_path / "arms.csv"
+    arms.write_text("arm,layer,expert,operation,value\nno 31,4,31,drop,\nno 31,5,2,drop,\nloud,4,44,scale,2.5\n")
+    done = collector("intervene", str(run.root), "--arms", str(arms), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    out = RunDirectory(tmp_path / "out")
+    assert content(out)["tokens"].equals(content(run)["tokens"])
+    assert content(out)["documents"].drop_columns(["shard"]).num_rows == 12
+    assert verify(out).sound
+    shown = open_run(out.root).query("expert_effect", pooled=True).fetchall()
+    assert {row[1] for row in shown} == {"no 31", "loud"}
+    assert {row[0] for row in shown} >= {"nats_per_token", "divergence", "flips", "rerouted"}
+    divergences = [row[3] for row in shown if row[0] == "divergence"]
+    assert min(divergences) > 0
+    config = out.read_json("run.json")["config"]
+    assert config["arms"] == [
+        "no 31: layer=4 expert=31 operation=drop; layer=5 expert=2 operation=drop",
+        "loud: layer=4 expert=44 operation=scale value=2.5",
+    ]
+    assert (config["max_length"], config["store"], config["record"]) == (40, [], ["effects"])
+
+
+# -- arms ----------------------------------------------------------------------------------------------
+
+
+LAYERS = (Layer(layer=1, n_experts=3, top_k=1), Layer(layer=2, n_experts=3, top_k=1))
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """English chooses experts 0 and 1, Korean 1 and 2 of layer 1; layer 2 sends everything to 2."""
+    shard = Shard.of_picks(
+        LAYERS, documents=[("en", 4), ("ko", 4)],
+        experts={1: [0, 0, 0, 1, 1, 2, 2, 2], 2: [2] * 8},
+    )  # fmt: skip
+    return open_run(write_run(tmp_path_factory.mktemp("counted") / "run", LAYERS, [shard]))
+
+
+def test_named_arms_are_sql_over_the_run(counted) -> None:
+    assert named_arms() == ["every_expert", "language_experts", "most_loaded"]
+    every = read_arms(counted, "every_expert")
+    assert len(every) == 6
+    assert every[4] == "decoder 2 1: layer=2 expert=1 operation=drop stack=decoder"
+    (most,) = read_arms(counted, "most_loaded")
+    assert (
+        most
+        == "most loaded: layer=1 expert=0 operation=drop stack=decoder; layer=2 expert=2 operation=drop stack=decoder"
+    )
+    english, korean = read_arms(counted, "language_experts")
+    # en: expert 0 with 3/4 ln 2, then 1 with 1/4 ln 1; layer 2 has a single expert with a share
+    assert english == "en: " + "; ".join(
+        f"layer={layer} expert={expert} operation=drop stack=decoder" for layer, expert in ((1, 0), (1, 1), (2, 2))
+    )
+    assert korean.startswith("ko: layer=1 expert=1 operation=drop stack=decoder; layer=1 expert=2")
+
+
+def test_arms_are_read_from_sql_and_csv(counted, tmp_path) -> None:
+    sql = tmp_path / "arms.sql"
+    sql.write_text("select 'x' as arm, layer, 0 as expert, 'bias' as operation, -1.5 as value from layers;")
+    assert read_arms(counted, str(sql)) == (
+        "x: layer=1 expert=0 operation=bias value=-1.5; layer=2 expert=0 operation=bias value=-1.5",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "arm,layer,expert\nx,1,2\n", "a row lacks operation; it has arm, layer, expert"),
+        ("a.csv", "arm,layer,expert,operation\n", "names no edit"),
+        ("a.sql", "select 1 as arm where false", "names no edit"),
+        ("a.sql", "drop table tokens", "a run is read|read-only|reads"),
+    ],
+)
+def test_arms_that_are_none_are_named(counted, tmp_path, name, text, message) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_arms(counted, str(tmp_path / name))
+
+
+def test_an_unknown_name_lists_those_there_are(counted) -> None:
+    with pytest.raises(FileNotFoundError, match="--arms nobody: no such file; name a CSV or SQL file, or one of every"):
+        read_arms(counted, "nobody")
+
+
+def test_a_section_comes_back_from_what_is_stored() -> None:
+    data = DataConfig(data=("a.jsonl", "b.jsonl"), per_label=3)
+    capture = CaptureConfig(layers=(1, 2), store=("text",))
+    config = run_config(data, ModelConfig(dtype="float32"), layers=(1, 2), store=("text",))
+    flat = config.to_dict()
+    assert section(DataConfig, flat) == data
+    assert section(ModelConfig, flat) == ModelConfig(dtype="float32")
+    assert section(CaptureConfig, flat, tokens_per_batch=None) == capture
