@@ -119,6 +119,21 @@ def test_a_card_says_what_the_queries_say(synthetic_run):
         views.card(synthetic_run, found, stack="decoder", layer=7, expert=2, label="en", name="layer 7")
 
 
+def test_a_card_shows_the_expert_on_the_layer_s_map(tmp_path):
+    shard = random_shard(np.random.default_rng(3), LAYERS, [("en", 30)], special=0, vocabulary=40)
+    points = [
+        {"stack": "decoder", "layer": 3, "method": method, "shard": 0, "tok": tok, "expert": tok % 3, "x": tok, "y": 2,
+         "seed": 0, "trustworthiness": 0.5}
+        for method in ("pca", "umap") for tok in range(9)
+    ]  # fmt: skip
+    run = open_run(write_run(tmp_path / "run", LAYERS, [shard], maps=points))
+    given = {"stack": "decoder", "expert": 2, "label": "en", "name": "x"}
+    shown = views.card(run, views.frequencies(run, "decoder", 3), layer=3, **given)
+    assert "Map of the layer's outputs (umap), those of expert 2 in colour" in shown
+    assert (shown.count('class="own"'), shown.count('class="other"')) == (3, 6)
+    assert "<svg" not in views.card(run, views.frequencies(run, "decoder", 0), layer=0, **given)
+
+
 def test_a_card_says_nothing_of_what_was_not_recorded(tmp_path):
     shard = random_shard(np.random.default_rng(3), LAYERS, [("en", 30)], special=0, vocabulary=40)
     run = open_run(write_run(tmp_path / "run", LAYERS, [shard], record=(), weights=None, maps=None))

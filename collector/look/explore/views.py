@@ -29,6 +29,10 @@ ITEMS = 10
 """Items per aspect of a card."""
 WIDTH = 12
 """Tokens of context on each side."""
+METHODS = ("umap", "tsne", "pca")
+"""Methods of maps, the one to show first."""
+MOST_POINTS = 1500
+"""Maximum number of other experts' points on a map, about."""
 MARKS = (
     '<p class="quiet">Framed: the selected expert has the highest weight. Underlined: it is among the k. '
     "Click a token or an expert to select an expert.</p>"
@@ -170,6 +174,7 @@ def card(run: Run, found: Sequence[Frequency], *, stack: str, layer: int, expert
         f"{tokens:,} tokens{sample}; spellings are those that chose it most often.</p>"
         f'<div class="aspects">{"".join(lists)}</div>'
         + _outputs(profile.outputs(run, stack=stack, layer=layer, expert=expert, n=ITEMS))
+        + _plane(run, stack=stack, layer=layer, expert=expert)
         + _contexts([(item, weight) for aspect, item, weight, *_ in aspects if aspect == "context"])
     )
 
@@ -205,6 +210,35 @@ def _outputs(found: Mapping[str, Any]) -> str:
         return ""
     sentence = f'<p class="quiet">{". ".join(told)}.</p>' if told else ""
     return f'{sentence}<div class="aspects">{"".join(lists)}</div>'
+
+
+def _plane(run: Run, *, stack: str, layer: int, expert: int) -> str:
+    """Draws the layer's map, if there is one, with the expert's outputs in front of the others."""
+    if not run.has("maps"):
+        return ""
+    found = run.query("expert_map", stack=stack, layer=layer).project("method, expert, label, token, x, y").fetchall()
+    methods = {method for method, *_ in found}
+    if not methods:
+        return ""
+    method = min(methods, key=METHODS.index)
+    own = [row for row in found if row[0] == method and row[1] == expert]
+    others = [row for row in found if row[0] == method and row[1] != expert]
+    others = others[:: max(1, len(others) // MOST_POINTS)]
+    places = [row[4:] for row in (*own, *others)]
+    left, low = (min(place[axis] for place in places) for axis in (0, 1))
+    size = max(max(place[axis] for place in places) - start for axis, start in ((0, left), (1, low))) or 1.0
+
+    def dot(row: tuple[Any, ...], kind: str) -> str:
+        _, _, label, token, x, y = row
+        told = html.escape(f"{pieces.visible(token or '')} ({label})")
+        across, up = 300 * (x - left) / size, 300 - 300 * (y - low) / size
+        return f'<circle class="{kind}" cx="{across:.1f}" cy="{up:.1f}" r="2.5"><title>{told}</title></circle>'
+
+    dots = "".join([*(dot(row, "other") for row in others), *(dot(row, "own") for row in own)])
+    return (
+        f"<section><h3>Map of the layer's outputs ({method}), those of expert {expert} in colour</h3>"
+        f'<svg class="map" viewBox="-5 -5 310 310" role="img" aria-label="Map of outputs">{dots}</svg></section>'
+    )
 
 
 def card_page(run: Run, *, stack: str, layer: int, expert: int) -> str:
