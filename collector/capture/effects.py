@@ -107,6 +107,7 @@ class EffectsRecorder(Recorder):
             ValueError: the model is no decoder, or an edit has no meaning in it.
         """
         from collector.models.edits import EditedRouting, geometry, parse_arm
+        from collector.models.routers import find_routers
 
         if self.model.config.is_encoder_decoder:
             raise ValueError("--record effects compares predictions of decoders; this model has an encoder")
@@ -116,10 +117,11 @@ class EffectsRecorder(Recorder):
         names = [name for name, _ in arms]
         if len(set(names)) < len(names):
             raise ValueError(f"two arms are called {max(names, key=names.count)!r}: give each a name of its own")
-        known = geometry(self.model, self.routers)
+        routers = find_routers(self.model)  # those that are not recorded can be edited, too
+        known = geometry(self.model, routers)
         self.arms = [
             Arm(
-                name=name, routing=EditedRouting(self.model, self.routers, edits, known=known),
+                name=name, routing=EditedRouting(self.model, routers, edits, known=known),
                 first=min(edit.layer for edit in edits),
             )
             for name, edits in arms
@@ -132,7 +134,7 @@ class EffectsRecorder(Recorder):
 
             return keep
 
-        routers = [
+        choices = [
             Hook(
                 name=f"router {router.name}", module=router.module, stack="decoder", read=router.read,
                 keep=choosing(router.name),
@@ -143,7 +145,7 @@ class EffectsRecorder(Recorder):
             name="the model", module=self.model, stack="decoder",
             read=lambda outputs: _Hidden(outputs.last_hidden_state.flatten(0, 1)), keep=self._keep,
         )  # fmt: skip
-        return [*routers, whole]
+        return [*choices, whole]
 
     def _keep(self, hidden: _Hidden, grid: Grid) -> Nothing:
         self._base, self._grid = hidden.hidden_rh, grid

@@ -81,6 +81,13 @@ def test_nothing_is_behind_an_edit_of_the_last_layer(run) -> None:
     assert (own.loss != own.base_loss).any()
 
 
+def test_a_layer_that_is_not_recorded_can_be_edited(tmp_path, data, run) -> None:
+    few = collect_here(tmp_path / "run", settings(data, layers=(6,)))
+    one, other = rows(few), rows(run)
+    assert (one.loss == other.loss).all()
+    assert (one.query("arm == 'silent'").decisions == one.query("arm == 'silent'").tokens).all()
+
+
 def test_the_routing_is_that_of_the_model_as_it_is(run, tmp_path, data) -> None:
     plain = collect_here(tmp_path / "plain", run_config(data, DEMO, tokens_per_batch=300))
     assert content(plain)["routing"].equals(content(run)["routing"])
