@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collector.capture.batches import Batch, TokenTable
     from collector.capture.padding import Grid
     from collector.capture.shard_text import ShardText
-    from collector.models.edits import EditedRouting
+    from collector.models.edited_routing import EditedRouting
     from collector.models.routers import Reading
 
 TABLE = "effects"
@@ -106,7 +106,8 @@ class EffectsRecorder(Recorder):
         Raises:
             ValueError: the model is no decoder, or an edit has no meaning in it.
         """
-        from collector.models.edits import EditedRouting, geometry, parse_arm
+        from collector.models.edited_routing import EditedRouting, geometry
+        from collector.models.edits import parse_arm
         from collector.models.routers import find_routers
 
         if self.model.config.is_encoder_decoder:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from collector.models.edits import OPERATIONS, Edit, EditedRouting
+from collector.models.edited_routing import EditedRouting
+from collector.models.edits import OPERATIONS, Edit
 from collector.models.families import family, tiny
 from collector.models.routers import find_routers
 from tests.models.test_families import CAPTURED, EVEN, assert_received, built, capture, padded, plain, texts

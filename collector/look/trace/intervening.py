@@ -10,7 +10,7 @@ import torch
 from collector.look.trace import collecting, pieces
 from collector.look.trace.reading import read
 from collector.models import heads, loading
-from collector.models.edits import EditedRouting
+from collector.models.edited_routing import EditedRouting
 from collector.models.routers import find_routers
 
 if TYPE_CHECKING:
