@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
         pa.field("shard", pa.uint32(), nullable=False),
         pa.field("doc", pa.uint32(), nullable=False),
         pa.field("arm", tables.NAME, nullable=False),
-        *(pa.field(name, pa.uint32(), nullable=False) for name in ("tokens",)),
+        pa.field("tokens", pa.uint32(), nullable=False),
         *(pa.field(name, pa.float64(), nullable=False) for name in ("loss", "base_loss", "divergence")),
         *(pa.field(name, pa.uint32(), nullable=False) for name in ("flips", "decisions", "rerouted")),
     ]
@@ -273,5 +273,5 @@ class ShardEffects(Recording):
         }  # fmt: skip
         for number, name in enumerate(SUMS):
             columns[name] = self._sums_an7[..., number].ravel()
-        tables.write_table(folder / TABLE, tables.with_lists(SCHEMA, columns, {}, np.zeros(1, int)))
+        tables.write_table(folder / TABLE, tables.table_of(SCHEMA, columns))
         return {TABLE: arms * documents}

@@ -206,8 +206,7 @@ class SimilarityRecorder(Recorder):
         """See `Recorder.start`."""
         ordinary = {stack: int((~table.is_special).sum()) for stack, table in tokens.items()}
         size = self.config.sample_tokens
-        before = sum(len(table.ids) for stack, table in tokens.items() if stack != "decoder")
-        return ShardSimilarity(self.routers, {stack: min(count, size) for stack, count in ordinary.items()}, before)
+        return ShardSimilarity(self.routers, {stack: min(count, size) for stack, count in ordinary.items()})
 
 
 def _project(outputs_beh: torch.Tensor, experts_bk: torch.Tensor, slot_b: NDArray[np.int64]) -> _Projected:
@@ -232,10 +231,9 @@ def _joined(parts: Sequence[_Projected]) -> _Projected:
 class ShardSimilarity(Recording):
     """The sums of one shard's sample."""
 
-    def __init__(self, routers: Sequence[Router], sampled: Mapping[str, int], before: int) -> None:
+    def __init__(self, routers: Sequence[Router], sampled: Mapping[str, int]) -> None:
         self._routers = routers
         self._sampled = sampled
-        self._before = {"decoder": before}
         self._found: list[_Compared | None] = []
 
     def put(self, batch: Mapping[str, Batch], kept: Sequence[Nothing]) -> None:
@@ -257,7 +255,7 @@ class ShardSimilarity(Recording):
             if not (all(each.isfinite().all() for each in sums) and np.isfinite(found.projected.output_pd).all()):
                 raise ValueError(f"{where}: an expert's output is not finite")
 
-    def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:  # noqa: ARG002
+    def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:
         """Writes one row group per router, and of `similarity` one per block and router."""
         found = [(router, found) for router, found in zip(self._routers, self._found, strict=True) if found is not None]
         with _writer(folder / TABLE, SCHEMA, names=["block", "over"]) as writer:
@@ -266,7 +264,7 @@ class ShardSimilarity(Recording):
                 writer.write_table(rows)
         with _writer(folder / PROJECTIONS, PROJECTIONS_SCHEMA, names=["expert"]) as writer:
             picks = [
-                _projected_rows(shard, router, each.projected, self._before.get(router.token_stack, 0))
+                _projected_rows(shard, router, each.projected, text.first_tok(router.token_stack))
                 for router, each in found
             ]
             for rows in picks:

@@ -219,7 +219,6 @@ class ShardVocabulary(Recording):
     def __init__(self, routers: Sequence[Router], tokens: Mapping[str, TokenTable], size: int) -> None:
         table = tokens["decoder"]
         self._routers = routers
-        self._before = sum(len(each.ids) for stack, each in tokens.items() if stack != "decoder")
         self._has_next_t = _next_tokens(table) >= 0
         self._sampled = min(size, int((~table.is_special).sum()))
         self._found: list[_Promotions] = []
@@ -240,7 +239,7 @@ class ShardVocabulary(Recording):
             if (np.isfinite(found.attribution_p) != self._has_next_t[found.slot_p]).any():
                 raise ValueError(f"{where}: an attribution is not finite (NaN model?)")
 
-    def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:  # noqa: ARG002
+    def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:
         """Writes one row group per router."""
         rows = 0
         with pq.ParquetWriter(
@@ -254,11 +253,11 @@ class ShardVocabulary(Recording):
                 attribution_p = found.attribution_p[order]
                 columns: dict[str, Any] = {
                     "shard": np.full(count, shard), "stack": tables.constant(router.stack, count),
-                    "layer": np.full(count, router.layer), "tok": self._before + found.slot_p[order],
+                    "layer": np.full(count, router.layer), "tok": text.first_tok("decoder") + found.slot_p[order],
                     "expert": found.expert_p[order],
                     "attribution": pa.array(attribution_p, mask=np.isnan(attribution_p)),
                 }  # fmt: skip
                 columns |= dict(zip(PROMOTED, found.promoted_p3[order].T, strict=True))
-                writer.write_table(pa.Table.from_pydict(columns, schema=SCHEMA))
+                writer.write_table(tables.table_of(SCHEMA, columns))
                 rows += count
         return {TABLE: rows}

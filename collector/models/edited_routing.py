@@ -240,6 +240,7 @@ class _Interception(TorchFunctionMode):
         super().__init__()
         self._edited, self._where = edited, where
         self._is_on = False
+        self._in_router = False
         self._is_alone = False
         """Whether only the router was called, and not the block around it, as in JetMoE's attention."""
 
@@ -248,7 +249,7 @@ class _Interception(TorchFunctionMode):
     def begin(self, *_arguments: Any) -> None:
         """Before the block."""
         self._edited.start()
-        self._is_on = True
+        self._is_on, self._in_router = True, False
         self.__enter__()
 
     def begin_alone(self, *_arguments: Any) -> None:
@@ -256,6 +257,7 @@ class _Interception(TorchFunctionMode):
         self._is_alone = not self._is_on
         if self._is_alone:
             self.begin()
+        self._in_router = True
 
     def end(self, *_arguments: Any) -> None:
         """After the block, or after an error in it."""
@@ -265,6 +267,7 @@ class _Interception(TorchFunctionMode):
 
     def rewrite(self, _module: torch.nn.Module, _inputs: Any, outputs: Any) -> Any:
         """After the router: puts edited weights into what it returns."""
+        self._in_router = False
         if self._is_alone:
             self.end()
         if not self._edited.changes_weights:
@@ -291,7 +294,7 @@ class _Interception(TorchFunctionMode):
         options = kwargs or {}
         edited, name = self._edited, getattr(func, "__name__", "")
         scores = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if name == "linear" and edited.takes_logits:
+        if name == "linear" and self._in_router and edited.takes_logits:
             logits = func(*args, **options)
             if logits.shape[-1] != edited.experts:
                 return logits

@@ -164,6 +164,12 @@ def constant(name: str, rows: int) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), [name])
 
 
+def table_of(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
+    """Builds a table from columns of other, wider types."""
+    arrays = [pa.array(columns[field.name]).cast(field.type, safe=False) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
 def with_lists(
     schema: pa.Schema, columns: Mapping[str, Any], lists: Mapping[str, NDArray[Any]], offsets: NDArray[np.integer]
 ) -> pa.Table:

@@ -138,7 +138,7 @@ def _write(
         "method": tables.constant(method, count), "x": places_p2[:, 0], "y": places_p2[:, 1],
         "seed": np.full(count, seed), "trustworthiness": np.full(count, trusted),
     }  # fmt: skip
-    table = tables.with_lists(tables.MAPS_SCHEMA, columns, {}, np.zeros(1, int))
+    table = tables.table_of(tables.MAPS_SCHEMA, columns)
     with run.scratch() as scratch:
         path = Path(scratch, "map")
         tables.write_table(path, table)

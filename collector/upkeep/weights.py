@@ -131,5 +131,4 @@ def _rows(router: Router, measure: str, values: NDArray[np.float64], *, mirrored
         "measure": tables.constant(measure, int(kept.sum())), "expert": expert[kept], "other_expert": other[kept],
         "value": values.ravel()[kept],
     }  # fmt: skip
-    arrays = [pa.array(columns[field.name]).cast(field.type) for field in tables.WEIGHTS_SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=tables.WEIGHTS_SCHEMA)
+    return tables.table_of(tables.WEIGHTS_SCHEMA, columns)
