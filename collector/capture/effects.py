@@ -1,16 +1,21 @@
 """Records what edits of the routing do to the model's predictions: the table `effects`.
 
-Each batch goes through the model as it is, and once more for every arm, a set of edits with a name. Both are compared
-token by token: the loss, the divergence of the next token's distribution, whether the most probable token is another
-one, and whether routers behind the first edited layer choose other experts. Batches are the same for all arms, so an
-arm that changes nothing differs by exactly nothing. Special tokens do not count.
+Each batch goes through the model as it is, and once more for every arm of edits and each of its controls; the layers
+before an arm's first edit run once for all. Both are compared token by token: the loss, the divergence of the next
+token's distribution, whether the most probable token is another one, and whether routers behind the first edited layer
+choose other experts. Batches are the same for all arms, so an arm that changes nothing differs by exactly nothing.
+Another pass, without edits, sends the batch in other parts: what it changes is the noise of the arithmetic, recorded as
+the arm `no edit`. Special tokens do not count.
 
 Shapes: R real tokens, F tokens that follow another one of their document, H hidden size, V entries of the vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,10 +23,11 @@ import pyarrow as pa
 
 from collector.capture.recorder import Hook, Recorder, Recording
 from collector.capture.sampling import Nothing
+from collector.models.edits import NO_EDIT, parse_arm
 from collector.store import tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -29,11 +35,16 @@ if TYPE_CHECKING:
 
     from collector.capture.batches import Batch, TokenTable
     from collector.capture.padding import Grid
+    from collector.capture.recorder import Again
     from collector.capture.shard_text import ShardText
     from collector.models.edited_routing import EditedRouting
-    from collector.models.routers import Reading
+    from collector.models.edits import Arm
+    from collector.models.routers import Reading, Router
+    from collector.models.unedited_layers import UneditedLayers
 
 TABLE = "effects"
+NOISE = -1
+"""The place of the pass without edits, behind all arms."""
 SUMS = ("tokens", "loss", "base_loss", "divergence", "flips", "decisions", "rerouted")
 """What is added up for each document, in this order."""
 SCHEMA = pa.schema(
@@ -41,11 +52,16 @@ SCHEMA = pa.schema(
         pa.field("shard", pa.uint32(), nullable=False),
         pa.field("doc", pa.uint32(), nullable=False),
         pa.field("arm", tables.NAME, nullable=False),
+        pa.field("control", pa.uint16(), nullable=False),
         pa.field("tokens", pa.uint32(), nullable=False),
         *(pa.field(name, pa.float64(), nullable=False) for name in ("loss", "base_loss", "divergence")),
         *(pa.field(name, pa.uint32(), nullable=False) for name in ("flips", "decisions", "rerouted")),
     ]
 )
+
+
+_TOGETHER = 8
+"""Arms whose last hidden states are held at once, so that the logits of the model as it is are computed once for all."""
 
 
 class _Hidden(NamedTuple):
@@ -54,33 +70,33 @@ class _Hidden(NamedTuple):
     hidden_rh: torch.Tensor
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
-    """A set of edits with a name."""
+class _Pass(NamedTuple):
+    """What an arm's pass of a batch gave, without padding."""
 
-    name: str
-    routing: EditedRouting
-    first: int
-    """The first edited layer."""
+    arm: int
+    hidden_rh: torch.Tensor
+    experts: dict[str, torch.Tensor]
+    """[R, k] choices by router, of those behind the first edited layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """What one arm did to the documents of one batch, on the device."""
+    """What some arms did to the documents of one batch, on the device."""
 
-    arm: int
+    arms: list[int]
     doc_n: NDArray[np.int64]
-    sums_n7: torch.Tensor
-    """[documents, 7] `SUMS` in double precision."""
+    sums_an7: torch.Tensor
+    """[arms, documents, 7] `SUMS` in double precision."""
 
 
 class EffectsRecorder(Recorder):
     """Adds up, for each document and arm, how far predictions differ from those of the model as it is."""
 
     tables: ClassVar[Mapping[str, str]] = {
-        TABLE: "a document in an arm of edits: tokens with a prediction, the sums of their losses with the edits and "
-        "without, of KL(without‖with) of the next token (nats); tokens whose most probable successor is another one; "
-        "decisions of routers behind the first edited layer, and those with other experts"
+        TABLE: "a document in an arm of edits (control 0) or one of its controls: tokens with a prediction, the sums "
+        "of their losses with the edits and without, of KL(without‖with) of the next token (nats); tokens whose most "
+        "probable successor is another one; decisions of routers behind the first edited layer, and those with other "
+        "experts; the arm `no edit` is the same model with the documents in other batches"
     }
     needs_head: ClassVar[bool] = True
     needs_whole_pass: ClassVar[bool] = True
@@ -89,6 +105,9 @@ class EffectsRecorder(Recorder):
         """See `Recorder`; no shard has begun."""
         super().__init__(*arguments, **named)
         self.arms: list[Arm] = []
+        """In the order in which they run: by their first edited layer."""
+        self._routing: list[EditedRouting] = []
+        self._layers: UneditedLayers | None = None
         self._table: TokenTable | None = None
         self._base: torch.Tensor | None = None
         self._grid: Grid | None = None
@@ -107,26 +126,21 @@ class EffectsRecorder(Recorder):
             ValueError: the model is no decoder, or an edit has no meaning in it.
         """
         from collector.models.edited_routing import EditedRouting, geometry
-        from collector.models.edits import parse_arm
         from collector.models.routers import find_routers
+        from collector.models.unedited_layers import UneditedLayers
 
         if self.model.config.is_encoder_decoder:
             raise ValueError("--record effects compares predictions of decoders; this model has an encoder")
-        arms = [parse_arm(text) for text in self.config.arms]
-        if not arms:
+        self.arms = sorted(map(parse_arm, self.config.arms), key=lambda arm: arm.first)
+        if not self.arms:
             raise ValueError("--record effects needs arms: see --arms")
-        names = [name for name, _ in arms]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two arms are called {max(names, key=names.count)!r}: give each a name of its own")
+        titles = [arm.title for arm in self.arms]
+        if len(set(titles)) < len(titles):
+            raise ValueError(f"two arms are called {max(titles, key=titles.count)!r}: give each a name of its own")
         routers = find_routers(self.model)  # those that are not recorded can be edited, too
         known = geometry(self.model, routers)
-        self.arms = [
-            Arm(
-                name=name, routing=EditedRouting(self.model, routers, edits, known=known),
-                first=min(edit.layer for edit in edits),
-            )
-            for name, edits in arms
-        ]  # fmt: skip
+        self._routing = [EditedRouting(self.model, routers, arm.edits, known=known) for arm in self.arms]
+        self._layers = UneditedLayers(self.model, routers)
 
         def choosing(name: str) -> Callable[[Reading, Grid], Nothing]:
             def keep(reading: Reading, _grid: Grid) -> Nothing:
@@ -163,113 +177,155 @@ class EffectsRecorder(Recorder):
         """Learns which token is of which document."""
         self._table, self._found = tokens["decoder"], []
 
-    def after_pass(self, again: Callable[[], Any]) -> None:
-        """Runs the batch once more for each arm."""
+    def around_pass(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps what passes need that start at the first edited layers."""
+        return contextlib.nullcontext() if self._layers is None else self._layers.keeping({a.first for a in self.arms})
+
+    def after_pass(self, again: Again) -> None:
+        """Runs the batch once more for each arm, and once in other parts."""
         base, grid, table = self._base, self._grid, self._table
         self._base = self._grid = None
         if base is None or grid is None or grid.slots is None or table is None:
             return
-        for number, arm in enumerate(self.arms):
-            chosen: dict[str, torch.Tensor] = {}
-            with arm.routing:
-                handles = [
-                    router.module.register_forward_hook(self._listen(router, chosen))
-                    for router in self.routers
-                    if router.layer > arm.first
-                ]
-                try:
-                    hidden = again().last_hidden_state.flatten(0, 1)
-                finally:
-                    for handle in handles:
-                        handle.remove()
-            if grid.real is not None:
-                real = grid.real_on(hidden.device)
-                hidden = hidden.index_select(0, real)
-                chosen = {name: each.index_select(0, grid.real_on(each.device)) for name, each in chosen.items()}
-            self._found.append(self._compare(number, base, hidden, grid, table, chosen))
+        passes = itertools.chain(
+            [self._in_other_parts(again, grid)], (self._edited(number, again, grid) for number in range(len(self.arms)))
+        )
+        while together := list(itertools.islice(passes, _TOGETHER)):
+            self._found.append(self._compare(together, base, grid, table))
         self._chosen.clear()
+        if self._layers is not None:
+            self._layers.forget()
 
-    @staticmethod
-    def _listen(router: Any, chosen: dict[str, torch.Tensor]) -> Callable[..., None]:
-        def listen(_module: Any, _inputs: Any, outputs: Any) -> None:
-            chosen[router.name] = router.read(outputs).experts_tk
+    def _edited(self, arm: int, again: Again, grid: Grid) -> _Pass:
+        assert self._layers is not None, "hooks come first"
+        first = self.arms[arm].first
+        with self._routing[arm], self._layers.skipping(first), self._listening(first + 1) as chosen:
+            hidden = again().last_hidden_state
+        return _without_padding(arm, [hidden], chosen, grid)
 
-        return listen
+    def _in_other_parts(self, again: Again, grid: Grid) -> _Pass:
+        """Every other document, then the rest; a single one beside itself."""
+        import torch
 
-    def _compare(
-        self, arm: int, base_rh: torch.Tensor, hidden_rh: torch.Tensor, grid: Grid, table: TokenTable,
-        chosen: Mapping[str, torch.Tensor],
-    ) -> _Sums:  # fmt: skip
+        rows = torch.arange(grid.rows)
+        halves = [rows[0::2], rows[1::2]] if len(rows) > 1 else [rows.repeat(2)]
+        with self._listening(0) as chosen:
+            hidden = [again(half).last_hidden_state for half in halves]
+        order = torch.cat(halves).argsort(stable=True)[: len(rows)]
+        return _without_padding(NOISE, hidden, chosen, grid, order)
+
+    @contextlib.contextmanager
+    def _listening(self, first: int) -> Iterator[dict[str, list[torch.Tensor]]]:
+        """Collects the choices of routers from this layer on."""
+        chosen: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+        def listen(router: Router) -> Callable[..., None]:
+            return lambda _module, _inputs, outputs: chosen[router.name].append(router.read(outputs).experts_tk)
+
+        with contextlib.ExitStack() as handles:
+            for router in self.routers:
+                if router.layer >= first:
+                    handles.callback(router.module.register_forward_hook(listen(router)).remove)
+            yield chosen
+
+    def _compare(self, passes: Sequence[_Pass], base_rh: torch.Tensor, grid: Grid, table: TokenTable) -> _Sums:
         import torch
 
         assert self.head is not None, "needs_head"
         assert grid.slots is not None, "a batch of a shard"
-        device = self.head.device
-        slots = grid.slots
+        device, slots = self.head.device, grid.slots
         doc_n, document_r = np.unique(table.doc[slots], return_inverse=True)
         ordinary_r = torch.from_numpy(~table.is_special[slots]).to(device)
         of_r = torch.from_numpy(document_r).to(device)
-        sums_n7 = torch.zeros((len(doc_n), len(SUMS)), dtype=torch.float64, device=device)
+        sums_an7 = torch.zeros((len(passes), len(doc_n), len(SUMS)), dtype=torch.float64, device=device)
         following_f, ids_f = (each.to(device) for each in grid.following_on(base_rh.device))
         kept = ordinary_r[following_f]
         following_f, ids_f = following_f[kept], ids_f[kept]
-        base_rh, hidden_rh = base_rh.to(device), hidden_rh.to(device)
         for first in range(0, len(following_f), self.head.rows_at_once):
             own_f, next_f = (each[first : first + self.head.rows_at_once] for each in (following_f, ids_f))
-            base_fv, edited_fv = (
-                self.head.logits(each.index_select(0, own_f - 1)).float().log_softmax(-1)
-                for each in (base_rh, hidden_rh)
-            )
-            losses = [-each.gather(1, next_f[:, None])[:, 0] for each in (edited_fv, base_fv)]
-            divergence_f = (base_fv.exp() * (base_fv - edited_fv)).sum(-1)
-            flips_f = base_fv.argmax(-1) != edited_fv.argmax(-1)
-            columns = [torch.ones_like(divergence_f), *losses, divergence_f, flips_f]
-            sums_n7[:, :5].index_add_(0, of_r[own_f], torch.stack([each.double() for each in columns], 1))
-        for name, experts_rk in chosen.items():
-            before_rk = self._chosen[name]
-            same_r = (before_rk.sort(-1).values == experts_rk.sort(-1).values).all(-1).to(device)
-            counted = torch.stack([torch.ones_like(same_r), ~same_r], 1).double()
-            sums_n7[:, 5:].index_add_(0, of_r[ordinary_r], counted[ordinary_r])
-        return _Sums(arm=arm, doc_n=doc_n, sums_n7=sums_n7)
+            base_fv = self._predicted(base_rh, own_f - 1)
+            base_f, first_f, p_fv = _loss(base_fv, next_f), base_fv.argmax(-1), base_fv.exp()
+            for number, each in enumerate(passes):
+                edited_fv = self._predicted(each.hidden_rh, own_f - 1)
+                divergence_f = (p_fv * (base_fv - edited_fv)).sum(-1)
+                flips_f = first_f != edited_fv.argmax(-1)
+                columns = [torch.ones_like(base_f), _loss(edited_fv, next_f), base_f, divergence_f, flips_f]
+                sums_an7[number, :, :5].index_add_(0, of_r[own_f], torch.stack([one.double() for one in columns], 1))
+        for number, each in enumerate(passes):
+            for name, experts_rk in each.experts.items():
+                before_rk = self._chosen[name]
+                same_r = (before_rk.sort(-1).values == experts_rk.sort(-1).values).all(-1).to(device)
+                counted = torch.stack([torch.ones_like(same_r), ~same_r], 1).double()
+                sums_an7[number, :, 5:].index_add_(0, of_r[ordinary_r], counted[ordinary_r])
+        return _Sums(arms=[each.arm for each in passes], doc_n=doc_n, sums_an7=sums_an7)
 
-    def conclude(self) -> list[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
-        """Brings the sums to the host: arm, documents, and [documents, 7] `SUMS`."""
-        found = [(one.arm, one.doc_n, one.sums_n7.cpu().numpy()) for one in self._found]
+    def _predicted(self, hidden_rh: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """[F, V] log-probabilities of the tokens that come after these places, [F]."""
+        assert self.head is not None, "needs_head"
+        return self.head.logits(hidden_rh.to(self.head.device).index_select(0, at)).float().log_softmax(-1)
+
+    def conclude(self) -> list[tuple[list[int], NDArray[np.int64], NDArray[np.float64]]]:
+        """Brings the sums to the host: arms, documents, and [arms, documents, 7] `SUMS`."""
+        found = [(one.arms, one.doc_n, one.sums_an7.cpu().numpy()) for one in self._found]
         self._found = []
         return found
 
     def start(self, tokens: Mapping[str, TokenTable]) -> ShardEffects:
         """See `Recorder.start`."""
-        return ShardEffects([arm.name for arm in self.arms], tokens["decoder"])
+        return ShardEffects(self.arms, tokens["decoder"])
+
+
+def _without_padding(
+    arm: int, hidden: Sequence[torch.Tensor], chosen: Mapping[str, Sequence[torch.Tensor]], grid: Grid,
+    order: torch.Tensor | None = None,
+) -> _Pass:  # fmt: skip
+    """The rows of real tokens, of parts of the batch whose rows stand in this order."""
+    import torch
+
+    def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        if order is not None:
+            whole = torch.cat([part.view(-1, grid.length, part.shape[-1]) for part in parts])
+            parts = [whole.index_select(0, order.to(whole.device))]
+        flat_tx = parts[0].reshape(-1, parts[0].shape[-1])
+        return flat_tx if grid.real is None else flat_tx.index_select(0, grid.real_on(flat_tx.device))
+
+    return _Pass(arm, joined(hidden), {name: joined(parts) for name, parts in chosen.items()})
+
+
+def _loss(predicted_fv: torch.Tensor, next_f: torch.Tensor) -> torch.Tensor:
+    return -predicted_fv.gather(1, next_f[:, None])[:, 0]
 
 
 class ShardEffects(Recording):
     """The effects of all arms on one shard's documents."""
 
-    def __init__(self, arms: Sequence[str], table: TokenTable) -> None:
-        self._arms = list(arms)
-        self._sums_an7 = np.full((len(arms), len(table.lengths), len(SUMS)), np.nan)
+    def __init__(self, arms: Sequence[Arm], table: TokenTable) -> None:
+        self._titles = [arm.title for arm in arms] + [NO_EDIT]
+        self._names = [arm.name for arm in arms] + [NO_EDIT]
+        self._controls = [arm.control for arm in arms] + [0]
+        self._sums_an7 = np.full((len(self._names), len(table.lengths), len(SUMS)), np.nan)
 
     def put(self, batch: Mapping[str, Batch], kept: Sequence[Nothing]) -> None:
         """See `Recording.put`: nothing leaves the device during the passes."""
 
-    def conclude(self, result: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]]) -> None:
+    def conclude(self, result: list[tuple[list[int], NDArray[np.int64], NDArray[np.float64]]]) -> None:
         """See `Recording.conclude`; a batch that did not fit came once more, and its later sums count."""
-        for arm, doc_n, sums_n7 in result:
-            self._sums_an7[arm, doc_n] = sums_n7
+        for arms, doc_n, sums_an7 in result:
+            self._sums_an7[np.ix_(arms, doc_n)] = sums_an7
 
     def check(self) -> None:
         """See `Recording.check`."""
-        for name, sums_n7 in zip(self._arms, self._sums_an7, strict=True):
+        for title, sums_n7 in zip(self._titles, self._sums_an7, strict=True):
             if wrong := int((~np.isfinite(sums_n7)).any(-1).sum()):
-                raise ValueError(f"effects of arm {name!r}: not finite, or missing, for {wrong} documents (NaN model?)")
+                raise ValueError(f"effects of arm {title!r}: not finite, or missing, for {wrong} documents (NaN model?)")
 
     def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:  # noqa: ARG002
         """Writes one row per document and arm, arm by arm."""
         arms, documents, _ = self._sums_an7.shape
         columns: dict[str, Any] = {
             "shard": np.full(arms * documents, shard), "doc": np.tile(np.arange(documents), arms),
-            "arm": pa.array(np.repeat(self._arms, documents), pa.string()).dictionary_encode(),
+            "arm": pa.array(np.repeat(self._names, documents), pa.string()).dictionary_encode(),
+            "control": np.repeat(self._controls, documents),
         }  # fmt: skip
         for number, name in enumerate(SUMS):
             columns[name] = self._sums_an7[..., number].ravel()

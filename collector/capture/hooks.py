@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from collector.capture.batches import TokenTable
     from collector.capture.landing import Landing
-    from collector.capture.recorder import Hook, Recorder
+    from collector.capture.recorder import Again, Hook, Recorder
 
 
 class _LastHookReached(Exception):  # noqa: N818 - control flow, not an error
@@ -196,14 +196,19 @@ class Capture:
         kept = hook.keep(reading, grid)
         return type(kept)(*map(self._landing.copy, kept))
 
-    def _again(self, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> Any:
-        """Runs the same batch once more, unheard."""
-        self._silent = True
-        try:
-            with one_text_per_row():
-                return self._entry(**inputs, **options)
-        finally:
-            self._silent = False
+    def _again(self, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> Again:
+        """Returns what runs the same batch, or rows of it, once more."""
+
+        def again(rows: torch.Tensor | None = None) -> Any:
+            given = inputs if rows is None else {name: each[rows.to(each.device)] for name, each in inputs.items()}
+            self._silent = True
+            try:
+                with one_text_per_row():
+                    return self._entry(**given, **options)
+            finally:
+                self._silent = False
+
+        return again
 
     def begin(self, tokens: Mapping[str, TokenTable]) -> None:
         """Tells the recorders the tokens of the next shard."""
@@ -260,13 +265,16 @@ class Capture:
             # run, and nobody waits for the device to learn whether the mask masks anything.
             del inputs["attention_mask"]
         on_device = {name: self._to_device(tensor) for name, tensor in inputs.items()}
-        with contextlib.suppress(_LastHookReached), one_text_per_row():
-            self._entry(**on_device, **options)
+        with contextlib.ExitStack() as around:
+            for recorder in self.recorders:
+                around.enter_context(recorder.around_pass())
+            with contextlib.suppress(_LastHookReached), one_text_per_row():
+                self._entry(**on_device, **options)
         silent = [hook.name for index, hook in enumerate(self._hooks) if index not in self._kept]
         if silent:
             raise RuntimeError(f"{', '.join(silent)} did not fire")
         for recorder in self.recorders:
-            recorder.after_pass(lambda: self._again(on_device, options))
+            recorder.after_pass(self._again(on_device, options))
         # A thread that waits for these sleeps; by default it would keep a core busy.
         events = [
             torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))

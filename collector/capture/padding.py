@@ -54,6 +54,17 @@ class Grid:
     slots: NDArray[np.int64] | None = None
     """[R] each real token's place in the shard's token table, see `batches`."""
 
+    @property
+    def rows(self) -> int:
+        """B."""
+        assert self._host is not None, "made with token ids"
+        return len(self._host[0])
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.positions // self.rows
+
     def real_on(self, device: torch.device) -> torch.Tensor:
         """`real` on another device of a model that spans several; copied once for each."""
         assert self.real is not None

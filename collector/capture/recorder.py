@@ -11,14 +11,16 @@ torch is imported only where a model runs, because queries ask recorders for the
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import pyarrow as pa
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -48,6 +50,13 @@ class Hook:
     of: Literal["module", "arguments", "experts", "inputs"] = "module"
     """What is read: what the module returns, or the positional arguments that it is given; of an experts module what
     single experts put out (`ExpertCall`) or what they receive (`ExpertInputs`)."""
+
+
+class Again(Protocol):
+    """Runs a batch once more, unheard by recorders."""
+
+    def __call__(self, rows: torch.Tensor | None = None) -> Any:
+        """Returns what the model returns for these rows of the batch (default: all), which may repeat."""
 
 
 class Recording(abc.ABC):
@@ -137,7 +146,11 @@ class Recorder(abc.ABC):
     def begin(self, tokens: Mapping[str, TokenTable]) -> None:  # noqa: B027 - most need not know
         """Learns the tokens of the next shard, before its first pass and in the thread of the passes."""
 
-    def after_pass(self, again: Callable[[], Any]) -> None:  # noqa: B027 - most run nothing again
+    def around_pass(self) -> contextlib.AbstractContextManager[None]:
+        """Is entered for each pass, in the same thread, to keep more of it than hooks do; by default nothing."""
+        return contextlib.nullcontext()
+
+    def after_pass(self, again: Again) -> None:  # noqa: B027 - most run nothing again
         """Follows each pass of a batch, in the same thread.
 
         Args:

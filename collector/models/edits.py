@@ -1,12 +1,14 @@
 """Names changes of what routers hand to their experts: one operation on (stack, layer, expert), and arms of several.
 
-`edited_routing` carries them out.
+`edited_routing` carries them out. An arm's controls are sets of other experts with the same operations: what the arm
+does beyond them is due to its experts, and not to the damage that any such edit does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any, Literal, get_args
 
 Operation = Literal["drop", "drop_renorm", "replace", "scale", "bias", "force"]
@@ -67,14 +69,63 @@ def parse(text: str) -> Edit:
     return Edit(**given)
 
 
-def parse_arm(text: str) -> tuple[str, list[Edit]]:
-    """Reads the name and the edits of an arm from `NAME: EDIT; EDIT`.
+def tell(edit: Edit) -> str:
+    """Writes an edit as `parse` reads it."""
+    parts = {name: getattr(edit, name) for name in ("layer", "expert", "operation", "value")}
+    parts["stack"] = None if edit.stack == "decoder" else edit.stack
+    return " ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A set of edits with a name, or one of its controls."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    control: int = 0
+    """0 for the arm itself; its controls count from 1."""
+
+    def __post_init__(self) -> None:
+        """Rejects names that mean something else, and an arm without edits."""
+        if not self.name or not self.edits:
+            raise ValueError(f"arm {self.name!r} needs a name and an edit")
+        if self.name == NO_EDIT or _CONTROL.search(self.name) or ":" in self.name:
+            raise ValueError(
+                f"an arm cannot be called {self.name!r}: it takes no colon, {NO_EDIT!r} is the model as it is, and "
+                "'#' with a number marks controls"
+            )
+
+    @property
+    def first(self) -> int:
+        """The first edited layer."""
+        return min(edit.layer for edit in self.edits)
+
+    @property
+    def title(self) -> str:
+        """Name and, of a control, number: each arm of a run has its own."""
+        return f"{self.name} #{self.control}" if self.control else self.name
+
+
+NO_EDIT = "no edit"
+"""The name under which the numerical noise is recorded."""
+_CONTROL = re.compile(r" #(\d+)$")
+
+
+def parse_arm(text: str) -> Arm:
+    """Reads an arm from `NAME: EDIT; EDIT`, or a control from `NAME #3: EDIT; EDIT`.
 
     Raises:
         ValueError: it has no name or no edit, or an edit is invalid.
     """
-    name, colon, edits = text.partition(":")
+    title, colon, edits = text.partition(":")
     found = [parse(each) for each in edits.split(";") if each.strip()]
-    if not (name.strip() and colon and found):
+    if not (title.strip() and colon and found):
         raise ValueError(f"arm {text!r} is not NAME: EDIT; EDIT, as in 'no-9: layer=1 expert=9 operation=drop'")
-    return name.strip(), found
+    number = _CONTROL.search(title.strip())
+    name = _CONTROL.sub("", title.strip())
+    return Arm(name=name, edits=tuple(found), control=int(number[1]) if number else 0)
+
+
+def tell_arm(arm: Arm) -> str:
+    """Writes an arm as `parse_arm` reads it."""
+    return f"{arm.title}: {'; '.join(map(tell, arm.edits))}"

@@ -51,8 +51,10 @@ class _Given(nn.Module):
         return _Hidden((self.hidden_rh[None],))
 
 
-_LOGITS = 1 << 26
-"""Logits that are held at once: 256 MB in float32."""
+_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Logits that are held at once, by kind of device: 8 MB in float32, which caches hold, and 256 MB."""
+_FEWEST_ROWS = 256
+"""Fewer would read the matrix more often than they are worth."""
 
 
 class Head:
@@ -63,7 +65,8 @@ class Head:
         self.device = matrix.device
         self.vocabulary = int(matrix.shape[0])
         """V."""
-        self.rows_at_once = max(1, _LOGITS // self.vocabulary)
+        at_once = _LOGITS["cpu" if self.device.type == "cpu" else "cuda"]
+        self.rows_at_once = max(_FEWEST_ROWS, at_once // self.vocabulary)
         """R for which the logits take a fixed part of the memory."""
 
     @torch.inference_mode()

@@ -60,7 +60,8 @@ def test_the_run_is_sound_and_the_routing_is_as_without(run, tmp_path) -> None:
 
 
 def test_few_logits_at_a_time_give_the_same(run, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(heads, "_LOGITS", 3 * 8192)
+    monkeypatch.setattr(heads, "_FEWEST_ROWS", 3)
+    monkeypatch.setattr(heads, "_LOGITS", {"cpu": 3 * 8192})
     data = DataConfig(data=(str(write_jsonl(tmp_path / "texts.jsonl", 4)),), docs_per_shard=8)
     other = collect_here(tmp_path / "run", run_config(data, ModelConfig(dtype="float32"), record=("loss",)))
     for one, same in zip(by_document(other), by_document(run), strict=False):
