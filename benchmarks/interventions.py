@@ -40,7 +40,7 @@ class OneByOne(effects.EffectsRecorder):
         """See `Recorder`; no layer is skipped."""
         made = super().hooks()
         assert self._layers is not None
-        self._layers._layers = []  # noqa: SLF001 - the same code, without what is measured
+        self._layers._layers = []
         return made
 
 
@@ -79,12 +79,12 @@ def main(bench: Arms) -> None:
     for turn in range(bench.rounds + 1):  # the first round warms up
         for place, layer in places.items():
             for way, recorder, together in (
-                ("together", effects.EffectsRecorder, effects._TOGETHER),  # noqa: SLF001
+                ("together", effects.EffectsRecorder, effects._TOGETHER),
                 ("one by one", OneByOne, 1),
             ):
-                before, effects._TOGETHER = effects._TOGETHER, together  # noqa: SLF001
+                before, effects._TOGETHER = effects._TOGETHER, together
                 few, many = (run([RoutingRecorder, recorder], count, layer) for count in (1, 1 + bench.arms))
-                effects._TOGETHER = before  # noqa: SLF001
+                effects._TOGETHER = before
                 if turn:
                     per_arm.setdefault((way, place), []).append((many - few) / bench.arms)
     count = len(tokens["decoder"].ids)

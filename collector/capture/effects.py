@@ -61,7 +61,7 @@ SCHEMA = pa.schema(
 
 
 _TOGETHER = 8
-"""Arms whose last hidden states are held at once, so that the logits of the model as it is are computed once for all."""
+"""Arms whose last hidden states are held at once: the logits of the model as it is are computed once for all."""
 
 
 class _Hidden(NamedTuple):
@@ -264,9 +264,9 @@ class EffectsRecorder(Recorder):
         assert self.head is not None, "needs_head"
         return self.head.logits(hidden_rh.to(self.head.device).index_select(0, at)).float().log_softmax(-1)
 
-    def conclude(self) -> list[tuple[list[int], NDArray[np.int64], NDArray[np.float64]]]:
+    def conclude(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
         """Brings the sums to the host: arms, documents, and [arms, documents, 7] `SUMS`."""
-        found = [(one.arms, one.doc_n, one.sums_an7.cpu().numpy()) for one in self._found]
+        found = [(np.array(one.arms), one.doc_n, one.sums_an7.cpu().numpy()) for one in self._found]
         self._found = []
         return found
 
@@ -308,7 +308,7 @@ class ShardEffects(Recording):
     def put(self, batch: Mapping[str, Batch], kept: Sequence[Nothing]) -> None:
         """See `Recording.put`: nothing leaves the device during the passes."""
 
-    def conclude(self, result: list[tuple[list[int], NDArray[np.int64], NDArray[np.float64]]]) -> None:
+    def conclude(self, result: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]) -> None:
         """See `Recording.conclude`; a batch that did not fit came once more, and its later sums count."""
         for arms, doc_n, sums_an7 in result:
             self._sums_an7[np.ix_(arms, doc_n)] = sums_an7
@@ -317,7 +317,9 @@ class ShardEffects(Recording):
         """See `Recording.check`."""
         for title, sums_n7 in zip(self._titles, self._sums_an7, strict=True):
             if wrong := int((~np.isfinite(sums_n7)).any(-1).sum()):
-                raise ValueError(f"effects of arm {title!r}: not finite, or missing, for {wrong} documents (NaN model?)")
+                raise ValueError(
+                    f"effects of arm {title!r}: not finite, or missing, for {wrong} documents (NaN model?)"
+                )
 
     def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:  # noqa: ARG002
         """Writes one row per document and arm, arm by arm."""

@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from typing import TYPE_CHECKING
 
 import tyro
 
 from collector.commands.arguments import RunPath
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, section
+
+if TYPE_CHECKING:
+    from collector.fleet.driver import PartOf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,18 +41,7 @@ class Collect:
         Raises:
             ValueError: settings, data or model are not usable, or too many rows were rejected.
         """
-        from collector.fleet import driver
-        from collector.fleet.rejected import complaint
-        from collector.look import terminal
-        from collector.store.totals import Totals
-
-        run = driver.collect(self.out, data=self.data, model=self.model, capture=self.capture, launch=self.launch)
-        totals, plan = Totals.of(run), terminal.read_plan(run)
-        with contextlib.suppress(BrokenPipeError):  # nobody reads on, but the run is what it is
-            terminal.status(run, totals)
-        if said := complaint(totals.skipped, plan.documents, self.launch.max_rejected):
-            raise ValueError(said)
-        return 0 if len(totals.committed) == len(plan.shards) else 1
+        return _collect(self.out, self.data, self.model, self.capture, self.launch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +54,8 @@ class Intervene:
 
     Arms are rows with the columns arm, layer, expert, operation and, where they matter, stack and value: a CSV file, a
     SQL file over the views of the run, or one of queries/arms/ by its name: every_expert, language_experts,
-    most_loaded. Operations are those of `collector trace --edit`.
+    most_loaded. Operations are those of `collector trace --edit`. Any edit costs something: --controls tells what an
+    arm does from what other experts would do in its place.
     """
 
     run_: RunPath
@@ -70,28 +64,71 @@ class Intervene:
     """A file that ends with .csv or .sql, or the name of one of queries/arms/."""
     out: str
     """The run directory to write."""
+    controls: int = 0
+    """Controls of each arm: random sets of other experts of the same layers, chosen about as often, and of outputs
+    about as large where these were recorded. Each is one more arm. With N of them no p is below 1 / (N + 1)."""
+    seed: int = 0
+    """Seed of the controls."""
+    documents: str | None = None
+    """SQL over the views of the run that selects documents by the columns shard and doc (default: all documents):
+    "from documents where label in ('kor_Hang', 'eng_Latn')"."""
     launch: tyro.conf.OmitArgPrefixes[LaunchConfig] = dataclasses.field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        """Rejects a negative number of controls."""
+        if self.controls < 0:
+            raise ValueError(f"--controls takes a number from 0, got {self.controls}")
 
     def run(self) -> int:
         """Collects the effects and prints the run's status.
 
         Raises:
             FileNotFoundError: there is no run, or no such arms.
-            ValueError: arms, data or model are not usable.
+            ValueError: arms, documents, data or model are not usable.
         """
+        from collector.fleet.driver import PartOf
         from collector.look import terminal
+        from collector.models.edits import tell_arm
         from collector.query.arms import read_arms
+        from collector.query.controls import draw_controls
+        from collector.query.selection import selected_rows
         from collector.query.warehouse import open_run
         from collector.store.run_directory import RunDirectory
 
-        settings = terminal.read_plan(RunDirectory(self.run_)).config
+        plan, opened = terminal.read_plan(RunDirectory(self.run_)), open_run(self.run_)
+        arms = read_arms(opened, self.arms)
+        if self.controls:
+            arms, said = draw_controls(opened, arms, self.controls, self.seed)
+            for line in said:
+                sys.stderr.write(f"controls: {line}\n")
+        rows = None if self.documents is None else selected_rows(opened, plan, self.documents)
+        told = {"documents": self.documents, "controls": self.controls, "controls_seed": self.seed}
         capture = section(
-            CaptureConfig, settings, record=("effects",), store=(), arms=read_arms(open_run(self.run_), self.arms)
-        )
-        return Collect(
-            out=self.out, data=section(DataConfig, settings), model=section(ModelConfig, settings), capture=capture,
-            launch=self.launch,
-        ).run()  # fmt: skip
+            CaptureConfig, plan.config, record=("effects",), store=(), arms=tuple(map(tell_arm, arms))
+        )  # fmt: skip
+        return _collect(
+            self.out, section(DataConfig, plan.config), section(ModelConfig, plan.config), capture, self.launch,
+            PartOf(plan=plan, rows=rows, told=told),
+        )  # fmt: skip
+
+
+def _collect(
+    out: str, data: DataConfig, model: ModelConfig, capture: CaptureConfig, launch: LaunchConfig,
+    part_of: PartOf | None = None,
+) -> int:  # fmt: skip
+    """Collects a run, prints its status, and returns the exit status."""
+    from collector.fleet import driver
+    from collector.fleet.rejected import complaint
+    from collector.look import terminal
+    from collector.store.totals import Totals
+
+    run = driver.collect(out, data=data, model=model, capture=capture, launch=launch, part_of=part_of)
+    totals, plan = Totals.of(run), terminal.read_plan(run)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads on, but the run is what it is
+        terminal.status(run, totals)
+    if said := complaint(totals.skipped, plan.documents, launch.max_rejected):
+        raise ValueError(said)
+    return 0 if len(totals.committed) == len(plan.shards) else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ the run, and two drivers on one run only waste work.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import signal
@@ -26,7 +27,7 @@ from collector.query.warehouse import views_sql
 from collector.store.run_directory import PLAN, RUN, VIEWS, RunDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from collector.data.plan import Plan
     from collector.fleet.ray_actor import Actor
@@ -36,25 +37,50 @@ FORMAT = 2
 """Version of the run directory's layout."""
 
 
-def freeze_plan(run: RunDirectory, config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Plan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartOf:
+    """Documents of another run, to collect once more."""
+
+    plan: Plan
+    """Of the other run."""
+    rows: Mapping[int, Collection[int]] | None = None
+    """Shard of that plan -> numbers of the rows to read; None for all."""
+    told: Mapping[str, str | int | None] = dataclasses.field(default_factory=dict)
+    """What the new run's settings say about it."""
+
+
+def freeze_plan(
+    run: RunDirectory, config: RunConfig, say: Callable[[str], None] = lambda _: None, part_of: PartOf | None = None
+) -> Plan:
     """Writes the plan of a new run, or reads the plan of a run to resume.
 
     Args:
         run: the run directory.
         config: the settings.
         say: called with each warning about the documents.
+        part_of: the documents, if they are those of another run.
 
     Raises:
         ValueError: the run was planned with other settings or other sources; names what differs.
     """
+    settings = config.to_dict() | dict(part_of.told if part_of else {})
+
+    def new() -> Plan:
+        if part_of is None:
+            return _new_plan(config, say)
+        return planning.narrow(part_of.plan, settings, part_of.rows, config.data.docs_per_shard)
+
     stored = run.read_or_none(PLAN)
     if stored is None:
-        plan = _new_plan(config, say)
+        plan = new()
         if run.store.put_new(PLAN, plan.to_parquet()):
             return plan
         stored = run.store.read(PLAN)
     plan = planning.Plan.from_parquet(stored)
-    differences = planning.differences(plan.config, config.to_dict()) or planning.check_sources(plan, config)
+    differences = planning.differences(plan.config, settings)
+    if not differences and part_of is not None and new().hash != plan.hash:
+        differences = ["other documents were selected"]
+    differences = differences or planning.check_sources(plan, config)
     if differences:
         raise ValueError(
             f"{run.root} holds a run with another plan:\n  " + "\n  ".join(differences)
@@ -122,8 +148,9 @@ def _terminate_like_interrupt() -> Iterator[None]:
 
 
 def collect(
-    root: str, *, data: DataConfig, model: ModelConfig, capture: CaptureConfig, launch: LaunchConfig
-) -> RunDirectory:
+    root: str, *, data: DataConfig, model: ModelConfig, capture: CaptureConfig, launch: LaunchConfig,
+    part_of: PartOf | None = None,
+) -> RunDirectory:  # fmt: skip
     """Runs or resumes a collection.
 
     Args:
@@ -132,6 +159,7 @@ def collect(
         model: the model.
         capture: what to record.
         launch: where the replicas run.
+        part_of: the documents, if they are those of another run; `data` says how they are read.
 
     Returns:
         The run; `_SUCCESS` is there if every shard is committed.
@@ -147,7 +175,7 @@ def collect(
         need, (least, _) = Need.of(launch, config.device), launch.replica_range()
         require_room(need, alive_nodes(), least if grows else max(1, least))
         warnings: list[str] = []
-        plan = freeze_plan(run, config, warnings.append)
+        plan = freeze_plan(run, config, warnings.append, part_of)
         tally = Tally(shards=len(plan.shards), documents=plan.documents)
         with ProgressView(tally, as_json=launch.log_format == "json") as view:
             for warning in warnings:

@@ -54,7 +54,9 @@ class UneditedLayers:
         """Keeps what passes that start at these layers need, of the pass inside; forgets that of the batch before."""
         self._kept.clear()
         handles = [
-            self._layers[first - 1].register_forward_hook(self._keep(first)) for first in firsts if self._layers and first
+            self._layers[first - 1].register_forward_hook(self._keep(first))
+            for first in firsts
+            if self._layers and first
         ]
         try:
             yield

@@ -11,6 +11,7 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collector.models.edits import Arm, parse
 from collector.query.catalog import query_folder
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ _NEEDED = ("arm", "layer", "expert", "operation")
 _ALL = (*_NEEDED, "stack", "value")
 
 
-def read_arms(run: Run, source: str) -> tuple[str, ...]:
-    """Returns arms as `--arms` takes them: `NAME: EDIT; EDIT`.
+def read_arms(run: Run, source: str) -> list[Arm]:
+    """Returns the arms of a file, or of a name.
 
     Args:
         run: whose views SQL reads.
@@ -31,7 +32,7 @@ def read_arms(run: Run, source: str) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: there is no such file or name.
-        ValueError: the SQL is invalid, or the rows lack a column or are none.
+        ValueError: the SQL or an edit is invalid, or the rows lack a column or are none.
     """
     path = Path(source)
     if path.suffix == ".csv":
@@ -40,7 +41,7 @@ def read_arms(run: Run, source: str) -> tuple[str, ...]:
     else:
         relation = run.sql(_statement(source).rstrip().rstrip(";"))
         rows = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
-    return tuple(_told(rows, source))
+    return list(_grouped(rows, source))
 
 
 def named_arms() -> list[str]:
@@ -58,7 +59,7 @@ def _statement(source: str) -> str:
         ) from error
 
 
-def _told(rows: Iterable[Mapping[str, Any]], source: str) -> Iterable[str]:
+def _grouped(rows: Iterable[Mapping[str, Any]], source: str) -> Iterable[Arm]:
     edits: dict[str, list[str]] = {}
     for row in rows:
         if missing := [name for name in _NEEDED if row.get(name) in (None, "")]:
@@ -67,4 +68,4 @@ def _told(rows: Iterable[Mapping[str, Any]], source: str) -> Iterable[str]:
         edits.setdefault(str(row["arm"]), []).append(" ".join(parts))
     if not edits:
         raise ValueError(f"--arms {source}: it names no edit")
-    return (f"{arm}: {'; '.join(parts)}" for arm, parts in edits.items())
+    return (Arm(name=name, edits=tuple(map(parse, own))) for name, own in edits.items())

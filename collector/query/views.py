@@ -1,9 +1,9 @@
 """Finds the committed files of a run, and writes the SQL script that creates its views in a DuckDB.
 
 The base relations `routing`, `tokens`, `documents`, `rejects` and `vocab` read exactly the files that commit records
-name when the script is written, never a glob; `layers` comes from run.json. A run without a commit has the same
-columns and no rows. The views of `queries/views/` build on them. This module decides what `label` means there, and
-whether counts come from a rollup.
+name when the script is written, never a glob; `layers` and `arms` come from run.json. A run without a commit has the
+same columns and no rows. The views of `queries/views/` build on them. This module decides what `label` means there,
+and whether counts come from a rollup.
 
 Guarantees: only commit records, run.json, the vocabulary and the names of files are read, never the tables. `warehouse`
 executes the script, and so can any other DuckDB.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from collector.capture.recorders import table_names, table_schemas
 from collector.data.sources import LABEL_SEPARATOR
+from collector.models.edits import parse_arm, tell
 from collector.query.catalog import macros
 from collector.query.groupings import LABEL, derived_views, find_grouping
 from collector.query.rollup import files as rollups
@@ -25,7 +26,7 @@ from collector.store.run_directory import MAPS, RUN, SUCCESS, VOCAB, WEIGHTS, Ob
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import pyarrow as pa
@@ -209,6 +210,8 @@ def _derived_views(
     views, absent = derived_views(grouping, rollup=rollup, recorded=_recorded(info))
     if not info.get("compute"):
         absent["components"] = "which this run does not have: its model could not be counted, or its version did not"
+    if not info["config"].get("arms"):
+        absent["arms"] = "which only runs of `collector intervene` or with --record effects have"
     return views, absent
 
 
@@ -259,6 +262,8 @@ def _script(
     statements = {"layers": _layers_select(info["layers"])}
     if info.get("compute"):
         statements["components"] = _components_select(info["compute"])
+    if arms := info["config"].get("arms"):
+        statements["arms"] = _arms_select(arms)
     for name, paths in files.items():
         select = _files_select([prefix + path for path in paths]) if paths else _empty_select(name, info)
         statements[f"recorded_{name}" if name in views else name] = select
@@ -322,6 +327,26 @@ def _components_select(components: list[dict[str, Any]]) -> str:
     typed = ", ".join(f'"{name}"::{kind} as "{name}"' for name, kind in names.items())
     quoted = ", ".join(f'"{name}"' for name in names)
     return f"select {typed} from (values\n    ({rows})\n) as components ({quoted})"
+
+
+def _arms_select(arms: Iterable[str]) -> str:
+    """Returns a select with a row for each edit of each arm and control, which stay text until somebody asks."""
+    rows = ",\n    ".join(
+        f"({literal(arm.name)}, {arm.control}, {literal('; '.join(map(tell, arm.edits)))})"
+        for arm in map(parse_arm, arms)
+    )
+    columns = ",\n    ".join(
+        f"nullif(regexp_extract(edit, '(?:^| ){name}=([^ ]+)', 1), '')::{kind} as {name}"
+        for name, kind in (
+            ("layer", "utinyint"), ("expert", "integer"), ("operation", "varchar"), ("value", "double")
+        )
+    )  # fmt: skip
+    stack = "coalesce(nullif(regexp_extract(edit, 'stack=([^ ]+)', 1), ''), 'decoder') as stack"
+    return (
+        f"select arm, control::usmallint as control, {stack},\n    {columns}\n"
+        "from (select arm, control, unnest(string_split(edits, '; ')) as edit\n"
+        f"from (values\n    {rows}\n) as told (arm, control, edits))"
+    )
 
 
 def _empty_select(name: str, info: dict[str, Any]) -> str:

@@ -33,8 +33,9 @@ def described(info: Mapping[str, Any], totals: Totals) -> str:
     each, seconds = flops_per_token(info, totals), totals.seconds.get("forward", 0.0)
     if not each or not seconds:
         return ""
-    passes = 1 + len(info["config"].get("arms") or ())
-    rate = passes * each * totals.tokens / seconds
+    if info["config"].get("arms"):
+        return f"{_scaled(each)}FLOP per token, without edits"  # arms share layers, so passes do not tell the rate
+    rate = each * totals.tokens / seconds
     hardware = info.get("hardware") or {}
     kinds, gpus = list(hardware.get("accelerators") or ()), hardware.get("gpus_per_replica") or 0
     share = ""

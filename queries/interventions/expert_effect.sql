@@ -1,4 +1,4 @@
--- Question: What do edits of the routing do to the model's predictions?
+-- Question: What do edits of the routing do to the model's predictions, beyond edits of other experts?
 -- Formula: sums over the documents of label D, with the edits of an arm and without:
 --   nats_per_token      (sum of losses with - without) / tokens: how much worse the model predicts.
 --   bits_per_character  the same / (ln 2 * characters), of documents that were not cut, so that labels with
@@ -6,11 +6,17 @@
 --   divergence          sum of KL(without‖with) of the next token's distribution / tokens, in nats.
 --   flips               share of tokens whose most probable successor is another one.
 --   rerouted            share of the decisions of routers behind the first edited layer with other experts.
---   Baseline 0, an arm that changes nothing, exactly: batches are the same with and without. Special tokens
---   do not count. standard_error has documents as the unit: sqrt(sum over them of (x - value * y)²) / sum of
---   y, for value = sum of x / sum of y; null for a single document. What is special about an arm shows beside
---   arms with other experts of the same layers, chosen as often.
--- Source: differences of cross entropy; linearized ratio estimator, Cochran 1977, "Sampling Techniques".
+--   Special tokens do not count. Batches are the same with and without, so an arm that changes nothing gives
+--   exactly 0. Baseline: the mean of the arm's controls, random sets of other experts that match it (see
+--   `collector intervene --controls`); 0 where there are none. difference = value - baseline.
+--   standard_error and difference_error have documents as the unit, paired: for a ratio r = sum of x / sum of
+--   y they are sqrt(sum over documents of (x - r y)²) / sum of y; null for a single document.
+--   p = (1 + controls at least as far from the mean of arm and controls as the arm) / (1 + controls), of the
+--   hypothesis that the arm's experts are like any others that match; q adjusts it for all rows of the answer
+--   (Benjamini-Hochberg). floor = |value| + 1.96 standard errors of the model without edits in other batches,
+--   the noise of the arithmetic: what is not above it is no effect.
+-- Source: differences of cross entropy; linearized ratio estimator, Cochran 1977, "Sampling Techniques";
+--   permutation p, Phipson and Smyth 2010 (arXiv 1603.05766); Benjamini and Hochberg 1995.
 -- Grain: metric, arm, label. n = the sum of y: tokens, characters or decisions; documents = those with any.
 -- Reads: document_effects
 -- Example: --labels eng_Latn,kor_Hang
@@ -18,16 +24,13 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   arm varchar = null: only this arm (default: all)
 --   pooled boolean = false: all labels together
-with effects as (
-    select *
-    from by_label('document_effects', null, null, $labels, true, $pooled)
-    where $arm is null or arm = $arm
-),
-
-measured as (
+with measured as (
     select
         arm,
+        control,
         label,
+        shard,
+        doc,
         unnest(['nats_per_token', 'bits_per_character', 'divergence', 'flips', 'rerouted']) as metric,
         unnest([
             loss - base_loss,
@@ -37,28 +40,128 @@ measured as (
             rerouted
         ]) as x,
         unnest([tokens, characters, tokens, tokens, decisions])::double as y
-    from effects
+    from by_label('document_effects', null, null, $labels, true, $pooled)
+    where $arm is null or arm in ($arm, 'no edit')
 ),
 
-totals as (
+paired as (
+    select
+        metric,
+        arm,
+        label,
+        any_value(x) filter (where control = 0) as x,
+        any_value(x) filter (where control = 0) - avg(x) filter (where control > 0) as beyond,
+        any_value(y) as y
+    from measured
+    where x is not null and y > 0
+    group by metric, arm, label, shard, doc
+),
+
+summed as (
     select
         *,
         sum(x) over of_arm as all_x,
-        sum(y) over of_arm as all_y
-    from measured
-    where x is not null and y > 0
+        sum(beyond) over of_arm as all_beyond,
+        sum(y) over of_arm as all_y,
+        count(*) over of_arm as documents
+    from paired
     window of_arm as (partition by metric, arm, label)
+),
+
+arms as (
+    select
+        metric,
+        arm,
+        label,
+        any_value(all_x / all_y) as value,
+        any_value(all_beyond / all_y) as difference,
+        any_value(all_y)::bigint as n,
+        any_value(documents) as documents,
+        sqrt(sum(pow(x - y * all_x / all_y, 2))) / any_value(all_y) as error,
+        sqrt(sum(pow(beyond - y * all_beyond / all_y, 2))) / any_value(all_y) as difference_error
+    from summed
+    group by metric, arm, label
+),
+
+sets as (
+    select
+        metric,
+        arm,
+        control,
+        label,
+        sum(x) / sum(y) as value
+    from measured
+    where x is not null and y > 0 and arm != 'no edit'
+    group by metric, arm, control, label
+),
+
+distances as (
+    select
+        *,
+        abs(value - avg(value) over (partition by metric, arm, label)) as distance
+    from sets
+),
+
+ranked as (
+    select
+        metric,
+        arm,
+        label,
+        avg(value) filter (where control > 0) as baseline,
+        count(*) filter (where control > 0) as controls,
+        -- equal but for the order of additions
+        list(distance) filter (where control > 0) as others,
+        any_value(distance) filter (where control = 0) * (1 - 1e-12) as own
+    from distances
+    group by metric, arm, label
+),
+
+tested as (
+    select
+        *,
+        if(controls > 0, (1 + len(list_filter(others, lambda each: each >= own))) / (1 + controls), null) as p
+    from ranked
+),
+
+adjusted as (
+    select
+        *,
+        p * count(p) over () / count(p) over (order by p asc) as scaled
+    from tested
+),
+
+corrected as (
+    select
+        *,
+        min(scaled) over (order by p desc) as q
+    from adjusted
 )
 
 select
-    metric,
-    arm,
-    label,
-    any_value(all_x / all_y) as value,
-    0::double as baseline,
-    any_value(all_y)::bigint as n,
-    count(*) as documents,
-    if(count(*) > 1, sqrt(sum(pow(x - y * all_x / all_y, 2))) / any_value(all_y), null) as standard_error
-from totals
-group by metric, arm, label
-order by metric, arm, label
+    arms.metric,
+    arms.arm,
+    arms.label,
+    arms.value,
+    coalesce(corrected.baseline, 0) as baseline,
+    arms.n,
+    arms.documents,
+    if(arms.documents > 1, arms.error, null) as standard_error,
+    corrected.controls,
+    arms.difference,
+    if(arms.documents > 1, arms.difference_error, null) as difference_error,
+    corrected.p,
+    if(corrected.p is null, null, corrected.q) as q,
+    abs(noise.value) + 1.96 * noise.error as floor,
+    abs(arms.value) > abs(noise.value) + 1.96 * noise.error as above_floor
+from arms
+inner join corrected
+    on
+        arms.metric = corrected.metric
+        and arms.arm = corrected.arm
+        and arms.label is not distinct from corrected.label
+left join arms as noise
+    on
+        noise.arm = 'no edit'
+        and arms.metric = noise.metric
+        and arms.label is not distinct from noise.label
+order by arms.metric, arms.arm, arms.label

@@ -1,10 +1,12 @@
--- Question: What did each arm of edits do to the model's predictions, document by document?
+-- Question: What did each arm of edits, and each control, do to the model's predictions of each document?
 -- Formula: tokens = those with a prediction, special ones apart; loss, base_loss = sums of their losses with
 --   the edits and without, in nats; divergence = sum of KL(without‖with) of the next token's distribution;
 --   flips = tokens whose most probable successor is another one; decisions = those of routers behind the
 --   first edited layer, and rerouted = those with other experts. characters = those of a document that was
 --   not cut, else null.
--- Grain: one row per (shard, doc, arm). stack = decoder; layer is null, because an arm may edit several.
+--   control: 0 for the arm itself, its controls count from 1. The arm 'no edit' is the model as it is, with
+--   the documents in other batches.
+-- Grain: one row per (shard, doc, arm, control). stack = decoder; layer is null: an arm may edit several.
 -- Reads: effects, documents
 -- Needs: effects
 -- Groups: documents
@@ -12,6 +14,7 @@ select
     effects.shard,
     effects.doc,
     effects.arm,
+    effects.control,
     'decoder' as stack,
     null::utinyint as layer,
     documents.label,

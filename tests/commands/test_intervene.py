@@ -6,6 +6,7 @@ import pytest
 
 from collector import open_run
 from collector.config import CaptureConfig, DataConfig, ModelConfig, section
+from collector.models.edits import tell_arm
 from collector.query.arms import named_arms, read_arms
 from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
@@ -23,26 +24,46 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.ray
-def test_the_same_documents_go_through_the_same_model_with_edits(run, tmp_path) -> None:
+def test_some_documents_go_through_the_same_model_with_edits_and_controls(run, tmp_path) -> None:
     arms = tmp_path / "arms.csv"
     arms.write_text("arm,layer,expert,operation,value\nno 31,4,31,drop,\nno 31,5,2,drop,\nloud,4,44,scale,2.5\n")
-    done = collector("intervene", str(run.root), "--arms", str(arms), "--out", str(tmp_path / "out"))
+    command = ("intervene", str(run.root), "--arms", str(arms), "--out", str(tmp_path / "out"), "--controls", "2")
+    done = collector(*command, "--documents", "from documents where doc % 2 = 1")
+    assert done.returncode == 0, done.stderr
+    out = RunDirectory(tmp_path / "out")
+    assert verify(out).sound
+    before, after = (open_run(each.root) for each in (run, out))
+    chosen = before.sql("select doc_id, tokens from documents where doc % 2 = 1 order by all").fetchall()
+    assert after.sql("select doc_id, tokens from documents order by all").fetchall() == chosen
+    texts = "select doc_id, list(token_id order by tok) from tokens join documents using (shard, doc) {} group by all"
+    for one, other in zip(
+        before.sql(texts.format("where doc % 2 = 1") + " order by 1").fetchall(),
+        after.sql(texts.format("") + " order by 1").fetchall(), strict=True,
+    ):  # fmt: skip
+        assert one == other
+    shown = after.query("expert_effect", pooled=True).to_arrow_table().to_pylist()
+    assert {row["arm"] for row in shown} == {"no 31", "loud"}
+    assert {row["controls"] for row in shown} == {2}
+    assert max(row["value"] for row in shown if row["metric"] == "divergence") > 0
+    assert all(row["above_floor"] == (row["value"] > row["floor"]) for row in shown if row["metric"] == "divergence")
+    config = out.read_json("run.json")["config"]
+    assert config["arms"][0] == "no 31: layer=4 expert=31 operation=drop; layer=5 expert=2 operation=drop"
+    assert len(config["arms"]) == 6
+    assert (config["max_length"], config["store"], config["record"]) == (40, [], ["effects"])
+    assert (config["documents"], config["controls"]) == ("from documents where doc % 2 = 1", 2)
+    other = collector(*command, "--documents", "from documents where doc % 2 = 0")
+    assert other.returncode == 2
+    assert "--documents was from documents where doc % 2 = 1, is now" in other.stderr
+
+
+@pytest.mark.ray
+def test_all_documents_keep_their_shards(run, tmp_path) -> None:
+    (tmp_path / "arms.sql").write_text("select 'x' as arm, 7 as layer, 3 as expert, 'force' as operation")
+    done = collector("intervene", str(run.root), "--arms", str(tmp_path / "arms.sql"), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     out = RunDirectory(tmp_path / "out")
     assert content(out)["tokens"].equals(content(run)["tokens"])
-    assert content(out)["documents"].drop_columns(["shard"]).num_rows == 12
-    assert verify(out).sound
-    shown = open_run(out.root).query("expert_effect", pooled=True).fetchall()
-    assert {row[1] for row in shown} == {"no 31", "loud"}
-    assert {row[0] for row in shown} >= {"nats_per_token", "divergence", "flips", "rerouted"}
-    divergences = [row[3] for row in shown if row[0] == "divergence"]
-    assert min(divergences) > 0
-    config = out.read_json("run.json")["config"]
-    assert config["arms"] == [
-        "no 31: layer=4 expert=31 operation=drop; layer=5 expert=2 operation=drop",
-        "loud: layer=4 expert=44 operation=scale value=2.5",
-    ]
-    assert (config["max_length"], config["store"], config["record"]) == (40, [], ["effects"])
+    assert out.read_json("run.json")["config"]["controls"] == 0
 
 
 # -- arms ----------------------------------------------------------------------------------------------
@@ -65,26 +86,22 @@ def test_named_arms_are_sql_over_the_run(counted) -> None:
     assert named_arms() == ["every_expert", "language_experts", "most_loaded"]
     every = read_arms(counted, "every_expert")
     assert len(every) == 6
-    assert every[4] == "decoder 2 1: layer=2 expert=1 operation=drop stack=decoder"
+    assert tell_arm(every[4]) == "decoder 2 1: layer=2 expert=1 operation=drop"
     (most,) = read_arms(counted, "most_loaded")
-    assert (
-        most
-        == "most loaded: layer=1 expert=0 operation=drop stack=decoder; layer=2 expert=2 operation=drop stack=decoder"
-    )
+    assert tell_arm(most) == "most loaded: layer=1 expert=0 operation=drop; layer=2 expert=2 operation=drop"
     english, korean = read_arms(counted, "language_experts")
     # en: expert 0 with 3/4 ln 2, then 1 with 1/4 ln 1; layer 2 has a single expert with a share
-    assert english == "en: " + "; ".join(
-        f"layer={layer} expert={expert} operation=drop stack=decoder" for layer, expert in ((1, 0), (1, 1), (2, 2))
+    assert tell_arm(english) == "en: " + "; ".join(
+        f"layer={layer} expert={expert} operation=drop" for layer, expert in ((1, 0), (1, 1), (2, 2))
     )
-    assert korean.startswith("ko: layer=1 expert=1 operation=drop stack=decoder; layer=1 expert=2")
+    assert tell_arm(korean).startswith("ko: layer=1 expert=1 operation=drop; layer=1 expert=2")
 
 
 def test_arms_are_read_from_sql_and_csv(counted, tmp_path) -> None:
     sql = tmp_path / "arms.sql"
     sql.write_text("select 'x' as arm, layer, 0 as expert, 'bias' as operation, -1.5 as value from layers;")
-    assert read_arms(counted, str(sql)) == (
-        "x: layer=1 expert=0 operation=bias value=-1.5; layer=2 expert=0 operation=bias value=-1.5",
-    )
+    (arm,) = read_arms(counted, str(sql))
+    assert tell_arm(arm) == "x: layer=1 expert=0 operation=bias value=-1.5; layer=2 expert=0 operation=bias value=-1.5"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +111,8 @@ def test_arms_are_read_from_sql_and_csv(counted, tmp_path) -> None:
         ("a.csv", "arm,layer,expert,operation\n", "names no edit"),
         ("a.sql", "select 1 as arm where false", "names no edit"),
         ("a.sql", "drop table tokens", "a run is read|read-only|reads"),
+        ("a.csv", "arm,layer,expert,operation\nno edit,1,1,drop\n", "an arm cannot be called 'no edit'"),
+        ("a.csv", "arm,layer,expert,operation\nx #2,1,1,drop\n", "'#' with a number marks controls"),
     ],
 )
 def test_arms_that_are_none_are_named(counted, tmp_path, name, text, message) -> None:

@@ -27,12 +27,19 @@ from collector.capture import effects, outputs, routing_table, similarity, vocab
 from collector.capture.loss import LossRecorder
 from collector.capture.routing_table import STATISTICS, LayerRouting
 from collector.data.sources import LABEL_SEPARATOR
+from collector.models.edits import NO_EDIT, parse_arm
 from collector.store import tables
 from collector.store.run_directory import MAPS, RUN, SUCCESS, VOCAB, Commit, Part, RunDirectory, weights_name
 from collector.store.tables import Layer
 
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
+ARMS = (
+    "no-1: layer=0 expert=1 operation=drop",
+    *(f"no-1 #{number}: layer=0 expert=0 operation=drop" for number in range(1, 5)),
+    "no-2: layer=0 expert=0 operation=scale value=0.5; layer=0 expert=1 operation=drop",
+)
+"""Those of `random_shard`; the second has no control."""
 RECORDED = ("outputs", "loss", "similarity", "vocabulary", "effects")
 """All that is recorded beside the routing."""
 EFFECTS = ("norms", "largest", "contributions")
@@ -214,7 +221,7 @@ def random_shard(
         },
         similarity=[row for one in layers for row in _random_blocks(own, one)],
         promotions=[row for one in layers for row in _random_promotions(own, one, shard)],
-        arms=[row for arm in ("no-1", "no-2") for row in _random_effects(own, arm, shard)],
+        arms=_random_effects(own, shard),
         losses=(shard.losses * own.gamma(2, 1, len(is_special))).astype(np.float32),
         **({} if vocabulary is None else _random_texts(rng, documents, vocabulary)),
     )
@@ -250,16 +257,18 @@ def _random_promotions(rng: np.random.Generator, layer: Layer, shard: Shard) -> 
     return rows
 
 
-def _random_effects(rng: np.random.Generator, arm: str, shard: Shard) -> list[dict[str, Any]]:
-    """What an arm does to each document; some have no token with a prediction."""
+def _random_effects(rng: np.random.Generator, shard: Shard) -> list[dict[str, Any]]:
+    """What arms and controls of `ARMS` do to each document; some have no token with a prediction."""
     tokens = [int(rng.integers(0, length + 1)) for length in shard.lengths]
+    base = [count * float(rng.gamma(2)) for count in tokens]
     return [
         {
-            "doc": doc, "arm": arm, "tokens": count, "loss": count * float(rng.gamma(2)),
-            "base_loss": count * float(rng.gamma(2)), "divergence": count * float(rng.gamma(1)),
+            "doc": doc, "arm": arm, "control": control, "tokens": count, "loss": count * float(rng.gamma(2)),
+            "base_loss": base[doc], "divergence": count * float(rng.gamma(1)),
             "flips": int(rng.integers(0, count + 1)), "decisions": 3 * count,
             "rerouted": int(rng.integers(0, count + 1)),
         }
+        for arm, control in [*((each.name, each.control) for each in map(parse_arm, ARMS)), (NO_EDIT, 0)]
         for doc, count in enumerate(tokens)
     ]  # fmt: skip
 
@@ -345,7 +354,7 @@ def write_run(
     token_ids = "drop" if vocabulary is None else "keep"
     config = {
         "model": "synthetic", "store": [*store], "token_ids": token_ids,
-        "record": [*record],
+        "record": [*record], "arms": [*ARMS] if "effects" in record else [],
     }  # fmt: skip
     info = {
         "format": 2, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},

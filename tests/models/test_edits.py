@@ -12,6 +12,7 @@ from collector.models.edited_routing import EditedRouting
 from collector.models.edits import OPERATIONS, Edit
 from collector.models.families import family, tiny
 from collector.models.routers import find_routers
+from collector.models.unedited_layers import UneditedLayers
 from tests.models.test_families import CAPTURED, EVEN, assert_received, built, capture, padded, plain, texts
 
 VALUES = {"scale": 0.25, "bias": -1.5}
@@ -281,3 +282,46 @@ def test_an_operation_without_meaning_is_refused_by_name(name: str, operation: s
     edit = Edit(stack=router.stack, layer=router.layer, expert=0, operation=operation, value=VALUES.get(operation))
     with pytest.raises(ValueError, match=f"operation {operation} has no meaning in .*{type(router.module).__name__}"):
         EditedRouting(model, [router], [edit])
+
+
+@pytest.mark.parametrize("name", [name for name in CAPTURED if name not in {"doge", "nllb_moe", "switch_transformers"}])
+def test_layers_before_an_edit_run_once_for_all_arms(name: str) -> None:
+    """The same edits in a whole pass and in one that starts at the edited layer; twice, as arms do."""
+    model, (ids, mask) = built(name), padded(texts(EVEN))
+    routers = find_routers(model)
+    router = routers[-1]
+    layers = UneditedLayers(model, routers)
+    assert layers.are_skipped
+    operation = "drop" if "drop" not in NO_MEANING.get(name, ()) else "replace"
+    edit = Edit(stack=router.stack, layer=router.layer, expert=most_chosen(readings(model, texts(EVEN))),
+                operation=operation)  # fmt: skip
+
+    def hidden():
+        with torch.inference_mode():
+            return model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    with layers.keeping({router.layer}):
+        plain_rh = hidden()
+    with EditedRouting(model, routers, [edit]):
+        whole_rh = hidden()
+    for _ in range(2):
+        with EditedRouting(model, routers, [edit]), layers.skipping(router.layer):
+            assert torch.equal(hidden(), whole_rh)
+    with layers.skipping(router.layer):
+        assert torch.equal(hidden(), plain_rh)
+    assert torch.equal(hidden(), plain_rh), "all layers are as they were"
+    assert not torch.equal(whole_rh, plain_rh)
+
+
+def test_layers_that_hand_on_more_than_they_return_run_again() -> None:
+    """As caches that later layers read would be."""
+    model = copy.deepcopy(built("olmoe"))
+    first, last = model.layers[0], model.layers[-1]
+    seen: list[torch.Tensor] = []
+    first.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs.mean()))
+    last.register_forward_pre_hook(lambda _module, inputs: (inputs[0] + seen.pop(), *inputs[1:]))
+    layers = UneditedLayers(model, find_routers(model))
+    assert not layers.are_skipped
+    with layers.keeping({2}), layers.skipping(2):
+        pass
+    assert "forward" not in first.__dict__

@@ -90,7 +90,7 @@ def case_shards(case: Path, picks: str = "picks.csv") -> list[Shard]:
 def effect(row: dict[str, str]) -> dict[str, object]:
     """A row of effects.csv."""
     numbers = {name: float(row[name]) for name in ("loss", "base_loss", "divergence")}
-    counts = {name: int(row[name]) for name in ("doc", "tokens", "flips", "decisions", "rerouted")}
+    counts = {name: int(row[name]) for name in ("doc", "control", "tokens", "flips", "decisions", "rerouted")}
     return {"arm": row["arm"]} | numbers | counts
 
 

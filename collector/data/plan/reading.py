@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collector.data.plan.frozen import Plan, Shard
 
 
+_LONGEST = 300
+"""Characters of a setting in a message."""
 _DEFAULTS = dataclasses.asdict(DataConfig())
 
 
@@ -35,7 +37,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _spoken(value: Any) -> str:
     if value is None or value in ((), []):
         return "not given"
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    said = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
 
 
 def check_sources(plan: Plan, config: RunConfig) -> list[str]:

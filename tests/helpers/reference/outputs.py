@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from scipy.stats import binom
+from scipy.stats import binom, false_discovery_control
 
 from collector.capture.vocabulary import PROMOTED
+from collector.models.edits import NO_EDIT
 from collector.store.tables import Layer
 from tests.helpers.synthetic import EFFECTS, Shard, components, key, token_stacks
 
@@ -351,8 +352,8 @@ def direct_attribution(shards: Sequence[Shard], *, pooled: bool) -> dict:
 
 def expert_effect(shards: Sequence[Shard], *, pooled: bool) -> dict:
     """See the query."""
-    found: dict[tuple, list[tuple[float, float]]] = {}
-    for shard in shards:
+    found: dict[tuple, dict[tuple, tuple[float, float]]] = {}
+    for number, shard in enumerate(shards):
         characters = shard.character_counts
         for row in shard.arms:
             doc = row["doc"]
@@ -366,11 +367,40 @@ def expert_effect(shards: Sequence[Shard], *, pooled: bool) -> dict:
             }  # fmt: skip
             for metric, pair in metrics.items():
                 if pair is not None and pair[1] > 0:
-                    found.setdefault((metric, row["arm"], label), []).append(pair)
+                    own = found.setdefault((metric, row["arm"], label, row["control"]), {})
+                    own[number, doc] = pair
     rows = {}
-    for at, pairs in found.items():
-        x, y = np.array(pairs, float).T
-        value = x.sum() / y.sum()
-        error = math.sqrt(((x - y * value) ** 2).sum()) / y.sum() if len(pairs) > 1 else None
-        rows[at] = (value, 0, int(y.sum()), len(pairs), error)
-    return rows
+    for (metric, arm, label, control), own in found.items():
+        if control or arm == NO_EDIT:
+            continue
+        x, y = np.array(list(own.values()), float).T
+        controls = [
+            np.array([each[at][0] for at in own])
+            for (*same, number), each in found.items()
+            if tuple(same) == (metric, arm, label) and number
+        ]
+        value, error = _ratio_of_sums(x, y)
+        difference, difference_error, p = None, None, None
+        values = [each.sum() / y.sum() for each in controls]
+        if controls:
+            difference, difference_error = _ratio_of_sums(x - np.mean(controls, axis=0), y)
+            middle = np.mean([value, *values])
+            p = (1 + sum(abs(each - middle) >= abs(value - middle) * (1 - 1e-12) for each in values)) / (
+                1 + len(values)
+            )
+        noise, noise_error = _ratio_of_sums(*np.array(list(found[metric, NO_EDIT, label, 0].values()), float).T)
+        floor = abs(noise) + 1.96 * (noise_error or 0)
+        rows[metric, arm, label] = [
+            value, np.mean(values) if values else 0, int(y.sum()), len(x), error, len(values), difference,
+            difference_error, p, None, floor, abs(value) > floor,
+        ]  # fmt: skip
+    tested = {at: row[8] for at, row in rows.items() if row[8] is not None}
+    for at, q in zip(tested, false_discovery_control([*tested.values()]) if tested else [], strict=True):
+        rows[at][9] = q
+    return {at: tuple(row) for at, row in rows.items()}
+
+
+def _ratio_of_sums(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
+    """The ratio of sums, and its error with the rows as units."""
+    value = x.sum() / y.sum()
+    return value, math.sqrt(((x - y * value) ** 2).sum()) / y.sum() if len(x) > 1 else None
