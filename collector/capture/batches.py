@@ -42,6 +42,10 @@ class TokenTable:
     """[T] the span of the text that the token lies in, as an index into `span_labels`, -1 for none; None if no text has
     any."""
     span_labels: tuple[str, ...] = ()
+    labels: tuple[tuple[str, ...], ...] | None = None
+    """[D] each document's labels; None if no recorder asks."""
+    token_class: NDArray[np.str_] | None = None
+    """[T] each token's class, as `--by token_class` names it; None if no recorder asks."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from collector.capture.padding import Grid
     from collector.capture.recorder import Again
     from collector.capture.shard_text import ShardText
-    from collector.models.edited_routing import EditedRouting
-    from collector.models.edits import Arm
+    from collector.models.edited_routing import EditedRouting, Where
+    from collector.models.edits import Arm, Edit
     from collector.models.routers import Reading, Router
     from collector.models.unedited_layers import UneditedLayers
 
@@ -108,10 +108,12 @@ class EffectsRecorder(Recorder):
         """In the order in which they run: by their first edited layer."""
         self._routing: list[EditedRouting] = []
         self._layers: UneditedLayers | None = None
-        self._table: TokenTable | None = None
+        self._tables: Mapping[str, TokenTable] = {}
         self._base: torch.Tensor | None = None
-        self._grid: Grid | None = None
+        self._grids: dict[str, Grid] = {}
         self._chosen: dict[str, torch.Tensor] = {}
+        self._acts: dict[Any, torch.Tensor] = {}
+        """(limits, stack) -> [R] whether edits act on the real tokens of the batch."""
         self._found: list[_Sums] = []
 
     @classmethod
@@ -129,9 +131,11 @@ class EffectsRecorder(Recorder):
         from collector.models.routers import find_routers
         from collector.models.unedited_layers import UneditedLayers
 
-        if self.model.config.is_encoder_decoder:
-            raise ValueError("--record effects compares predictions of decoders; this model has an encoder")
-        self.arms = sorted(map(parse_arm, self.config.arms), key=lambda arm: arm.first)
+        if all(router.token_stack == "encoder" for router in self.routers):
+            raise ValueError(
+                "--record effects: an encoder predicts no next token; record the decoder too, with --stacks"
+            )
+        self.arms = sorted(map(parse_arm, self.config.arms), key=_start)
         if not self.arms:
             raise ValueError("--record effects needs arms: see --arms")
         titles = [arm.title for arm in self.arms]
@@ -139,7 +143,9 @@ class EffectsRecorder(Recorder):
             raise ValueError(f"two arms are called {max(titles, key=titles.count)!r}: give each a name of its own")
         routers = find_routers(self.model)  # those that are not recorded can be edited, too
         known = geometry(self.model, routers)
-        self._routing = [EditedRouting(self.model, routers, arm.edits, known=known) for arm in self.arms]
+        self._routing = [
+            EditedRouting(self.model, routers, arm.edits, self._where(arm), known=known) for arm in self.arms
+        ]
         self._layers = UneditedLayers(self.model, routers)
 
         def choosing(name: str) -> Callable[[Reading, Grid], Nothing]:
@@ -154,16 +160,32 @@ class EffectsRecorder(Recorder):
                 name=f"router {router.name}", module=router.module, stack="decoder", read=router.read,
                 keep=choosing(router.name),
             )
-            for router in self.routers
+            for router in self._decoders()
         ]  # fmt: skip
         whole = Hook(
             name="the model", module=self.model, stack="decoder",
             read=lambda outputs: _Hidden(outputs.last_hidden_state.flatten(0, 1)), keep=self._keep,
         )  # fmt: skip
-        return [*choices, whole]
+        encoders = [
+            Hook(
+                name=f"router {router.name}", module=router.module, stack="encoder", read=router.read,
+                keep=self._keep_grid,
+            )
+            for router in routers
+            if router.token_stack == "encoder"
+        ]  # fmt: skip
+        return [*encoders[:1], *choices, whole]
+
+    def _decoders(self) -> list[Router]:
+        """The recorded routers that see the tokens whose successors are predicted."""
+        return [router for router in self.routers if router.token_stack == "decoder"]
 
     def _keep(self, hidden: _Hidden, grid: Grid) -> Nothing:
-        self._base, self._grid = hidden.hidden_rh, grid
+        self._base, self._grids["decoder"] = hidden.hidden_rh, grid
+        return Nothing()
+
+    def _keep_grid(self, _reading: Reading, grid: Grid) -> Nothing:
+        self._grids["encoder"] = grid
         return Nothing()
 
     def probe(self, kept: Sequence[Nothing]) -> None:
@@ -175,7 +197,7 @@ class EffectsRecorder(Recorder):
 
     def begin(self, tokens: Mapping[str, TokenTable]) -> None:
         """Learns which token is of which document."""
-        self._table, self._found = tokens["decoder"], []
+        self._tables, self._found = tokens, []
 
     def around_pass(self) -> contextlib.AbstractContextManager[None]:
         """Keeps what passes need that start at the first edited layers."""
@@ -183,57 +205,96 @@ class EffectsRecorder(Recorder):
 
     def after_pass(self, again: Again) -> None:
         """Runs the batch once more for each arm, and once in other parts."""
-        base, grid, table = self._base, self._grid, self._table
-        self._base = self._grid = None
-        if base is None or grid is None or grid.slots is None or table is None:
-            return
-        passes = itertools.chain(
-            [self._in_other_parts(again, grid)], (self._edited(number, again, grid) for number in range(len(self.arms)))
-        )
-        while together := list(itertools.islice(passes, _TOGETHER)):
-            self._found.append(self._compare(together, base, grid, table))
-        self._chosen.clear()
-        if self._layers is not None:
-            self._layers.forget()
-
-    def _edited(self, arm: int, again: Again, grid: Grid) -> _Pass:
         assert self._layers is not None, "hooks come first"
-        first = self.arms[arm].first
-        with self._routing[arm], self._layers.skipping(first), self._listening(first + 1) as chosen:
-            hidden = again().last_hidden_state
-        return _without_padding(arm, [hidden], chosen, grid)
+        base = self._base
+        if base is not None and self._grids["decoder"].slots is not None:  # a batch of a shard
+            arms = (self._edited(number, base, again) for number in range(len(self.arms)))
+            passes = itertools.chain([self._in_other_parts(again)], arms)
+            while together := list(itertools.islice(passes, _TOGETHER)):
+                self._found.append(self._compare(together, base))
+        self._base = None
+        self._chosen.clear()
+        self._acts.clear()
+        self._layers.forget()
 
-    def _in_other_parts(self, again: Again, grid: Grid) -> _Pass:
+    def _edited(self, number: int, base_rh: torch.Tensor, again: Again) -> _Pass:
+        """The pass of an arm; that of the model as it is where no edit acts on any token of the batch."""
+        assert self._layers is not None, "hooks come first"
+        arm, start = self.arms[number], _start(self.arms[number])
+        stacks = {edit.stack.partition(".")[0] for edit in arm.edits}
+        if arm.is_limited and not any(self._acting(arm, stack).any() for stack in stacks):
+            behind = {router.name for router in self._decoders() if _place(router) > start}
+            return _Pass(number, base_rh, {name: each for name, each in self._chosen.items() if name in behind})
+        with self._routing[number], self._layers.skipping(arm.first), self._listening(start) as chosen:
+            hidden = again().last_hidden_state
+        return _without_padding(number, [hidden], chosen, self._grids["decoder"])
+
+    def _where(self, arm: Arm) -> Where | None:
+        """Where the edits of an arm act in the current batch."""
+        if not arm.is_limited:
+            return None
+
+        def where(stack: str, positions: int) -> torch.Tensor:
+            grid, acts_r = self._grids[stack], self._acting(arm, stack)
+            if positions == len(acts_r):  # all are real tokens
+                return acts_r
+            if positions != grid.positions:
+                raise RuntimeError(f"edits of arm {arm.name!r}: {positions} tokens of a batch of {grid.positions}")
+            return grid.spread(acts_r)
+
+        return where
+
+    def _acting(self, arm: Arm, stack: str) -> torch.Tensor:
+        """[R] whether the edits of an arm act on the real tokens of the batch, on the host."""
+        import torch
+
+        if (arm.limits, stack) not in self._acts:
+            table, slots = self._tables[stack], self._grids[stack].slots
+            label, token_class, position = arm.limits
+            acts_t = np.ones(len(table.ids), bool)
+            if label is not None:
+                assert table.labels is not None, "the replica knows that arms are limited"
+                acts_t &= np.array([label in labels for labels in table.labels], bool)[table.doc]
+            if token_class is not None:
+                acts_t &= table.token_class == token_class
+            if position is not None:
+                acts_t &= table.position == position
+            self._acts[arm.limits, stack] = torch.from_numpy(acts_t[slots])
+        return self._acts[arm.limits, stack]
+
+    def _in_other_parts(self, again: Again) -> _Pass:
         """Every other document, then the rest; a single one beside itself."""
         import torch
 
+        grid = self._grids["decoder"]
         rows = torch.arange(grid.rows)
         halves = [rows[0::2], rows[1::2]] if len(rows) > 1 else [rows.repeat(2)]
-        with self._listening(0) as chosen:
+        with self._listening(_BEFORE_ALL) as chosen:
             hidden = [again(half).last_hidden_state for half in halves]
         order = torch.cat(halves).argsort(stable=True)[: len(rows)]
         return _without_padding(NOISE, hidden, chosen, grid, order)
 
     @contextlib.contextmanager
-    def _listening(self, first: int) -> Iterator[dict[str, list[torch.Tensor]]]:
-        """Collects the choices of routers from this layer on."""
+    def _listening(self, start: tuple[bool, int]) -> Iterator[dict[str, list[torch.Tensor]]]:
+        """Collects the choices of routers behind this place."""
         chosen: dict[str, list[torch.Tensor]] = defaultdict(list)
 
         def listen(router: Router) -> Callable[..., None]:
             return lambda _module, _inputs, outputs: chosen[router.name].append(router.read(outputs).experts_tk)
 
         with contextlib.ExitStack() as handles:
-            for router in self.routers:
-                if router.layer >= first:
+            for router in self._decoders():
+                if _place(router) > start:
                     handles.callback(router.module.register_forward_hook(listen(router)).remove)
             yield chosen
 
-    def _compare(self, passes: Sequence[_Pass], base_rh: torch.Tensor, grid: Grid, table: TokenTable) -> _Sums:
+    def _compare(self, passes: Sequence[_Pass], base_rh: torch.Tensor) -> _Sums:
         import torch
 
         assert self.head is not None, "needs_head"
-        assert grid.slots is not None, "a batch of a shard"
-        device, slots = self.head.device, grid.slots
+        grid, table, device = self._grids["decoder"], self._tables["decoder"], self.head.device
+        slots = grid.slots
+        assert slots is not None, "a batch of a shard"
         doc_n, document_r = np.unique(table.doc[slots], return_inverse=True)
         ordinary_r = torch.from_numpy(~table.is_special[slots]).to(device)
         of_r = torch.from_numpy(document_r).to(device)
@@ -273,6 +334,19 @@ class EffectsRecorder(Recorder):
     def start(self, tokens: Mapping[str, TokenTable]) -> ShardEffects:
         """See `Recorder.start`."""
         return ShardEffects(self.arms, tokens["decoder"])
+
+
+_BEFORE_ALL = (False, -1)
+
+
+def _place(at: Router | Edit) -> tuple[bool, int]:
+    """Where a router runs: all layers of an encoder come before those of the decoder."""
+    return at.stack.partition(".")[0] == "decoder", at.layer
+
+
+def _start(arm: Arm) -> tuple[bool, int]:
+    """Where the first edited router of an arm runs."""
+    return min(map(_place, arm.edits))
 
 
 def _without_padding(

@@ -92,6 +92,13 @@ class Grid:
             found = found[0].pin_memory(), found[1].pin_memory()
         return found[0].to(device, non_blocking=True), found[1].to(device, non_blocking=True)
 
+    def spread(self, values_r: torch.Tensor) -> torch.Tensor:
+        """Puts values of the real tokens, [R] on the host, in their places, [T]; padding gets zeros."""
+        assert self._host is not None, "made with token ids"
+        spread_t = torch.zeros(self.positions, dtype=values_r.dtype)
+        spread_t[self._host[0].flatten().bool()] = values_r
+        return spread_t
+
     @classmethod
     def of(
         cls, attention_mask: torch.Tensor, to_device: Callable[[torch.Tensor], torch.Tensor],

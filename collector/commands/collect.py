@@ -54,8 +54,9 @@ class Intervene:
 
     Arms are rows with the columns arm, layer, expert, operation and, where they matter, stack and value: a CSV file, a
     SQL file over the views of the run, or one of queries/arms/ by its name: every_expert, language_experts,
-    most_loaded. Operations are those of `collector trace --edit`. Any edit costs something: --controls tells what an
-    arm does from what other experts would do in its place.
+    most_loaded. Columns label, token_class and position limit an arm to some documents or tokens. Operations are those
+    of `collector trace --edit`. Any edit costs something: --controls tells what an arm does from what other experts
+    would do in its place.
     """
 
     run_: RunPath
@@ -97,6 +98,7 @@ class Intervene:
 
         plan, opened = terminal.read_plan(RunDirectory(self.run_)), open_run(self.run_)
         arms = read_arms(opened, self.arms)
+        opened.check(labels=sorted({arm.limits[0] for arm in arms if arm.limits[0] is not None}))
         if self.controls:
             arms, said = draw_controls(opened, arms, self.controls, self.seed)
             for line in said:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from collector.models.edits import Edit
     from collector.models.routers import Router
 
-Where = Callable[[int], torch.Tensor]
-"""T -> [T] bool, the positions of a forward pass at which edits act."""
+Where = Callable[[str, int], torch.Tensor]
+"""(encoder or decoder, T) -> [T] bool, the positions of that stack's tokens at which edits act."""
 _REFUSED: dict[str, tuple[set[str], str]] = {
     "DogeCDMoE": ({*OPERATIONS}, "chooses pairs of keys, not experts"),
     "InklingTopkRouter": ({"bias"}, "computes its logits together with those of shared experts"),
@@ -56,7 +56,7 @@ class EditedRouting:
             model: in eval mode.
             routers: of the model.
             edits: any number of each router.
-            where: T -> [T] bool, the positions of a forward pass at which the edits act (default: all).
+            where: the positions of a forward pass at which the edits act (default: all).
             known: `geometry` of the routers, if it was asked for already.
 
         Raises:
@@ -284,7 +284,9 @@ class _Interception(TorchFunctionMode):
 
     def _acts(self, positions: int, device: torch.device) -> torch.Tensor | None:
         """[T] where the edits act, None for everywhere."""
-        return None if self._where is None else self._where(positions).flatten().to(device)
+        if self._where is None:
+            return None
+        return self._where(self._edited.router.token_stack, positions).flatten().to(device)
 
     # -- operations ----------------------------------------------------------------------------------
 

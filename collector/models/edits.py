@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Literal, get_args
+from urllib.parse import quote, unquote
 
 Operation = Literal["drop", "drop_renorm", "replace", "scale", "bias", "force"]
 OPERATIONS: tuple[str, ...] = get_args(Operation)
@@ -36,6 +38,12 @@ class Edit:
     """Of `scale` and `bias`."""
     stack: str = "decoder"
     """As `layers` names it."""
+    label: str | None = None
+    """Only in documents with this label."""
+    token_class: str | None = None
+    """Only at tokens of this class, as `--by token_class` names it."""
+    position: int | None = None
+    """Only at this place of each document, from 0; special tokens count."""
 
     def __post_init__(self) -> None:
         """Rejects an operation without its value, or with one that it does not take."""
@@ -46,22 +54,37 @@ class Edit:
             raise ValueError(f"operation {self.operation} {needs}: layer {self.layer}, expert {self.expert}")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"operation {self.operation}: value {self.value} is not finite")
+        if self.position is not None and self.position < 0:
+            raise ValueError(f"positions count from 0, got {self.position}")
+
+    @property
+    def limits(self) -> tuple[str | None, str | None, int | None]:
+        """Label, token class and position that it is limited to."""
+        return self.label, self.token_class, self.position
+
+
+_KINDS: dict[str, Callable[[str], Any]] = {
+    "layer": int, "expert": int, "operation": str, "value": float, "stack": str, "label": unquote,
+    "token_class": unquote, "position": int,
+}  # fmt: skip
+"""How the fields of an edit are read."""
 
 
 def parse(text: str) -> Edit:
-    """Reads an edit from `layer=1 expert=9 operation=scale value=2`, with `stack=encoder` where that matters.
+    """Reads an edit from `layer=1 expert=9 operation=scale value=2`, with the other fields of `Edit` where they matter.
+
+    Names with spaces or commas are written as in URLs: `label=Standard%20Arabic`.
 
     Raises:
         ValueError: a name is unknown or missing, or a value is not of its kind.
     """
-    kinds = {"layer": int, "expert": int, "operation": str, "value": float, "stack": str}
     given: dict[str, Any] = {}
     for part in text.replace(",", " ").split():
         name, _, value = part.partition("=")
-        if name not in kinds or not value:
-            raise ValueError(f"edit {text!r}: {part!r} is none of {', '.join(f'{each}=…' for each in kinds)}")
+        if name not in _KINDS or not value:
+            raise ValueError(f"edit {text!r}: {part!r} is none of {', '.join(f'{each}=…' for each in _KINDS)}")
         try:
-            given[name] = kinds[name](value)
+            given[name] = _KINDS[name](value)
         except ValueError as error:
             raise ValueError(f"edit {text!r}: {name} takes a number, got {value!r}") from error
     if missing := [name for name in ("layer", "expert", "operation") if name not in given]:
@@ -71,9 +94,9 @@ def parse(text: str) -> Edit:
 
 def tell(edit: Edit) -> str:
     """Writes an edit as `parse` reads it."""
-    parts = {name: getattr(edit, name) for name in ("layer", "expert", "operation", "value")}
+    parts = {name: getattr(edit, name) for name in _KINDS}
     parts["stack"] = None if edit.stack == "decoder" else edit.stack
-    return " ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
+    return " ".join(f"{name}={quote(str(value), safe='')}" for name, value in parts.items() if value is not None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +117,21 @@ class Arm:
                 f"an arm cannot be called {self.name!r}: it takes no colon, {NO_EDIT!r} is the model as it is, and "
                 "'#' with a number marks controls"
             )
+        if len({edit.limits for edit in self.edits}) > 1:
+            raise ValueError(
+                f"arm {self.name!r}: its edits are limited to several labels, token classes or positions; give each "
+                "limit an arm of its own"
+            )
+
+    @property
+    def limits(self) -> tuple[str | None, str | None, int | None]:
+        """Label, token class and position that all its edits are limited to."""
+        return self.edits[0].limits
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether its edits act on some tokens only."""
+        return any(limit is not None for limit in self.limits)
 
     @property
     def first(self) -> int:

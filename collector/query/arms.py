@@ -1,8 +1,8 @@
 """Reads the arms of an intervention: sets of edits of the routing, from a file or by name.
 
 A file is CSV, or SQL over the views of the run whose experts are edited. Its rows are edits: `arm` (the name of the
-set), `layer`, `expert`, `operation`, and optionally `stack` (default decoder) and `value`. Named arms are the SQL files
-of `queries/arms/`.
+set), `layer`, `expert`, `operation`, and optionally `stack` (default decoder), `value`, and what they are limited to:
+`label`, `token_class`, `position`. Named arms are the SQL files of `queries/arms/`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from collector.models.edits import Arm, parse
 from collector.query.catalog import query_folder
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collector.query.warehouse import Run
 
 _NEEDED = ("arm", "layer", "expert", "operation")
-_ALL = (*_NEEDED, "stack", "value")
+_ALL = (*_NEEDED, "stack", "value", "label", "token_class", "position")
 
 
 def read_arms(run: Run, source: str) -> list[Arm]:
@@ -64,7 +65,7 @@ def _grouped(rows: Iterable[Mapping[str, Any]], source: str) -> Iterable[Arm]:
     for row in rows:
         if missing := [name for name in _NEEDED if row.get(name) in (None, "")]:
             raise ValueError(f"--arms {source}: a row lacks {' and '.join(missing)}; it has {', '.join(row)}")
-        parts = [f"{name}={row[name]}" for name in _ALL[1:] if row.get(name) not in (None, "")]
+        parts = [f"{name}={quote(str(row[name]), safe='')}" for name in _ALL[1:] if row.get(name) not in (None, "")]
         edits.setdefault(str(row["arm"]), []).append(" ".join(parts))
     if not edits:
         raise ValueError(f"--arms {source}: it names no edit")

@@ -338,12 +338,17 @@ def _arms_select(arms: Iterable[str]) -> str:
     columns = ",\n    ".join(
         f"nullif(regexp_extract(edit, '(?:^| ){name}=([^ ]+)', 1), '')::{kind} as {name}"
         for name, kind in (
-            ("layer", "utinyint"), ("expert", "integer"), ("operation", "varchar"), ("value", "double")
+            ("layer", "utinyint"), ("expert", "integer"), ("operation", "varchar"), ("value", "double"),
+            ("position", "integer"),
         )
     )  # fmt: skip
+    limits = ",\n    ".join(
+        f"url_decode(nullif(regexp_extract(edit, ' {name}=([^ ]+)', 1), '')) as {name}"
+        for name in ("label", "token_class")
+    )
     stack = "coalesce(nullif(regexp_extract(edit, 'stack=([^ ]+)', 1), ''), 'decoder') as stack"
     return (
-        f"select arm, control::usmallint as control, {stack},\n    {columns}\n"
+        f"select arm, control::usmallint as control, {stack},\n    {columns},\n    {limits}\n"
         "from (select arm, control, unnest(string_split(edits, '; ')) as edit\n"
         f"from (values\n    {rows}\n) as told (arm, control, edits))"
     )

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import socket
 import time
 import uuid
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from collector import token_ids
@@ -33,8 +36,10 @@ from collector.data import plan
 from collector.data.formats import BEYOND_VOCABULARY
 from collector.data.sources import BadRow, Document
 from collector.models import heads, loading
+from collector.models.edits import parse_arm
 from collector.models.routers import find_routers
 from collector.pipeline import IN_WORK, DeviceLost, Pipeline, Stage, Stopwatch
+from collector.query.token_classes import token_classes
 from collector.replica.card import describe, vocabulary
 from collector.replica.part_writer import PartWriter
 from collector.store import tables
@@ -43,7 +48,6 @@ from collector.store.run_directory import REJECTS, TABLES, VOCAB, Commit, RunDir
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from collector.capture.passes import Passes, Placing
@@ -123,6 +127,8 @@ class Replica:
         recorders = recorders_for(self.loaded.model, self.routers, config.capture, head)
         self.capture = Capture(self.loaded.model, recorders, device=self.loaded.device)
         self._check_target()
+        self._arms = [parse_arm(text) for text in config.capture.arms]
+        self._classes = self._token_classes()
         self.capture.__enter__()
         self._passes = ForwardPasses(
             capture=self.capture, pad_id=self.loaded.pad_id, config=config.capture, placer=self._placer
@@ -157,6 +163,20 @@ class Replica:
             return None
         embedding: Any = self.loaded.model.get_input_embeddings()
         return token_ids.permutation(embedding.weight.shape[0], token_ids.require_key(self.config.token_key))
+
+    def _token_classes(self) -> NDArray[np.str_] | None:
+        """[embedded ids] the class of each token, if an arm is limited to one."""
+        asked = {arm.limits[1] for arm in self._arms} - {None}
+        if not asked:
+            return None
+        entries = pq.read_table(io.BytesIO(vocabulary(self.loaded.tokenizer)))
+        classes = token_classes(entries)
+        if unknown := asked - {*classes.tolist(), "special"}:
+            raise ValueError(
+                f"--arms: no token has the class {unknown.pop()!r}; there are {', '.join(sorted({*classes.tolist()}))}"
+            )
+        beyond = max(0, loading.embedded_ids(self.loaded.model) - len(classes))
+        return np.concatenate([classes, np.full(beyond, "other")])
 
     def _check_length(self) -> None:
         room = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -231,6 +251,8 @@ class Replica:
                 ]
                 documents = [document for d, document in enumerate(documents) if d not in beyond]
                 tokens = self._tokenize(documents)
+            if any(arm.is_limited for arm in self._arms):
+                tokens = {stack: self._with_limits(table, documents) for stack, table in tokens.items()}
         return _Read(shard=shard.shard, text=ShardText(documents=documents, tokens=tokens, bad=bad), watch=watch)
 
     def _beyond_vocabulary(self, tokens: dict[str, batches.TokenTable]) -> set[int]:
@@ -255,6 +277,12 @@ class Replica:
             target = batches.tokenize(tokenizer, targets, longest, as_target=True, spans=own)
             tokens["decoder"] = batches.shift_right(target, int(self.loaded.model.config.decoder_start_token_id))
         return tokens
+
+    def _with_limits(self, table: batches.TokenTable, documents: list[Document]) -> batches.TokenTable:
+        """Adds the labels and classes to which edits are limited."""
+        classes = None if self._classes is None else np.where(table.is_special, "special", self._classes[table.ids])
+        labels = tuple(tuple(document.labels) for document in documents)
+        return dataclasses.replace(table, labels=labels, token_class=classes)
 
     def _forward(self, read: _Read) -> _Recorded:
         """Second stage: runs the model. `idle` is the time that the device waited for this shard."""

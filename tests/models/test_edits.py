@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from collector.models.edited_routing import EditedRouting
-from collector.models.edits import OPERATIONS, Edit
+from collector.models.edits import OPERATIONS, Arm, Edit, parse_arm, tell_arm
 from collector.models.families import family, tiny
 from collector.models.routers import find_routers
 from collector.models.unedited_layers import UneditedLayers
@@ -239,7 +239,7 @@ def test_edits_act_on_chosen_positions_only() -> None:
         edit = Edit(
             layer=router.layer, expert=expert, operation=operation, value={"scale": 3.0, "bias": -4.0}.get(operation)
         )
-        with EditedRouting(model, [router], [edit], where=lambda positions: at[:positions]):
+        with EditedRouting(model, [router], [edit], where=lambda _stack, positions: at[:positions]):
             after = readings(model, rows)
         same = (after.experts_tk == before.experts_tk).all(1) & (after.weights_tk == before.weights_tk).all(1)
         assert same[~at].all(), operation
@@ -325,3 +325,16 @@ def test_layers_that_hand_on_more_than_they_return_run_again() -> None:
     with layers.keeping({2}), layers.skipping(2):
         pass
     assert "forward" not in first.__dict__
+
+
+# -- in words --------------------------------------------------------------------------------------------
+
+
+def test_arms_are_read_as_they_are_written() -> None:
+    edits = (
+        Edit(layer=1, expert=9, operation="scale", value=-2.5, label="Standard Arabic; others", position=3),
+        Edit(stack="encoder", layer=0, expert=1, operation="force", label="Standard Arabic; others", position=3),
+    )
+    for arm in (Arm(name="a b", edits=edits), Arm(name="x", edits=edits[:1], control=12)):
+        assert parse_arm(tell_arm(arm)) == arm
+    assert tell_arm(Arm(name="x", edits=edits[:1], control=12)).startswith("x #12: layer=1 expert=9 operation=scale")

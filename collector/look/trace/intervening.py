@@ -11,6 +11,7 @@ from collector.look.trace import collecting, pieces
 from collector.look.trace.reading import read
 from collector.models import heads, loading
 from collector.models.edited_routing import EditedRouting
+from collector.models.edits import tell
 from collector.models.routers import find_routers
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def compare(
     Raises:
         ValueError: the model cannot be loaded, has no such router or expert, or the text no such position.
     """
+    if limited := [edit for edit in edits if edit.limits != (None, None, None)]:
+        raise ValueError(f"--edit {tell(limited[0])!r}: of a single text, --position says where edits act")
     loaded = loading.load(model, collecting.device_of(device))
     head, silence = _head(model, loaded)
     with collecting.collected(text, model, capture, device, loaded=loaded) as run:
@@ -92,7 +95,7 @@ def compare(
         raise ValueError(f"--position {beyond[0]}: the text has tokens 0 to {len(before.routers[0].tokens) - 1}")
     plain = _next(loaded, head, ids)
 
-    def where(count: int) -> torch.Tensor:
+    def where(_stack: str, count: int) -> torch.Tensor:
         acts = torch.zeros(count, dtype=torch.bool)
         acts[[each for each in positions or () if each < count]] = True
         return acts
