@@ -54,7 +54,7 @@ class Intervene:
 
     Arms are rows with the columns arm, layer, expert, operation and, where they matter, stack and value: a CSV file, a
     SQL file over the views of the run, or one of queries/arms/ by its name: every_expert, language_experts,
-    most_loaded. Columns label, token_class and position limit an arm to some documents or tokens. Operations are those
+    super_experts, most_loaded, dead. Columns label, token_class and position limit an arm to some documents or tokens. Operations are those
     of `collector trace --edit`. Any edit costs something: --controls tells what an arm does from what other experts
     would do in its place.
     """

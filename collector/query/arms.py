@@ -3,23 +3,34 @@
 A file is CSV, or SQL over the views of the run whose experts are edited. Its rows are edits: `arm` (the name of the
 set), `layer`, `expert`, `operation`, and optionally `stack` (default decoder), `value`, and what they are limited to:
 `label`, `token_class`, `position`. Named arms are the SQL files of `queries/arms/`.
+
+SQL may also read answers: any query by its name, with its defaults, and `specialization_test`, the rows of
+`collector test`.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from collector.models.edits import Arm, parse
-from collector.query.catalog import query_folder
+from collector.query.catalog import list_queries, query_folder
+from collector.query.document_counts import document_counts
+from collector.query.inference import specialization_test
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    import pyarrow as pa
+
     from collector.query.warehouse import Run
 
+TEST = "specialization_test"
+_READ = re.compile(r"\b(?:from|join)\s+(\w+)", re.IGNORECASE)
+_ALL_ROWS = 2**31 - 1
 _NEEDED = ("arm", "layer", "expert", "operation")
 _ALL = (*_NEEDED, "stack", "value", "label", "token_class", "position")
 
@@ -40,7 +51,8 @@ def read_arms(run: Run, source: str) -> list[Arm]:
         with path.open(encoding="utf-8", newline="") as file:
             rows: list[dict[str, Any]] = list(csv.DictReader(file))
     else:
-        relation = run.sql(_statement(source).rstrip().rstrip(";"))
+        statement = _statement(source).rstrip().rstrip(";")
+        relation = run.sql(statement, _answers(run, statement))
         rows = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
     return list(_grouped(rows, source))
 
@@ -58,6 +70,19 @@ def _statement(source: str) -> str:
         raise FileNotFoundError(
             f"--arms {source}: no such file; name a CSV or SQL file, or one of {', '.join(named_arms())}"
         ) from error
+
+
+def _answers(run: Run, statement: str) -> dict[str, pa.Table]:
+    """The answers that a statement reads."""
+    found: dict[str, pa.Table] = {}
+    queries = {query.name: query for query in list_queries() if not query.of_two_runs}
+    for name in sorted(set(_READ.findall(statement))):
+        if name == TEST:
+            found[name] = specialization_test(document_counts(run))
+        elif name in queries:
+            every = {"top": _ALL_ROWS} if "top" in {param.name for param in queries[name].params} else {}
+            found[name] = run.query(name, **every).to_arrow_table()
+    return found
 
 
 def _grouped(rows: Iterable[Mapping[str, Any]], source: str) -> Iterable[Arm]:

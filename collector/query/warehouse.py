@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import pyarrow as pa
+
     from collector.query.views import Located
 
 __all__ = ["Query", "Run", "committed_files", "list_queries", "one_line_errors", "open_run", "views_sql"]
@@ -137,14 +139,20 @@ class Run:
             cursor.execute(f"use {self.schema}")
         return cursor
 
-    def sql(self, statement: str) -> duckdb.DuckDBPyRelation:
+    def sql(self, statement: str, tables: Mapping[str, pa.Table] | None = None) -> duckdb.DuckDBPyRelation:
         """Runs one read-only statement over the views.
+
+        Args:
+            statement: SQL.
+            tables: further relations that it may read, by name.
 
         Raises:
             ValueError: it is not a single SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE …), it
                 writes, or it has an error.
         """
         cursor = self.cursor()
+        for name, table in (tables or {}).items():
+            cursor.register(name, table)
         try:
             kinds = [parsed.type.name for parsed in duckdb.extract_statements(statement)]
             if kinds != ["SELECT"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from collector import open_run
@@ -13,7 +14,7 @@ from collector.store.tables import Layer
 from collector.upkeep.verify import verify
 from tests.helpers.command_line import collector
 from tests.helpers.runs import collect_here, content, run_config, write_jsonl
-from tests.helpers.synthetic import Shard, write_run
+from tests.helpers.synthetic import EFFECTS, Shard, write_run
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +84,34 @@ def counted(tmp_path_factory):
 
 
 def test_named_arms_are_sql_over_the_run(counted) -> None:
-    assert named_arms() == ["every_expert", "language_experts", "most_loaded"]
+    assert named_arms() == ["dead", "every_expert", "language_experts", "most_loaded", "super_experts"]
     every = read_arms(counted, "every_expert")
     assert len(every) == 6
     assert tell_arm(every[4]) == "decoder 2 1: layer=2 expert=1 operation=drop"
     (most,) = read_arms(counted, "most_loaded")
     assert tell_arm(most) == "most loaded: layer=1 expert=0 operation=drop; layer=2 expert=2 operation=drop"
-    english, korean = read_arms(counted, "language_experts")
-    # en: expert 0 with 3/4 ln 2, then 1 with 1/4 ln 1; layer 2 has a single expert with a share
-    assert tell_arm(english) == "en: " + "; ".join(
-        f"layer={layer} expert={expert} operation=drop" for layer, expert in ((1, 0), (1, 1), (2, 2))
-    )
-    assert tell_arm(korean).startswith("ko: layer=1 expert=1 operation=drop; layer=1 expert=2")
+    (dead,) = read_arms(counted, "dead")
+    assert tell_arm(dead) == "dead: layer=2 expert=0 operation=drop; layer=2 expert=1 operation=drop"
+
+
+def test_super_experts_are_those_of_the_query(tmp_path) -> None:
+    layers = (Layer(layer=0, n_experts=3, top_k=1), Layer(layer=1, n_experts=3, top_k=1))
+    picks = {0: [0, 1, 2], 1: [0, 1, 2]}
+    largest = {layer: {name: np.ones((3, 1), np.float32) for name in EFFECTS} for layer in picks}
+    largest[0]["largest"][1] = 100
+    shard = Shard.of_picks(layers, documents=[("en", 3)], experts=picks, effects=largest)
+    (arm,) = read_arms(open_run(write_run(tmp_path / "run", layers, [shard])), "super_experts")
+    assert tell_arm(arm) == "super experts: layer=0 expert=1 operation=drop"
+
+
+def test_language_experts_are_chosen_significantly_more_often(tmp_path) -> None:
+    """English takes expert 0 of layer 1, Korean 1 and 2; layer 2 says nothing."""
+    documents = [("en", 6), ("ko", 6)] * 12
+    picks = {1: [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2] * 12, 2: [0, 1, 2] * 48}
+    shard = Shard.of_picks(LAYERS, documents=documents, experts=picks)
+    english, korean = read_arms(open_run(write_run(tmp_path / "run", LAYERS, [shard])), "language_experts")
+    assert tell_arm(english) == "en: layer=1 expert=0 operation=drop"
+    assert tell_arm(korean) == "ko: layer=1 expert=1 operation=drop; layer=1 expert=2 operation=drop"
 
 
 def test_arms_are_read_from_sql_and_csv(counted, tmp_path) -> None:
@@ -122,7 +139,7 @@ def test_arms_that_are_none_are_named(counted, tmp_path, name, text, message) ->
 
 
 def test_an_unknown_name_lists_those_there_are(counted) -> None:
-    with pytest.raises(FileNotFoundError, match="--arms nobody: no such file; name a CSV or SQL file, or one of every"):
+    with pytest.raises(FileNotFoundError, match="--arms nobody: no such file; name a CSV or SQL file, or one of dead, every"):
         read_arms(counted, "nobody")
 
 
