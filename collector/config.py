@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 """Name of both the embedded model and the embedded corpus."""
 
-Store = Literal["text", "probabilities", "logits"]
+Store = Literal["text", "probabilities", "logits", "token_effects"]
 Record = Literal["routing", "outputs", "loss", "similarity", "vocabulary", "effects"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stack = Literal["encoder", "decoder"]
@@ -137,8 +137,10 @@ class CaptureConfig:
     sample_tokens: int = 512
     """Tokens of each shard that `--record similarity` sends through all experts, and that `vocabulary` reads."""
     store: tuple[Store, ...] = ()
-    """Also store `text` (each document's text and target), `probabilities` or `logits` (of all experts).
-    The latter two are stored for every token and layer, at 4 bytes an expert before compression; logits give both."""
+    """Also store `text` (each document's text and target), `probabilities` or `logits` (of all experts), or
+    `token_effects` (what --arms do to the prediction of each token, 9 bytes per token and arm before compression).
+    Probabilities and logits are stored for every token and layer, at 4 bytes an expert before compression; logits give
+    both."""
     token_ids: TokenIds = "keep"
     """How token ids are recorded: `keep` stores them, `drop` leaves them out, `hash` permutes the vocabulary.
     `hash` reads its key from the environment variable COLLECTOR_TOKEN_KEY; without the key nobody can recover the ids.
@@ -155,6 +157,8 @@ class CaptureConfig:
             raise ValueError("--stacks takes encoder, decoder or both, got nothing")
         if ("effects" in self.record) != bool(self.arms):
             raise ValueError("--record effects and --arms go together: the arms are what the effects are of")
+        if "token_effects" in self.store and not self.arms:
+            raise ValueError("--store token_effects takes --record effects and --arms")
         if "vocabulary" in self.record and self.token_ids != "keep":
             raise ValueError(
                 f"--record vocabulary names the tokens that experts promote, which --token-ids {self.token_ids} hides: "

@@ -1,4 +1,4 @@
-"""Records what edits of the routing do to the model's predictions: the table `effects`.
+"""Records what edits of the routing do to the model's predictions: the tables of `effects_table`.
 
 Each batch goes through the model as it is, and once more for every arm of edits and each of its controls; the layers
 before an arm's first edit run once for all. Both are compared token by token: the loss, the divergence of the next
@@ -19,46 +19,36 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from collector.capture.recorder import Hook, Recorder, Recording
+from collector.capture.effects_table import (
+    NOISE,
+    PER_TOKEN,
+    SCHEMA,
+    SUMS,
+    TABLE,
+    TOKENS,
+    TOKENS_SCHEMA,
+    Effects,
+    ShardEffects,
+)
+from collector.capture.recorder import Hook, Recorder
 from collector.capture.sampling import Nothing
-from collector.models.edits import NO_EDIT, parse_arm
-from collector.store import tables
+from collector.models.edits import parse_arm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
+    import pyarrow as pa
     import torch
     from numpy.typing import NDArray
 
-    from collector.capture.batches import Batch, TokenTable
+    from collector.capture.batches import TokenTable
     from collector.capture.padding import Grid
     from collector.capture.recorder import Again
-    from collector.capture.shard_text import ShardText
     from collector.models.edited_routing import EditedRouting, Where
     from collector.models.edits import Arm, Edit
     from collector.models.routers import Reading, Router
     from collector.models.unedited_layers import UneditedLayers
-
-TABLE = "effects"
-NOISE = -1
-"""The place of the pass without edits, behind all arms."""
-SUMS = ("tokens", "loss", "base_loss", "divergence", "flips", "decisions", "rerouted")
-"""What is added up for each document, in this order."""
-SCHEMA = pa.schema(
-    [
-        pa.field("shard", pa.uint32(), nullable=False),
-        pa.field("doc", pa.uint32(), nullable=False),
-        pa.field("arm", tables.NAME, nullable=False),
-        pa.field("control", pa.uint16(), nullable=False),
-        pa.field("tokens", pa.uint32(), nullable=False),
-        *(pa.field(name, pa.float64(), nullable=False) for name in ("loss", "base_loss", "divergence")),
-        *(pa.field(name, pa.uint32(), nullable=False) for name in ("flips", "decisions", "rerouted")),
-    ]
-)
-
 
 _TOGETHER = 8
 """Arms whose last hidden states are held at once: the logits of the model as it is are computed once for all."""
@@ -87,6 +77,10 @@ class _Sums:
     doc_n: NDArray[np.int64]
     sums_an7: torch.Tensor
     """[arms, documents, 7] `SUMS` in double precision."""
+    slots_f: torch.Tensor | None
+    """[F] places of the tokens in the shard, if they are kept."""
+    tokens_af3: torch.Tensor | None
+    """[arms, F, 3] `PER_TOKEN`."""
 
 
 class EffectsRecorder(Recorder):
@@ -96,7 +90,9 @@ class EffectsRecorder(Recorder):
         TABLE: "a document in an arm of edits (control 0) or one of its controls: tokens with a prediction, the sums "
         "of their losses with the edits and without, of KL(without‖with) of the next token (nats); tokens whose most "
         "probable successor is another one; decisions of routers behind the first edited layer, and those with other "
-        "experts; the arm `no edit` is the same model with the documents in other batches"
+        "experts; the arm `no edit` is the same model with the documents in other batches",
+        TOKENS: "a token with a prediction in an arm, controls apart, with --store token_effects: the change of its "
+        "loss and KL(without‖with) of the prediction (nats), and whether another token is the most probable one",
     }
     needs_head: ClassVar[bool] = True
     needs_whole_pass: ClassVar[bool] = True
@@ -117,9 +113,9 @@ class EffectsRecorder(Recorder):
         self._found: list[_Sums] = []
 
     @classmethod
-    def schemas(cls, info: Mapping[str, Any]) -> dict[str, pa.Schema]:  # noqa: ARG003
+    def schemas(cls, info: Mapping[str, Any]) -> dict[str, pa.Schema]:
         """See `Recorder.schemas`."""
-        return {TABLE: SCHEMA}
+        return {TABLE: SCHEMA} | ({TOKENS: TOKENS_SCHEMA} if TOKENS in info["config"].get("store", ()) else {})
 
     def hooks(self) -> list[Hook]:
         """The whole model, which returns its last hidden states, and the routers.
@@ -299,6 +295,7 @@ class EffectsRecorder(Recorder):
         ordinary_r = torch.from_numpy(~table.is_special[slots]).to(device)
         of_r = torch.from_numpy(document_r).to(device)
         sums_an7 = torch.zeros((len(passes), len(doc_n), len(SUMS)), dtype=torch.float64, device=device)
+        pieces: list[torch.Tensor] = []
         following_f, ids_f = (each.to(device) for each in grid.following_on(base_rh.device))
         kept = ordinary_r[following_f]
         following_f, ids_f = following_f[kept], ids_f[kept]
@@ -306,34 +303,50 @@ class EffectsRecorder(Recorder):
             own_f, next_f = (each[first : first + self.head.rows_at_once] for each in (following_f, ids_f))
             base_fv = self._predicted(base_rh, own_f - 1)
             base_f, first_f, p_fv = _loss(base_fv, next_f), base_fv.argmax(-1), base_fv.exp()
+            piece_af3 = torch.empty((len(passes), len(own_f), len(PER_TOKEN)), device=device)
             for number, each in enumerate(passes):
                 edited_fv = self._predicted(each.hidden_rh, own_f - 1)
                 divergence_f = (p_fv * (base_fv - edited_fv)).sum(-1)
                 flips_f = first_f != edited_fv.argmax(-1)
-                columns = [torch.ones_like(base_f), _loss(edited_fv, next_f), base_f, divergence_f, flips_f]
+                loss_f = _loss(edited_fv, next_f)
+                columns = [torch.ones_like(base_f), loss_f, base_f, divergence_f, flips_f]
+                piece_af3[number] = torch.stack([loss_f - base_f, divergence_f, flips_f], 1)
                 sums_an7[number, :, :5].index_add_(0, of_r[own_f], torch.stack([one.double() for one in columns], 1))
+            pieces += [piece_af3] if TOKENS in self.config.store else []
         for number, each in enumerate(passes):
             for name, experts_rk in each.experts.items():
                 before_rk = self._chosen[name]
                 same_r = (before_rk.sort(-1).values == experts_rk.sort(-1).values).all(-1).to(device)
                 counted = torch.stack([torch.ones_like(same_r), ~same_r], 1).double()
                 sums_an7[number, :, 5:].index_add_(0, of_r[ordinary_r], counted[ordinary_r])
-        return _Sums(arms=[each.arm for each in passes], doc_n=doc_n, sums_an7=sums_an7)
+        return _Sums(
+            arms=[each.arm for each in passes], doc_n=doc_n, sums_an7=sums_an7,
+            slots_f=torch.from_numpy(slots).to(device)[following_f] if pieces else None,
+            tokens_af3=torch.cat(pieces, 1) if pieces else None,
+        )  # fmt: skip
 
     def _predicted(self, hidden_rh: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """[F, V] log-probabilities of the tokens that come after these places, [F]."""
         assert self.head is not None, "needs_head"
         return self.head.logits(hidden_rh.to(self.head.device).index_select(0, at)).float().log_softmax(-1)
 
-    def conclude(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
-        """Brings the sums to the host: arms, documents, and [arms, documents, 7] `SUMS`."""
-        found = [(np.array(one.arms), one.doc_n, one.sums_an7.cpu().numpy()) for one in self._found]
+    def conclude(self) -> list[Effects]:
+        """Brings the sums to the host."""
+        found = [
+            Effects(
+                arms=np.array(one.arms), doc_n=one.doc_n, sums_an7=one.sums_an7.cpu().numpy(),
+                slots_f=None if one.slots_f is None else one.slots_f.cpu().numpy(),
+                tokens_af3=None if one.tokens_af3 is None else one.tokens_af3.cpu().numpy(),
+            )
+            for one in self._found
+        ]  # fmt: skip
         self._found = []
         return found
 
     def start(self, tokens: Mapping[str, TokenTable]) -> ShardEffects:
         """See `Recorder.start`."""
-        return ShardEffects(self.arms, tokens["decoder"])
+        first_tok = sum(len(table.ids) for stack, table in tokens.items() if stack != "decoder")
+        return ShardEffects(self.arms, tokens["decoder"], first_tok if TOKENS in self.config.store else None)
 
 
 _BEFORE_ALL = (False, -1)
@@ -368,42 +381,3 @@ def _without_padding(
 
 def _loss(predicted_fv: torch.Tensor, next_f: torch.Tensor) -> torch.Tensor:
     return -predicted_fv.gather(1, next_f[:, None])[:, 0]
-
-
-class ShardEffects(Recording):
-    """The effects of all arms on one shard's documents."""
-
-    def __init__(self, arms: Sequence[Arm], table: TokenTable) -> None:
-        self._titles = [arm.title for arm in arms] + [NO_EDIT]
-        self._names = [arm.name for arm in arms] + [NO_EDIT]
-        self._controls = [arm.control for arm in arms] + [0]
-        self._sums_an7 = np.full((len(self._names), len(table.lengths), len(SUMS)), np.nan)
-
-    def put(self, batch: Mapping[str, Batch], kept: Sequence[Nothing]) -> None:
-        """See `Recording.put`: nothing leaves the device during the passes."""
-
-    def conclude(self, result: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]) -> None:
-        """See `Recording.conclude`; a batch that did not fit came once more, and its later sums count."""
-        for arms, doc_n, sums_an7 in result:
-            self._sums_an7[np.ix_(arms, doc_n)] = sums_an7
-
-    def check(self) -> None:
-        """See `Recording.check`."""
-        for title, sums_n7 in zip(self._titles, self._sums_an7, strict=True):
-            if wrong := int((~np.isfinite(sums_n7)).any(-1).sum()):
-                raise ValueError(
-                    f"effects of arm {title!r}: not finite, or missing, for {wrong} documents (NaN model?)"
-                )
-
-    def write(self, folder: Path, shard: int, text: ShardText) -> dict[str, int]:  # noqa: ARG002
-        """Writes one row per document and arm, arm by arm."""
-        arms, documents, _ = self._sums_an7.shape
-        columns: dict[str, Any] = {
-            "shard": np.full(arms * documents, shard), "doc": np.tile(np.arange(documents), arms),
-            "arm": pa.array(np.repeat(self._names, documents), pa.string()).dictionary_encode(),
-            "control": np.repeat(self._controls, documents),
-        }  # fmt: skip
-        for number, name in enumerate(SUMS):
-            columns[name] = self._sums_an7[..., number].ravel()
-        tables.write_table(folder / TABLE, tables.table_of(SCHEMA, columns))
-        return {TABLE: arms * documents}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -54,9 +54,9 @@ class Intervene:
 
     Arms are rows with the columns arm, layer, expert, operation and, where they matter, stack and value: a CSV file, a
     SQL file over the views of the run, or one of queries/arms/ by its name: every_expert, language_experts,
-    super_experts, most_loaded, dead. Columns label, token_class and position limit an arm to some documents or tokens. Operations are those
-    of `collector trace --edit`. Any edit costs something: --controls tells what an arm does from what other experts
-    would do in its place.
+    super_experts, most_loaded, dead. Columns label, token_class and position limit an arm to some documents or tokens.
+    Operations are those of `collector trace --edit`. Any edit costs something: --controls tells what an arm does from
+    what other experts would do in its place.
     """
 
     run_: RunPath
@@ -73,6 +73,8 @@ class Intervene:
     documents: str | None = None
     """SQL over the views of the run that selects documents by the columns shard and doc (default: all documents):
     "from documents where label in ('kor_Hang', 'eng_Latn')"."""
+    store: tuple[Literal["token_effects"], ...] = ()
+    """`token_effects` also stores what each arm does to the prediction of each token, controls apart."""
     launch: tyro.conf.OmitArgPrefixes[LaunchConfig] = dataclasses.field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ class Intervene:
         rows = None if self.documents is None else selected_rows(opened, plan, self.documents)
         told = {"documents": self.documents, "controls": self.controls, "controls_seed": self.seed}
         capture = section(
-            CaptureConfig, plan.config, record=("effects",), store=(), arms=tuple(map(tell_arm, arms))
+            CaptureConfig, plan.config, record=("effects",), store=self.store, arms=tuple(map(tell_arm, arms))
         )  # fmt: skip
         return _collect(
             self.out, section(DataConfig, plan.config), section(ModelConfig, plan.config), capture, self.launch,

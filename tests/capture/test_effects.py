@@ -139,6 +139,27 @@ def test_controls_are_arms_with_numbers(tmp_path, data) -> None:
     assert shown.fetchall() == [("x", number, "decoder", 4, 31, "drop", None) for number in range(3)]
 
 
+def test_effects_of_tokens_add_up_to_those_of_documents(tmp_path, data, run) -> None:
+    arms = (*ARMS, "silent #1: layer=4 expert=1 operation=drop")
+    kept = collect_here(tmp_path / "run", settings(data, arms, store=("token_effects",)))
+    assert verify(kept).sound
+    assert (rows(kept)[lambda each: each.control == 0].loss.values == rows(run).loss.values).all()
+    summed = open_run(kept.root).sql(
+        "select shard, doc, arm, count(*) as tokens, sum(change::double) as change,\n"
+        "sum(divergence::double) as divergence, count(*) filter (where flipped) as flips\n"
+        "from token_effects join tokens using (shard, tok) group by all order by all"
+    )
+    found, wanted = summed.to_arrow_table().to_pandas(), rows(run).query("arm != 'no edit'")
+    assert (found.tokens.values == wanted.tokens.values).all()
+    np.testing.assert_allclose(found.change, wanted.loss - wanted.base_loss, atol=1e-4)
+    np.testing.assert_allclose(found.divergence, wanted.divergence, atol=1e-5)
+    assert (found.flips.values == wanted.flips.values).all()
+    by_class = open_run(kept.root, by="token_class").query("expert_effect", arm="silent").to_arrow_table().to_pylist()
+    total = sum(row["value"] * row["n"] for row in by_class if row["metric"] == "nats_per_token")
+    assert total == pytest.approx((wanted.loss - wanted.base_loss)[wanted.arm == "silent"].sum(), abs=1e-4)
+    assert {row["label"] for row in by_class} >= {"Latn", "Hang", "punctuation"}
+
+
 # -- edits of some tokens ------------------------------------------------------------------------------
 
 DROP = "layer=4 expert=31 operation=drop"
@@ -293,6 +314,11 @@ def test_an_encoder_alone_is_refused(switch, tmp_path) -> None:
 def test_arms_that_cannot_be_are_named(tmp_path, data, arms, message) -> None:
     with pytest.raises(ValueError, match=message):
         collect_here(tmp_path / "run", settings(data, arms))
+
+
+def test_token_effects_without_arms_are_refused() -> None:
+    with pytest.raises(ValueError, match="--store token_effects takes --record effects and --arms"):
+        CaptureConfig(store=("token_effects",))
 
 
 def test_arms_without_effects_are_refused() -> None:

@@ -139,7 +139,9 @@ def test_arms_that_are_none_are_named(counted, tmp_path, name, text, message) ->
 
 
 def test_an_unknown_name_lists_those_there_are(counted) -> None:
-    with pytest.raises(FileNotFoundError, match="--arms nobody: no such file; name a CSV or SQL file, or one of dead, every"):
+    with pytest.raises(
+        FileNotFoundError, match="--arms nobody: no such file; name a CSV or SQL file, or one of dead, every"
+    ):
         read_arms(counted, "nobody")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from collector.capture import effects, outputs, routing_table, similarity, vocabulary
+from collector.capture import effects_table, outputs, routing_table, similarity, vocabulary
 from collector.capture.loss import LossRecorder
 from collector.capture.routing_table import STATISTICS, LayerRouting
 from collector.data.sources import LABEL_SEPARATOR
@@ -443,7 +443,7 @@ def publish_shard(
             small[vocabulary.TABLE] = pa.Table.from_pylist(rows, schema=vocabulary.SCHEMA)
         if "effects" in record:
             rows = [{"shard": number, **row} for row in shard.arms]
-            small[effects.TABLE] = pa.Table.from_pylist(rows, schema=effects.SCHEMA)
+            small[effects_table.TABLE] = pa.Table.from_pylist(rows, schema=effects_table.SCHEMA)
         for name, table in small.items():
             tables.write_table(Path(scratch, name), table)
             parts[name] = run.publish_part(Path(scratch, name), number, attempt, name, table.num_rows)
