@@ -50,7 +50,8 @@ class Intervene:
 
     Makes a run of its own with the same documents and model, in which each batch goes through the model as it is, and
     once more for every arm, a set of edits with a name. The query `expert_effect` tells the change of the loss and of
-    the next token's distribution by arm and label. To resume an interrupted run, repeat the same command.
+    the next token's distribution by arm and label. What experts put out is recorded, too, if the run has it, so that
+    `importance_agreement` can compare. To resume an interrupted run, repeat the same command.
 
     Arms are rows with the columns arm, layer, expert, operation and, where they matter, stack and value: a CSV file, a
     SQL file over the views of the run, or one of queries/arms/ by its name: every_expert, language_experts,
@@ -106,9 +107,10 @@ class Intervene:
             for line in said:
                 sys.stderr.write(f"controls: {line}\n")
         rows = None if self.documents is None else selected_rows(opened, plan, self.documents)
+        recorded = [name for name in ("outputs",) if name in plan.config["record"]]
         told = {"documents": self.documents, "controls": self.controls, "controls_seed": self.seed}
         capture = section(
-            CaptureConfig, plan.config, record=("effects",), store=self.store, arms=tuple(map(tell_arm, arms))
+            CaptureConfig, plan.config, record=(*recorded, "effects"), store=self.store, arms=tuple(map(tell_arm, arms))
         )  # fmt: skip
         return _collect(
             self.out, section(DataConfig, plan.config), section(ModelConfig, plan.config), capture, self.launch,

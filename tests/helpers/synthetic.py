@@ -34,12 +34,6 @@ from collector.store.tables import Layer
 
 Documents = Sequence[tuple[str, int]]
 """(label, tokens) of each document."""
-ARMS = (
-    "no-1: layer=0 expert=1 operation=drop",
-    *(f"no-1 #{number}: layer=0 expert=0 operation=drop" for number in range(1, 5)),
-    "no-2: layer=0 expert=0 operation=scale value=0.5; layer=0 expert=1 operation=drop",
-)
-"""Those of `random_shard`; the second has no control."""
 RECORDED = ("outputs", "loss", "similarity", "vocabulary", "effects")
 """All that is recorded beside the routing."""
 EFFECTS = ("norms", "largest", "contributions")
@@ -221,7 +215,7 @@ def random_shard(
         },
         similarity=[row for one in layers for row in _random_blocks(own, one)],
         promotions=[row for one in layers for row in _random_promotions(own, one, shard)],
-        arms=_random_effects(own, shard),
+        arms=_random_effects(own, layers, shard),
         losses=(shard.losses * own.gamma(2, 1, len(is_special))).astype(np.float32),
         **({} if vocabulary is None else _random_texts(rng, documents, vocabulary)),
     )
@@ -257,8 +251,25 @@ def _random_promotions(rng: np.random.Generator, layer: Layer, shard: Shard) -> 
     return rows
 
 
-def _random_effects(rng: np.random.Generator, shard: Shard) -> list[dict[str, Any]]:
-    """What arms and controls of `ARMS` do to each document; some have no token with a prediction."""
+def arms_of(layers: Sequence[Layer]) -> list[str]:
+    """The arms of `random_shard`: with and without controls, named after a label, and one for each expert."""
+    first = layers[0]
+    at = f"stack={first.stack} layer={first.layer}"
+    return [
+        f"no-1: {at} expert=0 operation=replace",
+        *(f"no-1 #{number}: {at} expert={number % first.n_experts} operation=replace" for number in range(1, 5)),
+        f"ko: {at} expert=0 operation=scale value=0.5; {at} expert={first.n_experts - 1} operation=drop",
+        *(f"ko #{number}: {at} expert=0 operation=drop" for number in range(1, 3)),
+        *(
+            f"{one.stack} {one.layer} {expert}: stack={one.stack} layer={one.layer} expert={expert} operation=drop"
+            for one in layers
+            for expert in range(min(one.n_experts, 12))
+        ),
+    ]
+
+
+def _random_effects(rng: np.random.Generator, layers: Sequence[Layer], shard: Shard) -> list[dict[str, Any]]:
+    """What arms and controls do to each document; some have no token with a prediction."""
     tokens = [int(rng.integers(0, length + 1)) for length in shard.lengths]
     base = [count * float(rng.gamma(2)) for count in tokens]
     return [
@@ -268,7 +279,7 @@ def _random_effects(rng: np.random.Generator, shard: Shard) -> list[dict[str, An
             "flips": int(rng.integers(0, count + 1)), "decisions": 3 * count,
             "rerouted": int(rng.integers(0, count + 1)),
         }
-        for arm, control in [*((each.name, each.control) for each in map(parse_arm, ARMS)), (NO_EDIT, 0)]
+        for arm, control in [*((each.name, each.control) for each in map(parse_arm, arms_of(layers))), (NO_EDIT, 0)]
         for doc, count in enumerate(tokens)
     ]  # fmt: skip
 
@@ -354,7 +365,7 @@ def write_run(
     token_ids = "drop" if vocabulary is None else "keep"
     config = {
         "model": "synthetic", "store": [*store], "token_ids": token_ids,
-        "record": [*record], "arms": [*ARMS] if "effects" in record else [],
+        "record": [*record], "arms": arms_of(layers) if "effects" in record else [],
     }  # fmt: skip
     info = {
         "format": 2, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},

@@ -96,14 +96,6 @@ def test_what_experts_write_agrees_with_numpy(random, pooled, n) -> None:
         )
 
 
-@few_examples
-@given(random=random_runs(), pooled=st.booleans())
-def test_what_edits_do_agrees_with_numpy(random, pooled) -> None:
-    layers, shards = random
-    with opened(layers, shards) as run:
-        assert_same(keyed(run, "expert_effect", 3, pooled=pooled), outputs.expert_effect(shards, pooled=pooled))
-
-
 def test_pairs_of_one_expert_are_those_of_all(folder: Path) -> None:
     run = open_run(folder)
     of_one = run.query("expert_similarity", expert=2).fetchall()

@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from scipy.stats import binom, false_discovery_control
+from scipy.stats import binom
 
 from collector.capture.vocabulary import PROMOTED
-from collector.models.edits import NO_EDIT
 from collector.store.tables import Layer
 from tests.helpers.synthetic import EFFECTS, Shard, components, key, token_stacks
 
@@ -348,59 +347,3 @@ def direct_attribution(shards: Sequence[Shard], *, pooled: bool) -> dict:
         error = math.sqrt(sum(x * x for x in deviations)) if len(texts) > 1 else None
         rows["direct_attribution", stack, layer, label, expert] = (value, baseline, len(own), len(texts), error)
     return rows
-
-
-def expert_effect(shards: Sequence[Shard], *, pooled: bool) -> dict:
-    """See the query."""
-    found: dict[tuple, dict[tuple, tuple[float, float]]] = {}
-    for number, shard in enumerate(shards):
-        characters = shard.character_counts
-        for row in shard.arms:
-            doc = row["doc"]
-            label = None if pooled else shard.documents[doc][0]
-            cut = shard.truncated is not None and bool(shard.truncated[doc])
-            change = row["loss"] - row["base_loss"]
-            metrics = {
-                "nats_per_token": (change, row["tokens"]), "divergence": (row["divergence"], row["tokens"]),
-                "flips": (row["flips"], row["tokens"]), "rerouted": (row["rerouted"], row["decisions"]),
-                "bits_per_character": None if cut else (change / math.log(2), int(characters[doc])),
-            }  # fmt: skip
-            for metric, pair in metrics.items():
-                if pair is not None and pair[1] > 0:
-                    own = found.setdefault((metric, row["arm"], label, row["control"]), {})
-                    own[number, doc] = pair
-    rows = {}
-    for (metric, arm, label, control), own in found.items():
-        if control or arm == NO_EDIT:
-            continue
-        x, y = np.array(list(own.values()), float).T
-        controls = [
-            np.array([each[at][0] for at in own])
-            for (*same, number), each in found.items()
-            if tuple(same) == (metric, arm, label) and number
-        ]
-        value, error = _ratio_of_sums(x, y)
-        difference, difference_error, p = None, None, None
-        values = [each.sum() / y.sum() for each in controls]
-        if controls:
-            difference, difference_error = _ratio_of_sums(x - np.mean(controls, axis=0), y)
-            middle = np.mean([value, *values])
-            p = (1 + sum(abs(each - middle) >= abs(value - middle) * (1 - 1e-12) for each in values)) / (
-                1 + len(values)
-            )
-        noise, noise_error = _ratio_of_sums(*np.array(list(found[metric, NO_EDIT, label, 0].values()), float).T)
-        floor = abs(noise) + 1.96 * (noise_error or 0)
-        rows[metric, arm, label] = [
-            value, np.mean(values) if values else 0, int(y.sum()), len(x), error, len(values), difference,
-            difference_error, p, None, floor, abs(value) > floor,
-        ]  # fmt: skip
-    tested = {at: row[8] for at, row in rows.items() if row[8] is not None}
-    for at, q in zip(tested, false_discovery_control([*tested.values()]) if tested else [], strict=True):
-        rows[at][9] = q
-    return {at: tuple(row) for at, row in rows.items()}
-
-
-def _ratio_of_sums(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
-    """The ratio of sums, and its error with the rows as units."""
-    value = x.sum() / y.sum()
-    return value, math.sqrt(((x - y * value) ** 2).sum()) / y.sum() if len(x) > 1 else None
