@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from collector.fleet.driver import PartOf
 
 
+_PASSES_PER_SHARD = 1 << 14
+"""Documents times arms in a shard of `intervene`, about; a shard takes minutes then, not hours."""
+_FEWEST_DOCUMENTS = 32
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collect:
     """Run a model over documents and record the decisions of its routers.
@@ -74,12 +79,20 @@ class Intervene:
     documents: str | None = None
     """SQL over the views of the run that selects documents by the columns shard and doc (default: all documents):
     "from documents where label in ('kor_Hang', 'eng_Latn')"."""
+    split: bool = False
+    """Test experts in every other document of each label, and measure in the documents between them, so that the choice
+    does not flatter the arms. For language_experts, and SQL that reads specialization_test."""
+    docs_per_shard: int | None = None
+    """Documents per shard (default: those of the run, fewer where there are many arms). A shard is committed, and after
+    a failure repeated, as a whole, with all arms."""
     store: tuple[Literal["token_effects"], ...] = ()
     """`token_effects` also stores what each arm does to the prediction of each token, controls apart."""
     launch: tyro.conf.OmitArgPrefixes[LaunchConfig] = dataclasses.field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        """Rejects a negative number of controls."""
+        """Rejects impossible numbers."""
+        if self.docs_per_shard is not None and self.docs_per_shard < 1:
+            raise ValueError(f"--docs-per-shard must be positive, got {self.docs_per_shard}")
         if self.controls < 0:
             raise ValueError(f"--controls takes a number from 0, got {self.controls}")
 
@@ -95,25 +108,31 @@ class Intervene:
         from collector.models.edits import tell_arm
         from collector.query.arms import read_arms
         from collector.query.controls import draw_controls
-        from collector.query.selection import selected_rows
+        from collector.query.selection import ALL, half, selected_rows
         from collector.query.warehouse import open_run
         from collector.store.run_directory import RunDirectory
 
         plan, opened = terminal.read_plan(RunDirectory(self.run_)), open_run(self.run_)
-        arms = read_arms(opened, self.arms)
+        arms = read_arms(opened, self.arms, split=self.split)
         opened.check(labels=sorted({arm.limits[0] for arm in arms if arm.limits[0] is not None}))
         if self.controls:
             arms, said = draw_controls(opened, arms, self.controls, self.seed)
             for line in said:
                 sys.stderr.write(f"controls: {line}\n")
-        rows = None if self.documents is None else selected_rows(opened, plan, self.documents)
+        rows = None
+        if self.split or self.documents is not None:
+            only = half(opened, first=False) if self.split else None
+            rows = selected_rows(opened, plan, self.documents or ALL, only=only)
         recorded = [name for name in ("outputs",) if name in plan.config["record"]]
-        told = {"documents": self.documents, "controls": self.controls, "controls_seed": self.seed}
+        told = {"documents": self.documents, "controls": self.controls, "controls_seed": self.seed, "split": self.split}
         capture = section(
             CaptureConfig, plan.config, record=(*recorded, "effects"), store=self.store, arms=tuple(map(tell_arm, arms))
         )  # fmt: skip
+        every = plan.config["docs_per_shard"]
+        every = self.docs_per_shard or min(every, max(_FEWEST_DOCUMENTS, _PASSES_PER_SHARD // len(arms)))
+        data = section(DataConfig, plan.config, docs_per_shard=every)
         return _collect(
-            self.out, section(DataConfig, plan.config), section(ModelConfig, plan.config), capture, self.launch,
+            self.out, data, section(ModelConfig, plan.config), capture, self.launch,
             PartOf(plan=plan, rows=rows, told=told),
         )  # fmt: skip
 

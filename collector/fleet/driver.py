@@ -68,7 +68,7 @@ def freeze_plan(
     def new() -> Plan:
         if part_of is None:
             return _new_plan(config, say)
-        return planning.narrow(part_of.plan, settings, part_of.rows, config.data.docs_per_shard)
+        return planning.narrow(part_of.plan, settings, config.data.docs_per_shard, part_of.rows)
 
     stored = run.read_or_none(PLAN)
     if stored is None:

@@ -93,6 +93,13 @@ class DocumentCounts:
     outputs_ODE: NDArray[np.float32] | None = None
     """Sums over what each expert put out, in the order of `OUTPUTS`, if they were asked for."""
 
+    def of(self, kept: NDArray[np.bool_]) -> DocumentCounts:
+        """Returns the counts of some documents; `kept` is [D]."""
+        rows = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        some = {name: values[kept] for name, values in rows.items() if name.endswith(("_D", "_DE", "_DM"))}
+        outputs = None if self.outputs_ODE is None else self.outputs_ODE[:, kept]
+        return dataclasses.replace(self, **some, outputs_ODE=outputs)
+
 
 def document_counts(
     run: Run,

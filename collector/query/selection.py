@@ -1,4 +1,8 @@
-"""Finds the rows of the data that documents of a run came from."""
+"""Selects documents of a run, and finds the rows of the data that they came from.
+
+A run can be split in two halves: of each label every other document, in the order of the run. What is chosen in one
+half and measured in the other is not flattered by the choice.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,34 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from collector.data.plan import Plan, Shard
     from collector.query.warehouse import Run
 
 
-def selected_rows(run: Run, plan: Plan, statement: str) -> dict[int, list[int]]:
+ALL = "from documents"
+_HALVES = """
+select shard, doc, row_number() over (partition by label order by shard, doc) % 2 = 1 as is_first
+from documents
+"""
+
+
+def half(run: Run, *, first: bool) -> set[tuple[int, int]]:
+    """Returns shard and number of the documents of one half."""
+    return {(shard, doc) for shard, doc, is_first in run.sql(_HALVES).fetchall() if is_first == first}
+
+
+def selected_rows(
+    run: Run, plan: Plan, statement: str, *, only: Collection[tuple[int, int]] | None = None
+) -> dict[int, list[int]]:  # fmt: skip
     """Returns the rows of the documents that SQL over the run's views selects, by shard of the run's plan.
 
     Args:
         run: with the documents.
         plan: of the run.
         statement: SQL whose result has the columns `shard` and `doc`.
+        only: take only these of them.
 
     Raises:
         ValueError: the SQL is invalid, lacks a column, or selects no document.
@@ -29,6 +50,7 @@ def selected_rows(run: Run, plan: Plan, statement: str) -> dict[int, list[int]]:
             "from documents where label = 'kor_Hang'"
         )
     pairs = sorted(relation.project("shard, doc").distinct().fetchall())
+    pairs = [pair for pair in pairs if only is None or pair in only]
     if not pairs:
         raise ValueError(f"--documents {statement!r} selects no document")
     rejected: dict[int, set[int]] = {}

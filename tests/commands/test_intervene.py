@@ -9,6 +9,7 @@ from collector import open_run
 from collector.config import CaptureConfig, DataConfig, ModelConfig, section
 from collector.models.edits import tell_arm
 from collector.query.arms import named_arms, read_arms
+from collector.query.selection import half
 from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
 from collector.upkeep.verify import verify
@@ -55,6 +56,24 @@ def test_some_documents_go_through_the_same_model_with_edits_and_controls(run, t
     other = collector(*command, "--documents", "from documents where doc % 2 = 0")
     assert other.returncode == 2
     assert "--documents was from documents where doc % 2 = 1, is now" in other.stderr
+
+
+@pytest.mark.ray
+def test_split_measures_in_the_documents_that_did_not_choose(run, tmp_path) -> None:
+    sql = tmp_path / "arms.sql"
+    sql.write_text(
+        "select label as arm, stack, layer, expert, 'drop' as operation from specialization_test\n"
+        "where layer = 4 qualify row_number() over (partition by label order by t desc) = 1"
+    )
+    command = ("intervene", str(run.root), "--arms", str(sql), "--out", str(tmp_path / "out"), "--split")
+    done = collector(*command, "--docs-per-shard", "2")
+    assert done.returncode == 0, done.stderr
+    before, after = (open_run(each) for each in (run.root, tmp_path / "out"))
+    second = "select doc_id from (select *, row_number() over (partition by label order by shard, doc) as place from "
+    second += "documents) where place % 2 = 0 order by all"
+    assert after.sql("select doc_id from documents order by all").fetchall() == before.sql(second).fetchall()
+    assert after.sql("select max(doc) from documents").fetchall() == [(1,)], "two in a shard"
+    assert {row[1] for row in after.query("effect_specificity").fetchall()} == {"en", "ko"}
 
 
 @pytest.mark.ray
@@ -112,6 +131,25 @@ def test_language_experts_are_chosen_significantly_more_often(tmp_path) -> None:
     english, korean = read_arms(open_run(write_run(tmp_path / "run", LAYERS, [shard])), "language_experts")
     assert tell_arm(english) == "en: layer=1 expert=0 operation=drop"
     assert tell_arm(korean) == "ko: layer=1 expert=1 operation=drop; layer=1 expert=2 operation=drop"
+
+
+def test_half_of_the_documents_chooses(tmp_path) -> None:
+    """English and Korean change places in the other half; expert 2 belongs to nobody."""
+    documents = [("en", 4), ("en", 4), ("ko", 4), ("ko", 4)] * 8
+    picks = {1: [0, 0, 0, 2, 1, 1, 1, 2, 1, 1, 1, 2, 0, 0, 0, 2] * 8, 2: [0, 1, 2, 0] * 32}
+    shard = Shard.of_picks(LAYERS, documents=documents, experts=picks)
+    run = open_run(write_run(tmp_path / "run", LAYERS, [shard]))
+    english, korean = read_arms(run, "language_experts", split=True)
+    assert (tell_arm(english), tell_arm(korean)) == (
+        "en: layer=1 expert=0 operation=drop", "ko: layer=1 expert=1 operation=drop",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="it names no edit"):
+        read_arms(run, "language_experts")
+    with pytest.raises(ValueError, match="--arms most_loaded does not read specialization_test"):
+        read_arms(run, "most_loaded", split=True)
+    first, second = (half(run, first=which) for which in (True, False))
+    assert not first & second
+    assert first == {(0, doc) for doc in range(0, 32, 2)}
 
 
 def test_arms_are_read_from_sql_and_csv(counted, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Makes a plan of some documents of another plan."""
+"""Makes a plan of some documents of another plan, or of the same documents in other shards."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ if TYPE_CHECKING:
 
 
 def narrow(
-    plan: Plan, config: Mapping[str, Any], rows: Mapping[int, Collection[int]] | None, every: int
+    plan: Plan, config: Mapping[str, Any], every: int, rows: Mapping[int, Collection[int]] | None = None
 ) -> Plan:  # fmt: skip
     """Returns a plan of the same sources that reads only some rows.
 
     Args:
         plan: the other plan.
         config: the settings of the new one.
-        rows: shard of the other plan -> numbers of the rows to read; None for all rows of all shards.
-        every: documents per shard; shards of the other plan are put together up to so many.
+        every: documents per shard at most.
+        rows: shard of the other plan -> numbers of the rows to read (default: all rows of all shards).
 
     Raises:
         ValueError: no row is left.
     """
-    if rows is None:
+    if rows is None and every >= max(shard.planned for shard in plan.shards):
         return dataclasses.replace(plan, config=config)
-    if not any(rows.values()):
+    shards = (dataclasses.replace(each, shard=number) for number, each in enumerate(_cut(plan, rows, every)))
+    made = Plan(shards=tuple(shards), config=config, sources=plan.sources)
+    if not made.shards:
         raise ValueError("no document is selected")
-    shards = (_cut(together, rows) for together in _together(plan, rows, every))
-    numbered = (dataclasses.replace(shard, shard=number) for number, shard in enumerate(shards))
-    return Plan(shards=tuple(numbered), config=config, sources=plan.sources)
+    return made
 
 
-def _together(plan: Plan, rows: Mapping[int, Collection[int]], every: int) -> Iterator[list[Shard]]:
-    """Groups shards of one source that have up to `every` selected rows in all."""
-    selected = (shard for shard in plan.shards if rows.get(shard.shard))
-    for _, own in itertools.groupby(selected, lambda shard: (shard.source, shard.kind, shard.options)):
-        group: list[Shard] = []
-        count = 0
-        for shard in own:
-            if group and count + len(rows[shard.shard]) > every:
-                yield group
-                group, count = [], 0
-            group.append(shard)
-            count += len(rows[shard.shard])
-        yield group
+def _cut(plan: Plan, rows: Mapping[int, Collection[int]] | None, every: int) -> Iterator[Shard]:
+    """Groups the selected rows of each source; reading starts where the shard of the first one does.
+
+    All rows stay in shards of their own, because one of them may stand for the damaged rest of a file.
+    """
+
+    def together_with(shard: Shard) -> tuple[object, ...]:
+        return shard.source, shard.kind, shard.options, shard.shard if rows is None else None
+
+    for _, own in itertools.groupby(plan.shards, together_with):
+        selected = ((shard, row) for shard in own for row in _rows(shard, rows))
+        while together := list(itertools.islice(selected, every)):
+            first, keep = together[0][0], tuple(row for _, row in together)
+            count = keep[-1] + 1 - first.first_row
+            yield dataclasses.replace(first, rows=count, keep=None if len(keep) == count else keep)
 
 
-def _cut(together: list[Shard], rows: Mapping[int, Collection[int]]) -> Shard:
-    keep = tuple(sorted(row for shard in together for row in rows[shard.shard]))
-    count = keep[-1] + 1 - together[0].first_row
-    return dataclasses.replace(together[0], rows=count, keep=None if len(keep) == count else keep)
+def _rows(shard: Shard, rows: Mapping[int, Collection[int]] | None) -> Collection[int]:
+    if rows is not None:
+        return sorted(rows.get(shard.shard, ()))
+    return range(shard.first_row, shard.first_row + shard.rows) if shard.keep is None else shard.keep
