@@ -20,26 +20,8 @@
 --   of varchar = nats_per_token: metric of expert_effect
 --   split boolean = true: choose targets in one half of the documents, and evaluate in the other
 with measured as (
-    select
-        arm,
-        control,
-        label,
-        shard,
-        doc,
-        case $of
-            when 'nats_per_token' then loss - base_loss
-            when 'bits_per_character' then if(characters is null, null, (loss - base_loss) / ln(2))
-            when 'divergence' then divergence
-            when 'flips' then flips
-            when 'rerouted' then rerouted
-            else error('of takes nats_per_token, bits_per_character, divergence, flips or rerouted')
-        end as x,
-        case $of
-            when 'bits_per_character' then characters
-            when 'rerouted' then decisions
-            else tokens
-        end::double as y
-    from by_label('document_effects', null, null, $labels, true, false)
+    select *
+    from effect_sums('document_effects', $of, $labels, false)
     where arm != 'no edit' and ($arm is null or arm = $arm)
 ),
 
@@ -53,7 +35,6 @@ halved as (
         ) % 2 = 1 as chooses
     from measured
     left join labels on measured.arm = labels.label
-    where measured.x is not null and measured.y > 0
 ),
 
 first_half as (

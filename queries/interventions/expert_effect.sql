@@ -25,22 +25,8 @@
 --   arm varchar = null: only this arm (default: all)
 --   pooled boolean = false: all labels together
 with measured as (
-    select
-        arm,
-        control,
-        label,
-        shard,
-        doc,
-        unnest(['nats_per_token', 'bits_per_character', 'divergence', 'flips', 'rerouted']) as metric,
-        unnest([
-            loss - base_loss,
-            if(characters is null, null, (loss - base_loss) / ln(2)),
-            divergence,
-            flips,
-            rerouted
-        ]) as x,
-        unnest([tokens, characters, tokens, tokens, decisions])::double as y
-    from by_label('document_effects', null, null, $labels, true, $pooled)
+    select *
+    from effect_sums('document_effects', null, $labels, $pooled)
     where $arm is null or arm in ($arm, 'no edit')
 ),
 
@@ -53,7 +39,6 @@ paired as (
         any_value(x) filter (where control = 0) - avg(x) filter (where control > 0) as beyond,
         any_value(y) as y
     from measured
-    where x is not null and y > 0
     group by metric, arm, label, shard, doc
 ),
 
@@ -68,7 +53,7 @@ summed as (
     window of_arm as (partition by metric, arm, label)
 ),
 
-arms as (
+effects as (
     select
         metric,
         arm,
@@ -91,7 +76,7 @@ sets as (
         label,
         sum(x) / sum(y) as value
     from measured
-    where x is not null and y > 0 and arm != 'no edit'
+    where arm != 'no edit'
     group by metric, arm, control, label
 ),
 
@@ -138,30 +123,30 @@ corrected as (
 )
 
 select
-    arms.metric,
-    arms.arm,
-    arms.label,
-    arms.value,
+    effects.metric,
+    effects.arm,
+    effects.label,
+    effects.value,
     coalesce(corrected.baseline, 0) as baseline,
-    arms.n,
-    arms.documents,
-    if(arms.documents > 1, arms.error, null) as standard_error,
+    effects.n,
+    effects.documents,
+    if(effects.documents > 1, effects.error, null) as standard_error,
     corrected.controls,
-    arms.difference,
-    if(arms.documents > 1, arms.difference_error, null) as difference_error,
+    effects.difference,
+    if(effects.documents > 1, effects.difference_error, null) as difference_error,
     corrected.p,
     if(corrected.p is null, null, corrected.q) as q,
     abs(noise.value) + 1.96 * noise.error as floor,
-    abs(arms.value) > abs(noise.value) + 1.96 * noise.error as above_floor
-from arms
+    abs(effects.value) > abs(noise.value) + 1.96 * noise.error as above_floor
+from effects
 inner join corrected
     on
-        arms.metric = corrected.metric
-        and arms.arm = corrected.arm
-        and arms.label is not distinct from corrected.label
-left join arms as noise
+        effects.metric = corrected.metric
+        and effects.arm = corrected.arm
+        and corrected.label is not distinct from effects.label
+left join effects as noise
     on
         noise.arm = 'no edit'
-        and arms.metric = noise.metric
-        and arms.label is not distinct from noise.label
-order by arms.metric, arms.arm, arms.label
+        and effects.metric = noise.metric
+        and noise.label is not distinct from effects.label
+order by effects.metric, effects.arm, effects.label

@@ -18,6 +18,15 @@ def test_what_edits_do_agrees_with_numpy(random, pooled) -> None:
 
 
 @few_examples
+@given(random=random_runs(), of=st.sampled_from(interventions.METRICS), pooled=st.booleans())
+def test_controls_one_by_one_agree_with_numpy(random, of, pooled) -> None:
+    layers, shards = random
+    with opened(layers, shards) as run:
+        expected = interventions.control_effects(shards, of=of, pooled=pooled)
+        assert_same(keyed(run, "control_effects", 4, of=of, pooled=pooled), expected)
+
+
+@few_examples
 @given(random=random_runs(), of=st.sampled_from(interventions.METRICS), split=st.booleans())
 def test_specificity_agrees_with_numpy(random, of, split) -> None:
     layers, shards = random

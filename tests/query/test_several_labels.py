@@ -27,16 +27,23 @@ LABELS = [("en",), ("ko",), ("en", "ko"), ("de", "en"), ("ko",), ("de",), ("de",
 
 BY_LABEL = [
     "compute", "conditional_mutual_information", "contribution_overlap", "contribution_specialization",
-    "direct_attribution", "domain_specialization", "dropped_tokens", "effect_specificity", "effective_experts",
-    "expert_contribution", "expert_effect", "fertility", "importance_agreement", "language_divergence",
-    "language_overlap", "load_balance", "log_odds", "loss", "mutual_information", "position_profile",
-    "reference_difference", "repetition", "router_entropy", "router_entropy_quantiles", "router_stats",
-    "routing_divergence", "selection_frequency", "top_experts",
+    "control_effects", "direct_attribution", "domain_specialization", "dropped_tokens", "effect_specificity",
+    "effective_experts", "expert_contribution", "expert_effect", "fertility", "importance_agreement",
+    "language_divergence", "language_overlap", "load_balance", "log_odds", "loss", "mutual_information",
+    "position_profile", "reference_difference", "repetition", "router_entropy", "router_entropy_quantiles",
+    "router_stats", "routing_divergence", "selection_frequency", "top_experts",
 ]  # fmt: skip
 POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_overlap", "expert_tokens",
           "layer_transition", "output_specialization", "output_vocabulary", "super_experts",
           "vocabulary_specialization"]  # fmt: skip
-HAVE_POOLED = ["direct_attribution", "expert_contribution", "expert_effect", "load_balance", "router_stats"]
+HAVE_POOLED = [
+    "control_effects",
+    "direct_attribution",
+    "expert_contribution",
+    "expert_effect",
+    "load_balance",
+    "router_stats",
+]
 """importance_agreement has it, too, and still compares labels: experts that few of them choose are selective."""
 OTHER = ["expert_map", "expert_profile", "token_trace", "weight_similarity"]
 

@@ -18,7 +18,7 @@ from tests.helpers.runs import collect_here, content, run_config, write_jsonl
 KEY = "correct horse battery staple"
 NOT_RECORDED = {
     "loss", "weight_similarity", "expert_map", "direct_attribution", "output_specialization", "output_vocabulary",
-    "expert_effect", "effect_specificity", "importance_agreement",
+    "expert_effect", "control_effects", "effect_specificity", "importance_agreement",
 }  # fmt: skip
 """Queries of what these runs do not have."""
 

@@ -73,6 +73,16 @@ def expert_effect(shards: Sequence[Shard], *, pooled: bool) -> dict:
     return {at: tuple(row) for at, row in rows.items()}
 
 
+def control_effects(shards: Sequence[Shard], *, of: str, pooled: bool) -> dict:
+    """See the query."""
+    found = {at: _columns(own).sum(1) for at, own in effects(shards, of, pooled=pooled).items() if at[0] != NO_EDIT}
+    rows = {}
+    for (arm, control, label), (x, y) in found.items():
+        controls = [each[0] / each[1] for at, each in found.items() if (at[0], at[2]) == (arm, label) and at[1]]
+        rows[of, arm, label, control] = (x / y, np.mean(controls) if controls else None, int(y))
+    return rows
+
+
 def effect_specificity(shards: Sequence[Shard], *, of: str, split: bool) -> dict:
     """See the query."""
     found = effects(shards, of, pooled=False)
