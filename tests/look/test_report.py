@@ -142,6 +142,68 @@ def test_only_the_mapped_layer_has_a_map(page):
     assert f"layer 2: principal components, {len(columns['x'])} outputs, trustworthiness 0." in page
 
 
+@pytest.fixture(scope="module")
+def intervened(tmp_path_factory, pair):
+    """A run with arms, some of them with controls, and its report."""
+    layers = [Layer(layer=0, n_experts=40, top_k=2), Layer(layer=1, n_experts=40, top_k=2)]
+    documents = [(label, 20) for label in ("en", "ko", "bg") for _ in range(4)]
+    shard = random_shard(np.random.default_rng(0), layers, documents=documents)
+    folder = tmp_path_factory.mktemp("intervened") / "run"
+    text, data = report_of(synthetic_run(folder, layers, [shard], card=pair[0]))
+    return open_run(folder), text, data
+
+
+def test_effects_are_the_query_s(intervened):
+    run, text, data = intervened
+    columns = data["tables"]["effects/rows"]
+    rows = run.query("expert_effect").filter("metric = 'nats_per_token'").project("arm, label, value, baseline, q")
+    wanted = {row[:2]: row[2:] for row in rows.fetchall()}
+    shown = list(zip(*(columns[name] for name in ("arm", "label", "value", "baseline", "q")), strict=True))
+    assert len(shown) == len(wanted) == 3 * 26
+    for arm, label, value, baseline, q in shown:
+        assert (value, baseline) == pytest.approx(wanted[arm, label][:2], rel=5e-4)
+        assert q == (None if wanted[arm, label][2] is None else pytest.approx(wanted[arm, label][2], rel=5e-4))
+    assert "A dot marks effects that differ from those" in text
+    assert "What experts cause" in text
+
+
+def test_controls_stand_beside_their_arm(intervened):
+    run, text, data = intervened
+    rows, cloud = (data["tables"][f"controls/{name}"] for name in ("rows", "cloud"))
+    of = {("ko", "ko"), *(pair for pair in zip(rows["arm"], rows["label"], strict=True) if pair[0] == "no-1")}
+    found = run.query("control_effects").filter("control > 0").project("arm, label, control, value").fetchall()
+    wanted = {row[:3]: row[3] for row in found if row[:2] in of}
+    shown = dict(
+        zip(zip(*(cloud[name] for name in ("arm", "label", "control")), strict=True), cloud["value"], strict=True)
+    )
+    assert shown == pytest.approx(wanted, rel=5e-4)
+    assert len(shown) == 6
+    places = dict(zip(rows["arm"], rows["_row"], strict=True))
+    assert {places[arm] for arm in cloud["arm"]} == set(cloud["_row"])
+    assert "up to 4 controls of each arm" in text
+
+
+def test_agreement_is_the_query_s(intervened):
+    run, _, data = intervened
+    columns = data["tables"]["agreement/rows"]
+    rows = (
+        run.query("importance_agreement", pooled=True).filter("metric = 'spearman'").project("observed, layer, value")
+    )
+    wanted = {row[:2]: row[2] for row in rows.fetchall()}
+    keys = zip(columns["observed"], map(int, columns["router"]), strict=True)
+    assert dict(zip(keys, columns["value"], strict=True)) == pytest.approx(wanted, rel=5e-4)
+
+
+def test_a_run_without_controls_says_so(tmp_path, pair):
+    layers = [Layer(layer=0, n_experts=4, top_k=2)]
+    shard = random_shard(np.random.default_rng(0), layers, documents=[("en", 20), ("bg", 9), ("en", 9), ("bg", 12)])
+    shard = dataclasses.replace(shard, arms=[row for row in shard.arms if row["control"] == 0])
+    text, data = report_of(synthetic_run(tmp_path / "run", layers, [shard], card=pair[0]))
+    assert "The run has no controls" in text
+    assert len(data["tables"]["controls/cloud"]["value"]) == 0
+    assert "A dot marks effects" not in text
+
+
 def test_the_loss_is_the_query_s_from_the_best_to_the_worst(tmp_path, pair):
     layers = [Layer(layer=0, n_experts=4, top_k=2)]
     shard = random_shard(np.random.default_rng(0), layers, [(label, 9) for label in ("en", "ko", "th") * 3])

@@ -71,20 +71,13 @@ def _contribution(subject: Subject) -> Figure:
         draw=functools.partial(
             points.experts, x="frequency", y="value", even="_even",
             titles=("share of tokens that choose it", "share of the layer's output"),
-            ends=(_ends(rows["frequency"]), _ends(rows["value"])),
+            ends=(points.ends_of(rows["frequency"]), points.ends_of(rows["value"])),
             tooltip={"expert": "N", "frequency": "Q", "value": "Q", "baseline": "Q", "n": "Q"},
         ),
         tables={"rows": dataclasses.replace(rows, also=load.commands())},
         notes=[f"{span(rows['n'])} tokens, all languages together; shared experts apart.",
                "A contribution is no proof that the model needs the expert."],
     )  # fmt: skip
-
-
-def _ends(*columns: np.ndarray) -> points.Ends:
-    """Returns the ends of an axis with a margin."""
-    low, high = min(float(each.min()) for each in columns), max(float(each.max()) for each in columns)
-    margin = (high - low) / 20 or 1.0
-    return low - margin, high + margin
 
 
 def _experts(rows: Table) -> list[tuple[Router, int]]:
@@ -172,7 +165,7 @@ def _map(subject: Subject) -> Figure | None:
     for router in sorted(best):
         own = rows.of(router)
         name = f"layer {router[1]}" if len(subject.stacks) == 1 else f"{router[0]} layer {router[1]}"
-        ends = {axis: _ends(own[axis]) for axis in ("x", "y")}
+        ends = {axis: points.ends_of(own[axis]) for axis in ("x", "y")}
         experts = (0.0, float(own["expert"].max()))
         planes.append(points.Plane(stack=router[0], layer=router[1], name=name, experts=experts, **ends))
         notes.append(f"{name}: {METHODS[best[router]]}, {int(own['n'][0]):,} outputs, trustworthiness "
@@ -215,7 +208,7 @@ def _loss(subject: Subject) -> Figure | None:
         + (", which compares languages whose tokens are of different length." if known else "."),
         draw=functools.partial(
             points.ordered, rows=len(order), title=words, interval=INTERVAL if rows.resamples else None,
-            ends=_ends(*(rows[name] for name in ("value", *INTERVAL) if name in rows.columns)),
+            ends=points.ends_of(*(rows[name] for name in ("value", *INTERVAL) if name in rows.columns)),
         ),
         tables={"rows": rows},
         notes=[f"{span(rows['n'])} tokens of each language.",

@@ -15,6 +15,8 @@ from collector.look.report.charts import COLOURED, ROWS, axis, place, tooltip_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
+
     from collector.look.report.charts import Layout
 
 Ends = tuple[float, float]
@@ -31,6 +33,13 @@ class Plane:
     x: Ends
     y: Ends
     experts: Ends
+
+
+def ends_of(*columns: np.ndarray) -> Ends:
+    """Returns the ends of an axis with a margin."""
+    low, high = min(float(each.min()) for each in columns), max(float(each.max()) for each in columns)
+    margin = (high - low) / 20 or 1.0
+    return low - margin, high + margin
 
 
 def experts(
@@ -90,6 +99,31 @@ def _map(layout: Layout, plane: Plane, tooltip: Mapping[str, str]) -> alt.HConca
     expert = alt.Color("expert:Q", title="expert", scale=alt.Scale(scheme="sinebow", domain=list(plane.experts)))
     by_expert = base.mark_circle(size=size, opacity=0.9, aria=False).encode(color=expert)
     return alt.hconcat(by_label, by_expert, spacing=layout.row, title=plane.name).resolve_scale(color="independent")
+
+
+def clouds(layout: Layout, *, rows: int, title: str, ends: Ends) -> alt.LayerChart | alt.FacetChart:
+    """Draws the effect of each arm as a point with an interval, in the order of `_row`, before its controls (`cloud`).
+
+    Args:
+        layout: sizes.
+        rows: number of arms.
+        title: of the value.
+        ends: of its axis.
+    """
+    up = alt.Y("_title:N", sort=place("_row"), title=None, axis=axis(layout, layout.row))
+    across = alt.X("value:Q", title=title, scale=alt.Scale(domain=list(ends), zero=False))
+    controls = (
+        alt.Chart(alt.NamedData("cloud"))
+        .mark_circle(style="faint", size=layout.row * 1.5, aria=False)
+        .encode(y=up, x=across, tooltip=tooltip_of({"arm": "N", "label": "N", "control": "N", "value": "Q", "n": "Q"}))
+    )
+    base = alt.Chart(ROWS).encode(y=up)
+    spans = base.transform_filter("isValid(datum._low)").mark_rule(aria=False).encode(
+        x=alt.X("_low:Q", title=title), x2="_high:Q"
+    )  # fmt: skip
+    fields = {"arm": "N", "label": "N"} | dict.fromkeys(("value", "baseline", "n", "controls"), "Q")
+    arms = base.mark_circle(size=layout.row * 3, opacity=1, aria=False).encode(x=across, tooltip=tooltip_of(fields))
+    return alt.layer(controls, spans, arms).properties(width=layout.column, height=rows * layout.row)
 
 
 def ordered(

@@ -128,14 +128,16 @@ def fetch(
             _with_intervals(side, query, resamples, params) if i == 0 and resamples else side.run.query(query, **params)
         )
         kept = [
-            "stack",
+            *(["stack"] if "stack" in answer.columns else []),
             *(["layer"] if "layer" in answer.columns else []),
             *columns,
             *(name for name in INTERVAL if name in answer.columns),
         ]
         found = answer.filter(where).project(", ".join(f'"{name}"' for name in kept)).fetchnumpy()
-        found.setdefault("layer", np.ma.masked_all(len(found["stack"])))  # of a model as a whole
-        parts.append({"run": np.full(len(found["stack"]), side.name, object), **found})
+        count = len(found[columns[0]])
+        found.setdefault("layer", np.ma.masked_all(count))  # of a model as a whole
+        found.setdefault("stack", np.full(count, "decoder", object))
+        parts.append({"run": np.full(count, side.name, object), **found})
     stacked = {
         name: np.ma.concatenate([part.get(name, np.ma.masked_all(len(part["run"]))) for part in parts])
         for name in parts[0]

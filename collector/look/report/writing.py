@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from collector.look.report import card, experts, export, languages, outputs, page, vocabulary
+from collector.look.report import card, experts, export, interventions, languages, outputs, page, vocabulary
 from collector.look.report.figure import Subject
 from collector.look.report.tables import Side
 from collector.query.warehouse import open_run
@@ -59,7 +59,8 @@ def write(
     subject = _subject(sides, labels, resamples)
     start = _start(subject, layer)
     drawn = [
-        *languages.figures(subject), *experts.figures(subject), *vocabulary.figures(subject), *outputs.figures(subject)
+        *languages.figures(subject), *experts.figures(subject), *vocabulary.figures(subject), *outputs.figures(subject),
+        *interventions.figures(subject),
     ]  # fmt: skip
     cards = [card.read_card(side) for side in sides]
     table = card.label_table(sides[0])
