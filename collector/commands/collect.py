@@ -14,15 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from collector.commands.arguments import RunPath
-from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, section
+from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
 
 if TYPE_CHECKING:
-    from collector.fleet.driver import PartOf
-
-
-_PASSES_PER_SHARD = 1 << 14
-"""Documents times arms in a shard of `intervene`, about; a shard takes minutes then, not hours."""
-_FEWEST_DOCUMENTS = 32
+    from collector.data.plan import PartOf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,38 +98,15 @@ class Intervene:
             FileNotFoundError: there is no run, or no such arms.
             ValueError: arms, documents, data or model are not usable.
         """
-        from collector.fleet.driver import PartOf
-        from collector.look import terminal
-        from collector.models.edits import tell_arm
-        from collector.query.arms import read_arms
-        from collector.query.controls import draw_controls
-        from collector.query.selection import ALL, half, selected_rows
-        from collector.query.warehouse import open_run
-        from collector.store.run_directory import RunDirectory
+        from collector.query.interventions import prepare
 
-        plan, opened = terminal.read_plan(RunDirectory(self.run_)), open_run(self.run_)
-        arms = read_arms(opened, self.arms, split=self.split)
-        opened.check(labels=sorted({arm.limits[0] for arm in arms if arm.limits[0] is not None}))
-        if self.controls:
-            arms, said = draw_controls(opened, arms, self.controls, self.seed)
-            for line in said:
-                sys.stderr.write(f"controls: {line}\n")
-        rows = None
-        if self.split or self.documents is not None:
-            only = half(opened, first=False) if self.split else None
-            rows = selected_rows(opened, plan, self.documents or ALL, only=only)
-        recorded = [name for name in ("outputs",) if name in plan.config["record"]]
-        told = {"documents": self.documents, "controls": self.controls, "controls_seed": self.seed, "split": self.split}
-        capture = section(
-            CaptureConfig, plan.config, record=(*recorded, "effects"), store=self.store, arms=tuple(map(tell_arm, arms))
+        found = prepare(
+            self.run_, self.arms, controls=self.controls, seed=self.seed, documents=self.documents, split=self.split,
+            docs_per_shard=self.docs_per_shard, store=self.store,
         )  # fmt: skip
-        every = plan.config["docs_per_shard"]
-        every = self.docs_per_shard or min(every, max(_FEWEST_DOCUMENTS, _PASSES_PER_SHARD // len(arms)))
-        data = section(DataConfig, plan.config, docs_per_shard=every)
-        return _collect(
-            self.out, data, section(ModelConfig, plan.config), capture, self.launch,
-            PartOf(plan=plan, rows=rows, told=told),
-        )  # fmt: skip
+        for line in found.said:
+            sys.stderr.write(f"controls: {line}\n")
+        return _collect(self.out, found.data, found.model, found.capture, self.launch, found.part_of)
 
 
 def _collect(

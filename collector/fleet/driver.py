@@ -7,7 +7,6 @@ the run, and two drivers on one run only waste work.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import signal
@@ -27,26 +26,14 @@ from collector.query.warehouse import views_sql
 from collector.store.run_directory import PLAN, RUN, VIEWS, RunDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
-    from collector.data.plan import Plan
+    from collector.data.plan import PartOf, Plan
     from collector.fleet.ray_actor import Actor
     from collector.models.loading import LoadedModel
 
 FORMAT = 2
 """Version of the run directory's layout."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PartOf:
-    """Documents of another run, to collect once more."""
-
-    plan: Plan
-    """Of the other run."""
-    rows: Mapping[int, Collection[int]] | None = None
-    """Shard of that plan -> numbers of the rows to read; None for all."""
-    told: Mapping[str, str | int | None] = dataclasses.field(default_factory=dict)
-    """What the new run's settings say about it."""
 
 
 def freeze_plan(
@@ -63,22 +50,15 @@ def freeze_plan(
     Raises:
         ValueError: the run was planned with other settings or other sources; names what differs.
     """
-    settings = config.to_dict() | dict(part_of.told if part_of else {})
-
-    def new() -> Plan:
-        if part_of is None:
-            return _new_plan(config, say)
-        return planning.narrow(part_of.plan, settings, config.data.docs_per_shard, part_of.rows)
-
     stored = run.read_or_none(PLAN)
     if stored is None:
-        plan = new()
+        plan = _new_plan(config, say, part_of)
         if run.store.put_new(PLAN, plan.to_parquet()):
             return plan
         stored = run.store.read(PLAN)
     plan = planning.Plan.from_parquet(stored)
-    differences = planning.differences(plan.config, settings)
-    if not differences and part_of is not None and new().hash != plan.hash:
+    differences = planning.differences(plan.config, _settings(config, part_of))
+    if not differences and part_of is not None and _new_plan(config, say, part_of).hash != plan.hash:
         differences = ["other documents were selected"]
     differences = differences or planning.check_sources(plan, config)
     if differences:
@@ -89,8 +69,16 @@ def freeze_plan(
     return plan
 
 
-def _new_plan(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Plan:
+def _settings(config: RunConfig, part_of: PartOf | None) -> dict[str, Any]:
+    return config.to_dict() | dict(part_of.told if part_of else {})
+
+
+def _new_plan(
+    config: RunConfig, say: Callable[[str], None] = lambda _: None, part_of: PartOf | None = None
+) -> Plan:  # fmt: skip
     """Plans a run, after a look at whether the model's tokenizer can read the documents."""
+    if part_of is not None:
+        return planning.narrow(part_of.plan, _settings(config, part_of), config.data.docs_per_shard, part_of.rows)
     found = sources.resolve(config.data)
     conversations = planning.has_conversations(found, config.data)
     if conversations or config.data.spans_column is not None:
@@ -223,8 +211,9 @@ def finish(run: RunDirectory, plan: Plan) -> None:
 
 
 def collect_in_process(
-    root: str, config: RunConfig, *, loaded: LoadedModel | None = None, threads: int | None = None
-) -> RunDirectory:
+    root: str, config: RunConfig, *, loaded: LoadedModel | None = None, threads: int | None = None,
+    part_of: PartOf | None = None,
+) -> RunDirectory:  # fmt: skip
     """Collects a whole run in this process, without Ray; an error ends it.
 
     Args:
@@ -232,10 +221,11 @@ def collect_in_process(
         config: what to record.
         loaded: the result of `loading.load` for this config, if there is one already.
         threads: CPU threads for the model (None: torch's default).
+        part_of: the documents, if they are those of another run.
     """
     from collector.replica.replica import Replica
 
-    run, plan = RunDirectory(root), _new_plan(config)
+    run, plan = RunDirectory(root), _new_plan(config, part_of=part_of)
     run.store.put_new(PLAN, plan.to_parquet())
     with contextlib.closing(Replica(root, config, plan.hash, loaded=loaded, threads=threads)) as replica:
         replica.write_vocabulary()

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collector.data.plan.frozen import Plan, Shard
 from collector.data.plan.making import has_conversations, label_warnings, make_plan
-from collector.data.plan.narrowing import narrow
+from collector.data.plan.narrowing import PartOf, narrow
 from collector.data.plan.reading import check_sources, differences, read_shard
 
 __all__ = [
+    "PartOf",
     "Plan",
     "Shard",
     "check_sources",

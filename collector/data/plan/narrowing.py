@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartOf:
+    """Documents of a run, to collect once more."""
+
+    plan: Plan
+    """Of the run."""
+    rows: Mapping[int, Collection[int]] | None = None
+    """Shard of that plan -> numbers of the rows to read; None for all."""
+    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the new run's settings say about it."""
+
+
 def narrow(
     plan: Plan, config: Mapping[str, Any], every: int, rows: Mapping[int, Collection[int]] | None = None
 ) -> Plan:  # fmt: skip

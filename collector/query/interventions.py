@@ -1,0 +1,98 @@
+"""Prepares an intervention: the settings of a run that repeats documents of another one with edits of the routing.
+
+found = prepare("runs/olmoe", "language_experts", controls=99, split=True)
+config = resolve(data=found.data, model=found.model, capture=found.capture, device="cpu")
+collect_in_process("runs/dropped", config, part_of=found.part_of)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from collector.config import CaptureConfig, DataConfig, ModelConfig, section
+from collector.data.plan import PartOf, Plan
+from collector.models.edits import tell_arm
+from collector.query.arms import read_arms
+from collector.query.controls import draw_controls
+from collector.query.selection import ALL, half, selected_rows
+from collector.query.warehouse import open_run
+from collector.store.run_directory import PLAN, RunDirectory
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from collector.config import Store
+
+PASSES_PER_SHARD = 1 << 14
+"""Documents times arms in a shard, about; a shard takes minutes then, not hours."""
+FEWEST_DOCUMENTS = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Intervention:
+    """What is to be collected."""
+
+    data: DataConfig
+    model: ModelConfig
+    capture: CaptureConfig
+    part_of: PartOf
+    said: Sequence[str]
+    """What is to be said about the controls."""
+
+
+def prepare(
+    root: str | os.PathLike[str],
+    arms: str,
+    *,
+    controls: int = 0,
+    seed: int = 0,
+    documents: str | None = None,
+    split: bool = False,
+    docs_per_shard: int | None = None,
+    store: Sequence[Store] = (),
+) -> Intervention:
+    """Reads the arms, draws their controls, and selects the documents.
+
+    Args:
+        root: the run whose documents and model are used.
+        arms: see `read_arms`.
+        controls: of each arm.
+        seed: of the controls.
+        documents: SQL that selects documents, see `selected_rows` (default: all).
+        split: test experts in the first half of the documents and measure in the second, see `selection`.
+        docs_per_shard: documents per shard (default: those of the run, fewer where there are many arms).
+        store: what else to store; what experts put out is recorded if the run has it.
+
+    Raises:
+        FileNotFoundError: there is no run, or no such arms.
+        ValueError: arms, labels or documents are not usable.
+    """
+    run = open_run(root)
+    plan = Plan.from_parquet(RunDirectory(root).store.read(PLAN))
+    found = read_arms(run, arms, split=split)
+    said: list[str] = []
+    run.check(labels=sorted({arm.limits[0] for arm in found if arm.limits[0] is not None}))
+    if controls:
+        found, said = draw_controls(run, found, controls, seed)
+    rows = None
+    if split or documents is not None:
+        only = half(run, first=False) if split else None
+        rows = selected_rows(run, plan, documents or ALL, only=only)
+    usual: int = plan.config["docs_per_shard"]
+    every = docs_per_shard or min(usual, max(FEWEST_DOCUMENTS, PASSES_PER_SHARD // len(found)))
+    recorded = [name for name in ("outputs",) if name in plan.config["record"]]
+    return Intervention(
+        data=section(DataConfig, plan.config, docs_per_shard=every),
+        model=section(ModelConfig, plan.config),
+        capture=section(
+            CaptureConfig, plan.config, record=(*recorded, "effects"), store=tuple(store),
+            arms=tuple(map(tell_arm, found)),
+        ),
+        part_of=PartOf(
+            plan=plan, rows=rows,
+            told={"documents": documents, "controls": controls, "controls_seed": seed, "split": split},
+        ),
+        said=said,
+    )  # fmt: skip
