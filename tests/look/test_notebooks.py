@@ -58,7 +58,7 @@ def script(capsys, name: str, *arguments: str) -> str:
 
 def test_the_index_tells_of_every_notebook():
     index = (NOTEBOOKS / "README.md").read_text()
-    assert len(NAMES) == 6
+    assert len(NAMES) == 7
     for path in NOTEBOOKS.glob("*.py"):
         assert f"[`{path.name}`]({path.name})" in index
 
@@ -190,6 +190,29 @@ def test_what_experts_do_is_what_the_queries_say():
     assert set(shown["languages"].label) == {row[0] for row in opened.sql("select label from labels").fetchall()}
     assert (shown["helpful"].beyond > 0).all()
     assert f"correlate at {shown['agreement']:.2f}" in shown["answer"]
+
+
+def test_what_experts_cause_is_what_the_queries_say():
+    shown = run("07_interventions", "--per-label", "6")
+    opened, singly = shown["run"], shown["singly"]
+    labels = {label for (label,) in opened.sql("select label from labels").fetchall()}
+    assert labels == set(shown["languages"])
+    ((documents,),) = opened.sql("select count(*) from documents").fetchall()
+    assert documents == 3 * len(labels), "half of them chose the experts"
+    assert set(shown["own"].arm) <= labels
+    assert (shown["own"].arm == shown["own"].label).all()
+    assert shown["controls"].groupby("arm").control.nunique().max() == 9
+    edited = opened.sql("select arm, layer, count(*) from arms where control = 0 group by all").fetchall()
+    assert max(count for *_, count in edited) == 2
+    best = shown["own"].set_index("arm").value.max()
+    given = (
+        opened.query("expert_effect").filter("metric = 'nats_per_token' and arm = label").project("value").fetchall()
+    )
+    assert best == pytest.approx(max(value for (value,) in given))
+    assert f"loses {best:.3f} ± " in shown["answer"]
+    ((experts,),) = singly.sql("select count(distinct arm) from arms").fetchall()
+    assert experts == 64
+    assert set(shown["agreement"].n) <= set(range(20, 65))
 
 
 # ---- as scripts ----
