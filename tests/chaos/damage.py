@@ -124,9 +124,15 @@ def demo_model(stage: Stage, kills: int) -> None:
 
     documents = stage.shards * stage.oracle.per_shard
     data = DataConfig(limit=documents, docs_per_shard=stage.oracle.per_shard)
-    record = ("outputs", "loss", "similarity", "vocabulary")
-    config = run_config(data, ModelConfig(), max_length=toy.MAX_LENGTH, record=record, sample_tokens=20)
+    record, drop = ("outputs", "loss", "similarity", "vocabulary", "effects"), "layer=4 expert={} operation=drop"
+    arms = (f"no 31: {drop.format(31)}", f"no 31 #1: {drop.format(44)}")
+    config = run_config(
+        data, ModelConfig(), max_length=toy.MAX_LENGTH, record=record, sample_tokens=20, arms=arms,
+        store=("token_effects",),
+    )  # fmt: skip
     stage.oracle = QuietRun(collect_here(stage.folder / "quiet", config, threads=1), stage.oracle.per_shard)
     stage.data, stage.model = ("demo", "--limit", str(documents)), "demo"
     stage.board.schedule(draw(stage.rng, kills, points=PROTOCOL, visits=stage.shards // 3))
-    stage.resume_until_complete("--record", *record, "--sample-tokens", "20", launches=1)
+    stage.resume_until_complete(
+        "--record", *record, "--sample-tokens", "20", "--arms", *arms, "--store", "token_effects", launches=1
+    )  # fmt: skip

@@ -18,7 +18,8 @@ KEYS = {
     "similarity": ["shard", "stack", "layer", "block", "over"],
     "projections": ["shard", "stack", "layer", "tok", "expert"],
     "promotions": ["shard", "stack", "layer", "tok", "expert"],
-    "effects": ["shard", "doc", "arm"],
+    "effects": ["shard", "doc", "arm", "control"],
+    "token_effects": ["shard", "tok", "arm"],
 }  # fmt: skip
 """Of the tables that every shard has, if their recorder ran."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from collector.models.edits import Arm, parse
-from collector.query.controls import FARTHEST, draw_controls
+from collector.query.controls import draw_controls
 from collector.query.warehouse import open_run
 from collector.store.tables import Layer
 from tests.helpers.synthetic import Shard, write_run
@@ -32,40 +32,51 @@ def arm(*edits: str, name: str = "x") -> Arm:
     return Arm(name=name, edits=tuple(map(parse, edits)))
 
 
-def decile(edit) -> int:
-    rank = edit.expert if edit.layer == 0 else 19 - edit.expert
-    return rank // 2
+def rank(edit) -> int:
+    return edit.expert if edit.layer == 0 else 19 - edit.expert
 
 
-def test_controls_are_other_experts_of_the_same_decile(run) -> None:
-    own = arm("layer=0 expert=4 operation=drop", "layer=1 expert=3 operation=scale value=2")
+def test_controls_are_experts_of_the_same_tenth(run) -> None:
+    own = arm("layer=0 expert=4 operation=drop")
     drawn, said = draw_controls(run, [own], 1, seed=0)
     assert drawn[0] == own
     (control,) = drawn[1:]
-    assert (control.name, control.control) == ("x", 1)
-    assert control.edits == (
-        parse("layer=0 expert=5 operation=drop"),
-        parse("layer=1 expert=2 operation=scale value=2"),
-    )
+    assert (control.name, control.control, control.edits) == ("x", 1, (parse("layer=0 expert=5 operation=drop"),))
     assert said == []
 
 
-def test_neighbouring_deciles_help_where_their_own_has_too_few(run) -> None:
+def test_a_set_may_share_experts_with_its_arm(run) -> None:
+    own = arm("layer=0 expert=4 operation=drop", "layer=1 expert=3 operation=scale value=2")
+    drawn, said = draw_controls(run, [own], 3, seed=0)
+    found = {tuple(edit.expert for edit in each.edits) for each in drawn[1:]}
+    assert found == {(4, 2), (5, 3), (5, 2)}, "all but the arm itself"
+    assert {each.edits[1].value for each in drawn} == {2}
+    assert said == []
+
+
+def test_fifths_and_thirds_help_where_tenths_make_too_few(run) -> None:
     own = arm("layer=0 expert=10 operation=drop", "layer=1 expert=9 operation=drop")
-    drawn, said = draw_controls(run, [own], 20, seed=0)
-    assert len(drawn) == 21
-    assert len({each.edits for each in drawn}) == 21, "all differ"
+    drawn, said = draw_controls(run, [own], 14, seed=0)
+    assert len({each.edits for each in drawn}) == 15, "all differ"
     for each in drawn[1:]:
-        assert not {(edit.layer, edit.expert) for edit in each.edits} & {(0, 10), (1, 9)}
-        assert all(abs(decile(one) - decile(other)) <= 1 for one, other in zip(each.edits, own.edits, strict=True))
-    assert said == ["some controls come from deciles of frequency up to 1 away"]
+        assert all(rank(one) // 4 == rank(other) // 4 for one, other in zip(each.edits, own.edits, strict=True))
+    assert said == ["1 of 1 arms are matched by fifths or thirds of their layer, not tenths"]
 
 
 def test_there_may_be_fewer_than_were_asked_for(run) -> None:
     drawn, said = draw_controls(run, [arm("layer=0 expert=19 operation=drop")], 99, seed=0)
-    others = {each.edits[0].expert for each in drawn[1:]}
-    assert others == {18, 17, 16, 15, 14}, f"{FARTHEST} deciles below the last one"
+    assert {each.edits[0].expert for each in drawn[1:]} == {18, 17, 16, 15, 14}, "the last third"
     assert said[-1] == "1 of 1 arms have 5 controls, because there are no more that match"
+
+
+def test_an_arm_of_random_experts_is_one_more_draw(run) -> None:
+    """Whichever set of its classes the arm is, the sets that may be drawn, with it, are the same."""
+    everything = set()
+    for expert, other in ((6, 10), (6, 11), (7, 10), (7, 11)):
+        own = arm(f"layer=0 expert={expert} operation=drop", f"layer=0 expert={other} operation=drop")
+        drawn, _ = draw_controls(run, [own], 3, seed=1)
+        everything.add(frozenset(frozenset(edit.expert for edit in each.edits) for each in drawn))
+    assert len(everything) == 1
 
 
 def test_draws_depend_on_seed_and_name_alone(run) -> None:
@@ -95,5 +106,5 @@ def test_layers_that_were_not_recorded_cannot_be_matched(run) -> None:
 
 def test_a_set_without_any_other_has_no_control(run) -> None:
     everything = arm(*(f"layer=0 expert={expert} operation=drop" for expert in range(20)))
-    with pytest.raises(ValueError, match="no set of other experts is chosen about as often as that of arm 'x'"):
+    with pytest.raises(ValueError, match="no other set of experts is chosen about as often as that of arm 'x'"):
         draw_controls(run, [everything], 3, seed=0)
