@@ -6,7 +6,7 @@
 The same batches run with arms that edit the first, the middle and the last layer, in turns, in one process: together,
 as the recorder runs them, with the layers before the edit and the head of the model as it is computed once; and one by
 one, where each arm is a whole pass and compares with predictions that are computed again. Prints the median time per
-arm, and of it the floor: the share of a whole pass with its head that comes after the edit.
+arm of both, and their ratio beside the share of layers from the edit on, which the head comes on top of.
 """
 
 from __future__ import annotations
@@ -89,11 +89,13 @@ def main(bench: Arms) -> None:
                     per_arm.setdefault((way, place), []).append((many - few) / bench.arms)
     count = len(tokens["decoder"].ids)
     print(f"python -m benchmarks.interventions {' '.join(sys.argv[1:])}\n{machine()}\n{count:,} tokens\n")
-    print("| first edited layer | one by one, s per arm | together, s per arm | ratio |\n|---|---|---|---|")
+    print("| first edited layer | s per arm, one by one | together | times as fast | time | layers from the edit on |")
+    print("|---|---|---|---|---|---|")
     for place, layer in places.items():
         alone, both = (np.array(per_arm[way, place]) for way in ("one by one", "together"))
-        ratio = statistics.median(alone / both)
-        print(f"| {layer} of {len(layers)} | {np.median(alone):.3f} | {np.median(both):.3f} | {ratio:.2f} |")
+        ratio, share = statistics.median(alone / both), 1 - layers.index(layer) / len(layers)
+        print(f"| {layer} of {len(layers)} | {np.median(alone):.3f} | {np.median(both):.3f} | {ratio:.2f} "
+              f"| {100 / ratio:.0f} % | {100 * share:.0f} % |")  # fmt: skip
 
 
 if __name__ == "__main__":

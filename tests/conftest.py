@@ -86,6 +86,13 @@ def mixed_texts() -> list[str]:
     return texts
 
 
+DROPPED = (
+    "no 31: layer=4 expert=31", "no 31 #1: layer=4 expert=9", "kor_Hang: layer=4 expert=55",
+    "eng_Latn: layer=4 expert=44",
+)  # fmt: skip
+"""Arms of the demo's run, those of the examples in docs/metrics.md."""
+
+
 @pytest.fixture(scope="session")
 def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo over 12 sentences per language, with pretrained and with random weights."""
@@ -93,7 +100,7 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for weights in ("pretrained", "random"):
         record, arms = ("outputs", "loss", "similarity", "vocabulary"), ()
         if weights == "pretrained":
-            record, arms = (*record, "effects"), ("no 31: layer=4 expert=31 operation=drop",)
+            record, arms = (*record, "effects"), tuple(f"{arm} operation=drop" for arm in DROPPED)
         config = run_config(
             DataConfig(per_label=12),
             ModelConfig(weights=weights),

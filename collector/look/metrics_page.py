@@ -35,7 +35,9 @@ row is, and the first rows of an example. This page is written from the headers 
 
 ```sh
 collector collect --per-label 12 --store text logits --record outputs loss similarity vocabulary effects \\
-    --sample-tokens 100 --arms 'no 31: layer=4 expert=31 operation=drop' --out runs/small
+    --sample-tokens 100 --out runs/small --arms \\
+    'no 31: layer=4 expert=31 operation=drop' 'no 31 #1: layer=4 expert=9 operation=drop' \\
+    'kor_Hang: layer=4 expert=55 operation=drop' 'eng_Latn: layer=4 expert=44 operation=drop'
 collector collect --per-label 12 --store text logits --record outputs loss similarity vocabulary \\
     --sample-tokens 100 --out runs/small-random --weights random
 collector weights runs/small --no-match

@@ -7,12 +7,12 @@
 --   flips               share of tokens whose most probable successor is another one.
 --   rerouted            share of the decisions of routers behind the first edited layer with other experts.
 --   Special tokens do not count. Batches are the same with and without, so an arm that changes nothing gives
---   exactly 0. Baseline: the mean of the arm's controls, random sets of other experts that match it (see
+--   exactly 0. Baseline: the mean of the arm's controls, random sets of experts that match it (see
 --   `collector intervene --controls`); 0 where there are none. difference = value - baseline.
 --   standard_error and difference_error have documents as the unit, paired: for a ratio r = sum of x / sum of
 --   y they are sqrt(sum over documents of (x - r y)²) / sum of y; null for a single document.
 --   p = (1 + controls at least as far from the mean of arm and controls as the arm) / (1 + controls), of the
---   hypothesis that the arm's experts are like any others that match; q adjusts it for all rows of the answer
+--   hypothesis that the arm's experts are like any that match; q adjusts it for all rows of the answer
 --   (Benjamini-Hochberg). floor = |value| + 1.96 standard errors of the model without edits in other batches,
 --   the noise of the arithmetic: what is not above it is no effect.
 -- Source: differences of cross entropy; linearized ratio estimator, Cochran 1977, "Sampling Techniques";
