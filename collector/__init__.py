@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collector.query.catalog import list_comparisons, list_queries
     from collector.query.comparison import open_runs
     from collector.query.document_counts import document_counts
+    from collector.query.interventions import prepare_intervention
     from collector.query.warehouse import committed_files, open_run
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "list_queries",
     "open_run",
     "open_runs",
+    "prepare_intervention",
 ]
 
 _FUNCTIONS = {
@@ -42,6 +44,7 @@ _FUNCTIONS = {
     "list_queries": "collector.query.catalog",
     "open_run": "collector.query.warehouse",
     "open_runs": "collector.query.comparison",
+    "prepare_intervention": "collector.query.interventions",
 }
 _MODULES = {"inference": "collector.query.inference"}
 

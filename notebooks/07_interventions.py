@@ -13,9 +13,8 @@ with app.setup:
     import marimo as mo
     import torch
 
-    from collector import collect_in_process, open_run
+    from collector import collect_in_process, open_run, prepare_intervention
     from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
-    from collector.query.interventions import prepare
 
     _ = alt.data_transformers.disable_max_rows()
 
@@ -86,7 +85,7 @@ def _(arms, given, named, one_by_one, per_label):
     def intervene(root, name, sql, **options):
         path = Path(scratch.name, f"{name}.sql")
         path.write_text(sql)
-        found = prepare(root, str(path), documents=f"from documents where label in ({named})", **options)
+        found = prepare_intervention(root, str(path), documents=f"from documents where label in ({named})", **options)
         config = resolve(data=found.data, model=found.model, capture=found.capture, device=device)
         return open_run(collect_in_process(f"{scratch.name}/{name}", config, part_of=found.part_of).root)
 

@@ -98,9 +98,9 @@ class Intervene:
             FileNotFoundError: there is no run, or no such arms.
             ValueError: arms, documents, data or model are not usable.
         """
-        from collector.query.interventions import prepare
+        from collector.query.interventions import prepare_intervention
 
-        found = prepare(
+        found = prepare_intervention(
             self.run_, self.arms, controls=self.controls, seed=self.seed, documents=self.documents, split=self.split,
             docs_per_shard=self.docs_per_shard, store=self.store,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """Prepares an intervention: the settings of a run that repeats documents of another one with edits of the routing.
 
-found = prepare("runs/olmoe", "language_experts", controls=99, split=True)
-config = resolve(data=found.data, model=found.model, capture=found.capture, device="cpu")
-collect_in_process("runs/dropped", config, part_of=found.part_of)
+    found = prepare_intervention("runs/olmoe", "language_experts", controls=99, split=True)
+    config = resolve(data=found.data, model=found.model, capture=found.capture, device="cpu")
+    collect_in_process("runs/dropped", config, part_of=found.part_of)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Intervention:
     """What is to be said about the controls."""
 
 
-def prepare(
+def prepare_intervention(
     root: str | os.PathLike[str],
     arms: str,
     *,

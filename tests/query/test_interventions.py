@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 from collector import collect_in_process, open_run
 from collector.config import DataConfig, ModelConfig, resolve
 from collector.models.loading import DEMO_MODEL
-from collector.query.interventions import FEWEST_DOCUMENTS, prepare
+from collector.query.interventions import FEWEST_DOCUMENTS, prepare_intervention
 from tests.conftest import TINY
 from tests.helpers.runs import collect_here, run_config, write_jsonl
 
@@ -33,7 +33,7 @@ def collected(tmp_path_factory):
     lines = [f"arm {arm},{layer},{expert},drop" for arm in range(ARMS) for layer in range(2)
              for expert in rng.choice(24, 2, replace=False)]  # fmt: skip
     (folder / "arms.csv").write_text("\n".join(["arm,layer,expert,operation", *lines]))
-    found = prepare(run.root, str(folder / "arms.csv"), controls=CONTROLS)
+    found = prepare_intervention(run.root, str(folder / "arms.csv"), controls=CONTROLS)
     config = resolve(data=found.data, model=found.model, capture=found.capture, device="cpu")
     return run, found, open_run(collect_in_process(str(folder / "out"), config, part_of=found.part_of).root)
 
