@@ -7,19 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM
 
 from collector import open_run
 from collector.config import CaptureConfig, DataConfig, ModelConfig
 from collector.models.loading import DEMO_MODEL
 from collector.upkeep.verify import verify
 from tests.helpers.runs import assert_same_content, collect_here, content, run_config, write_jsonl
-from tests.helpers.tiny_models import SWITCH
+from tests.helpers.tiny_models import write_switch
 
 DROPPED = 31, 44
 ARMS = (
@@ -240,13 +235,7 @@ def test_a_class_that_no_token_has_is_named(tmp_path, data) -> None:
 @pytest.fixture(scope="module")
 def switch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("switch")
-    torch.manual_seed(0)
-    model = SwitchTransformersForConditionalGeneration(
-        SwitchTransformersConfig(**SWITCH | {"expert_capacity": 64})
-    ).eval()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
-    return folder, model
+    return folder, write_switch(folder)
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])

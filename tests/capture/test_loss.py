@@ -5,12 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM
 
 from collector import open_run
 from collector.config import DataConfig, ModelConfig
@@ -18,7 +13,7 @@ from collector.models import heads
 from collector.models.loading import DEMO_MODEL
 from collector.upkeep.verify import verify
 from tests.helpers.runs import collect_here, content, run_config, write_jsonl
-from tests.helpers.tiny_models import SWITCH
+from tests.helpers.tiny_models import write_switch
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +68,7 @@ def test_few_logits_at_a_time_give_the_same(run, tmp_path, monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def switch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("switch")
-    torch.manual_seed(0)
-    model = SwitchTransformersForConditionalGeneration(
-        SwitchTransformersConfig(**SWITCH | {"expert_capacity": 64})
-    ).eval()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
-    return folder, model
+    return folder, write_switch(folder)
 
 
 def test_a_decoder_has_losses_and_its_encoder_none(switch, tmp_path) -> None:
