@@ -46,7 +46,7 @@ class Collect:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Intervene:
-    """Measure what edits of the routing do to the model's predictions, over all documents of a run.
+    """Measure what edits of the routing do to the model's predictions, over documents of a run.
 
     Makes a run of its own with the same documents and model, in which each batch goes through the model as it is, and
     once more for every arm, a set of edits with a name. The query `expert_effect` tells the change of the loss and of
@@ -67,19 +67,20 @@ class Intervene:
     out: str
     """The run directory to write."""
     controls: int = 0
-    """Controls of each arm: random sets of other experts of the same layers, chosen about as often, and of outputs
-    about as large where these were recorded. Each is one more arm. With N of them no p is below 1 / (N + 1)."""
+    """Controls of each arm: random sets of experts of the same layers that are chosen about as often.
+    Where the run has outputs, they also contribute about as much. Each control is one more arm.
+    With N of them no p is below 1 / (N + 1)."""
     seed: int = 0
     """Seed of the controls."""
     documents: str | None = None
-    """SQL over the views of the run that selects documents by the columns shard and doc (default: all documents):
-    "from documents where label in ('kor_Hang', 'eng_Latn')"."""
+    """SQL over the views of the run that selects documents, by the columns shard and doc (default: all documents).
+    For example "from documents where label in ('kor_Hang', 'eng_Latn')"."""
     split: bool = False
-    """Test experts in every other document of each label, and measure in the documents between them, so that the choice
-    does not flatter the arms. For language_experts, and SQL that reads specialization_test."""
+    """Choose experts in every other document of each label, and measure in the documents between them.
+    Otherwise the choice flatters the arms. For language_experts, and SQL that reads specialization_test."""
     docs_per_shard: int | None = None
-    """Documents per shard (default: those of the run, fewer where there are many arms). A shard is committed, and after
-    a failure repeated, as a whole, with all arms."""
+    """Documents per shard (default: those of the run, fewer where there are many arms).
+    A shard is committed, and after a failure repeated, as a whole, with all arms."""
     store: tuple[Literal["token_effects"], ...] = ()
     """`token_effects` also stores what each arm does to the prediction of each token, controls apart."""
     launch: tyro.conf.OmitArgPrefixes[LaunchConfig] = dataclasses.field(default_factory=LaunchConfig)
