@@ -85,13 +85,6 @@ class Intervene:
     """`token_effects` also stores what each arm does to the prediction of each token, controls apart."""
     launch: tyro.conf.OmitArgPrefixes[LaunchConfig] = dataclasses.field(default_factory=LaunchConfig)
 
-    def __post_init__(self) -> None:
-        """Rejects impossible numbers."""
-        if self.docs_per_shard is not None and self.docs_per_shard < 1:
-            raise ValueError(f"--docs-per-shard must be positive, got {self.docs_per_shard}")
-        if self.controls < 0:
-            raise ValueError(f"--controls takes a number from 0, got {self.controls}")
-
     def run(self) -> int:
         """Collects the effects and prints the run's status.
 
@@ -106,7 +99,7 @@ class Intervene:
             docs_per_shard=self.docs_per_shard, store=self.store,
         )  # fmt: skip
         for line in found.said:
-            sys.stderr.write(f"controls: {line}\n")
+            sys.stderr.write(f"{line}\n")
         return _collect(self.out, found.data, found.model, found.capture, self.launch, found.part_of)
 
 

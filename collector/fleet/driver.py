@@ -65,6 +65,7 @@ def freeze_plan(
         raise ValueError(
             f"{run.root} holds a run with another plan:\n  " + "\n  ".join(differences)
             + "\nGo on with the old settings, or choose another --out."
+            + ("" if run.read_or_none(RUN) else " Nothing was collected there yet: you may delete the folder.")
         )  # fmt: skip
     return plan
 

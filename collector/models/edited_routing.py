@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch.overrides import TorchFunctionMode
 
-from collector.models.edits import OPERATIONS
+from collector.models.edits import OPERATIONS, check
 from collector.models.probing import tiny_pass
 
 if TYPE_CHECKING:
@@ -142,20 +142,13 @@ class _Edited:
         name = type(router.module).__name__
         refused, why = _REFUSED.get(name, (set(), ""))
         where = f"{router.stack} layer {router.layer}"
+        check(edits, where, experts, top_k)
         for edit in edits:
-            if not 0 <= edit.expert < experts:
-                raise ValueError(f"{where} has experts 0 to {experts - 1}, not {edit.expert}")
             if edit.operation in refused:
                 raise ValueError(f"operation {edit.operation} has no meaning in {where}: {name} {why}")
         of = {kind: [edit for edit in edits if edit.operation == kind] for kind in OPERATIONS}
         self._blocked = [edit.expert for edit in of["replace"]]
         self._forced = [edit.expert for edit in of["force"]]
-        if len(self._blocked) > experts - top_k:
-            raise ValueError(
-                f"{where}: replacing {len(self._blocked)} of {experts} experts leaves fewer than k = {top_k}"
-            )
-        if len(self._forced) > top_k or set(self._forced) & set(self._blocked):
-            raise ValueError(f"{where}: at most k = {top_k} experts can be forced, and none that is replaced")
         self._bias_e = torch.zeros(experts)
         self._factor_e = torch.ones(experts)
         for edit in of["bias"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, get_args
 from urllib.parse import quote, unquote
 
@@ -54,8 +54,10 @@ class Edit:
             raise ValueError(f"operation {self.operation} {needs}: layer {self.layer}, expert {self.expert}")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"operation {self.operation}: value {self.value} is not finite")
-        if self.position is not None and self.position < 0:
-            raise ValueError(f"positions count from 0, got {self.position}")
+        for name in ("layer", "expert", "position"):
+            number = getattr(self, name)
+            if number is not None and number < 0:
+                raise ValueError(f"operation {self.operation}: {name}s count from 0, got {number}")
 
     @property
     def limits(self) -> tuple[str | None, str | None, int | None]:
@@ -63,11 +65,41 @@ class Edit:
         return self.label, self.token_class, self.position
 
 
-_KINDS: dict[str, Callable[[str], Any]] = {
-    "layer": int, "expert": int, "operation": str, "value": float, "stack": str, "label": unquote,
-    "token_class": unquote, "position": int,
+def _whole(value: Any) -> int:
+    """Reads a whole number, which other programs may have written as 4.0."""
+    number = float(value)
+    if number != int(number):
+        raise ValueError(value)
+    return int(number)
+
+
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    "layer": _whole, "expert": _whole, "operation": str, "value": float, "stack": str, "label": str,
+    "token_class": str, "position": _whole,
 }  # fmt: skip
 """How the fields of an edit are read."""
+
+
+def read(fields: Mapping[str, Any]) -> Edit:
+    """Makes an edit of texts or numbers by name; None is not given.
+
+    Raises:
+        ValueError: a name is unknown or missing, or a value is not of its kind.
+    """
+    given: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name not in _KINDS:
+            raise ValueError(f"{name!r} is none of {', '.join(f'{each}=…' for each in _KINDS)}")
+        if value is None:
+            continue
+        try:
+            given[name] = _KINDS[name](value)
+        except (ValueError, TypeError, OverflowError) as error:
+            kind = "a whole number" if _KINDS[name] is _whole else "a number"
+            raise ValueError(f"{name} takes {kind}, got {value!r}") from error
+    if missing := [name for name in ("layer", "expert", "operation") if name not in given]:
+        raise ValueError(f"{' and '.join(missing)} must be given, as in 'layer=1 expert=9 operation=drop'")
+    return Edit(**given)
 
 
 def parse(text: str) -> Edit:
@@ -78,18 +110,16 @@ def parse(text: str) -> Edit:
     Raises:
         ValueError: a name is unknown or missing, or a value is not of its kind.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, str] = {}
     for part in text.replace(",", " ").split():
         name, _, value = part.partition("=")
-        if name not in _KINDS or not value:
-            raise ValueError(f"edit {text!r}: {part!r} is none of {', '.join(f'{each}=…' for each in _KINDS)}")
-        try:
-            given[name] = _KINDS[name](value)
-        except ValueError as error:
-            raise ValueError(f"edit {text!r}: {name} takes a number, got {value!r}") from error
-    if missing := [name for name in ("layer", "expert", "operation") if name not in given]:
-        raise ValueError(f"edit {text!r} lacks {' and '.join(missing)}, as in 'layer=1 expert=9 operation=drop'")
-    return Edit(**given)
+        if not value:
+            raise ValueError(f"edit {text.strip()!r}: {part!r} is not NAME=VALUE")
+        given[name] = unquote(value)
+    try:
+        return read(given)
+    except ValueError as error:
+        raise ValueError(f"edit {text.strip()!r}: {error}") from error
 
 
 def tell(edit: Edit) -> str:
@@ -97,6 +127,29 @@ def tell(edit: Edit) -> str:
     parts = {name: getattr(edit, name) for name in _KINDS}
     parts["stack"] = None if edit.stack == "decoder" else edit.stack
     return " ".join(f"{name}={quote(str(value), safe='')}" for name, value in parts.items() if value is not None)
+
+
+def check(edits: Collection[Edit], where: str, experts: int, top_k: int) -> None:
+    """Checks the edits of one router.
+
+    Args:
+        edits: all of them.
+        where: the router in messages.
+        experts: E.
+        top_k: k.
+
+    Raises:
+        ValueError: there is no such expert, or too few or too many could be chosen.
+    """
+    for edit in edits:
+        if edit.expert >= experts:
+            raise ValueError(f"{where} has experts 0 to {experts - 1}, not {edit.expert}")
+    blocked = {edit.expert for edit in edits if edit.operation == "replace"}
+    forced = {edit.expert for edit in edits if edit.operation == "force"}
+    if len(blocked) > experts - top_k:
+        raise ValueError(f"{where}: replacing {len(blocked)} of {experts} experts leaves fewer than k = {top_k}")
+    if len(forced) > top_k or forced & blocked:
+        raise ValueError(f"{where}: at most k = {top_k} experts can be forced, and none that is replaced")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +165,10 @@ class Arm:
         """Rejects names that mean something else, and an arm without edits."""
         if not self.name or not self.edits:
             raise ValueError(f"arm {self.name!r} needs a name and an edit")
+        if self.name != self.name.strip() or "\n" in self.name:
+            raise ValueError(
+                f"an arm cannot be called {self.name!r}: a name begins and ends without spaces, on one line"
+            )
         if self.name == NO_EDIT or _CONTROL.search(self.name) or ":" in self.name:
             raise ValueError(
                 f"an arm cannot be called {self.name!r}: it takes no colon, {NO_EDIT!r} is the model as it is, and "

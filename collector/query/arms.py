@@ -11,14 +11,15 @@ SQL may also read answers: any query by its name, with its defaults, and `specia
 from __future__ import annotations
 
 import csv
-import re
+import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
+import duckdb
 import numpy as np
 
-from collector.models.edits import Arm, parse
+from collector.models.edits import Arm, Edit, read, tell
 from collector.query.catalog import list_queries, query_folder
 from collector.query.document_counts import document_counts
 from collector.query.inference import specialization_test
@@ -33,10 +34,9 @@ if TYPE_CHECKING:
     from collector.query.warehouse import Run
 
 TEST = "specialization_test"
-_READ = re.compile(r"\b(?:from|join)\s+(\w+)", re.IGNORECASE)
 _ALL_ROWS = 2**31 - 1
 _NEEDED = ("arm", "layer", "expert", "operation")
-_ALL = (*_NEEDED, "stack", "value", "label", "token_class", "position")
+_OPTIONAL = ("stack", "value", "label", "token_class", "position")
 
 
 def read_arms(run: Run, source: str, *, split: bool = False) -> list[Arm]:
@@ -55,16 +55,18 @@ def read_arms(run: Run, source: str, *, split: bool = False) -> list[Arm]:
     path = Path(source)
     answers: dict[str, pa.Table] = {}
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        rows = _csv_rows(path)
     else:
         statement = _statement(source).rstrip().rstrip(";")
         answers = _answers(run, statement, split=split)
         relation = run.sql(statement, answers)
-        rows = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
-    if split and TEST not in answers:
+        columns = [name.lower() for name in relation.columns]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"--arms {source}: two columns are called {max(columns, key=columns.count)}")
+        rows = [dict(zip(columns, row, strict=True)) for row in relation.fetchall()]
+    if split and TEST not in {name.lower() for name in answers}:
         raise ValueError(f"--split tests experts in half of the documents, and --arms {source} does not read {TEST}")
-    return list(_grouped(rows, source))
+    return _grouped(rows, source)
 
 
 def named_arms() -> list[str]:
@@ -86,13 +88,18 @@ def _answers(run: Run, statement: str, *, split: bool) -> dict[str, pa.Table]:
     """The answers that a statement reads."""
     found: dict[str, pa.Table] = {}
     queries = {query.name: query for query in list_queries() if not query.of_two_runs}
-    for name in sorted(set(_READ.findall(statement))):
+    try:
+        written = run.cursor().get_table_names(statement)
+    except duckdb.Error:  # which `Run.sql` explains
+        written = set()
+    for each in sorted(written):
+        name = each.lower()
         if name == TEST:
             counts = document_counts(run)
-            found[name] = specialization_test(_first_half(run, counts) if split else counts)
+            found[each] = specialization_test(_first_half(run, counts) if split else counts)
         elif name in queries:
             every = {"top": _ALL_ROWS} if "top" in {param.name for param in queries[name].params} else {}
-            found[name] = run.query(name, **every).to_arrow_table()
+            found[each] = run.query(name, **every).to_arrow_table()
     return found
 
 
@@ -103,13 +110,49 @@ def _first_half(run: Run, counts: Iterable[DocumentCounts]) -> Iterable[Document
         yield one.of(np.array([place in documents for place in places], bool))
 
 
-def _grouped(rows: Iterable[Mapping[str, Any]], source: str) -> Iterable[Arm]:
-    edits: dict[str, list[str]] = {}
-    for row in rows:
-        if missing := [name for name in _NEEDED if row.get(name) in (None, "")]:
-            raise ValueError(f"--arms {source}: a row lacks {' and '.join(missing)}; it has {', '.join(row)}")
-        parts = [f"{name}={quote(str(row[name]), safe='')}" for name in _ALL[1:] if row.get(name) not in (None, "")]
-        edits.setdefault(str(row["arm"]), []).append(" ".join(parts))
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file, whatever program wrote it: with a mark of the byte order, spaces, or empty rows."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--arms {path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--arms {path}: the file is not in UTF-8: {error}") from error
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header = [name.strip().lower() for name in next(reader, [])]
+    rows: list[dict[str, Any]] = []
+    for cells in reader:
+        stripped = [cell.strip() for cell in cells]
+        if len(cells) > len(header) and any(stripped[len(header) :]):
+            raise ValueError(
+                f"--arms {path}: line {reader.line_num} has more cells than the header: {', '.join(cells)}"
+            )
+        if any(stripped):
+            rows.append(dict(zip(header, stripped, strict=False)))
+    return rows
+
+
+def _grouped(rows: Iterable[Mapping[str, Any]], source: str) -> list[Arm]:
+    """Groups edits by arm; both are sorted, because SQL may return rows in any order."""
+    edits: dict[str, set[Edit]] = {}
+    for number, row in enumerate(rows, 1):
+        given = {name: None if _is_nothing(row.get(name)) else row[name] for name in (*_NEEDED, *_OPTIONAL)}
+        if missing := [name for name in _NEEDED if given[name] is None]:
+            raise ValueError(
+                f"--arms {source}: row {number} lacks {' and '.join(missing)}; its columns are {', '.join(row)}"
+            )
+        name = str(given.pop("arm"))
+        try:
+            edits.setdefault(name, set()).add(read({key: value for key, value in given.items() if value is not None}))
+        except ValueError as error:
+            raise ValueError(f"--arms {source}: row {number}, arm {name!r}: {error}") from error
     if not edits:
         raise ValueError(f"--arms {source}: it names no edit")
-    return (Arm(name=name, edits=tuple(map(parse, own))) for name, own in edits.items())
+    try:
+        return [Arm(name=name, edits=tuple(sorted(edits[name], key=tell))) for name in sorted(edits)]
+    except ValueError as error:
+        raise ValueError(f"--arms {source}: {error}") from error
+
+
+def _is_nothing(value: Any) -> bool:
+    return value in (None, "") or (isinstance(value, float) and math.isnan(value))

@@ -1,8 +1,8 @@
 """Prepares an intervention: the settings of a run that repeats documents of another one with edits of the routing.
 
-    found = prepare_intervention("runs/olmoe", "language_experts", controls=99, split=True)
-    config = resolve(data=found.data, model=found.model, capture=found.capture, device="cpu")
-    collect_in_process("runs/dropped", config, part_of=found.part_of)
+found = prepare_intervention("runs/olmoe", "language_experts", controls=99, split=True)
+config = resolve(data=found.data, model=found.model, capture=found.capture, device="cpu")
+collect_in_process("runs/dropped", config, part_of=found.part_of)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from collector.config import CaptureConfig, DataConfig, ModelConfig, section
 from collector.data.plan import PartOf, Plan
-from collector.models.edits import tell_arm
+from collector.models.edits import check, tell_arm
 from collector.query.arms import read_arms
 from collector.query.controls import draw_controls
 from collector.query.selection import ALL, half, selected_rows
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from collector.config import Store
+    from collector.models.edits import Arm
+    from collector.query.warehouse import Run
 
 PASSES_PER_SHARD = 1 << 14
 """Documents times arms in a shard, about; a shard takes minutes then, not hours."""
@@ -39,7 +41,7 @@ class Intervention:
     capture: CaptureConfig
     part_of: PartOf
     said: Sequence[str]
-    """What is to be said about the controls."""
+    """What is to be said about the run and the controls."""
 
 
 def prepare_intervention(
@@ -69,13 +71,18 @@ def prepare_intervention(
         FileNotFoundError: there is no run, or no such arms.
         ValueError: arms, labels or documents are not usable.
     """
+    for name, number, least in (("controls", controls, 0), ("seed", seed, 0), ("docs-per-shard", docs_per_shard, 1)):
+        if number is not None and number < least:
+            raise ValueError(f"--{name} takes a number from {least}, got {number}")
     run = open_run(root)
     plan = Plan.from_parquet(RunDirectory(root).store.read(PLAN))
     found = read_arms(run, arms, split=split)
-    said: list[str] = []
+    _check(run, found)
+    said = [] if run.complete else [f"{root} is not complete: arms and controls come from what it has"]
     run.check(labels=sorted({arm.limits[0] for arm in found if arm.limits[0] is not None}))
     if controls:
-        found, said = draw_controls(run, found, controls, seed)
+        found, remarks = draw_controls(run, found, controls, seed)
+        said += [f"controls: {remark}" for remark in remarks]
     rows = None
     if split or documents is not None:
         only = half(run, first=False) if split else None
@@ -96,3 +103,12 @@ def prepare_intervention(
         ),
         said=said,
     )  # fmt: skip
+
+
+def _check(run: Run, arms: Sequence[Arm]) -> None:
+    """Checks the edits of recorded routers; those of other layers are checked where the model is."""
+    sizes = {(one["stack"], one["layer"]): (one["n_experts"], one["top_k"]) for one in run.info["layers"]}
+    for arm in arms:
+        for at in {(edit.stack, edit.layer) for edit in arm.edits} & sizes.keys():
+            own = [edit for edit in arm.edits if (edit.stack, edit.layer) == at]
+            check(own, f"arm {arm.name!r}: {at[0]} layer {at[1]}", *sizes[at])

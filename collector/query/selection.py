@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import duckdb
 import numpy as np
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ def selected_rows(
             f"--documents needs the columns shard and doc, and its SQL has no {' and no '.join(missing)}: "
             "from documents where label = 'kor_Hang'"
         )
-    pairs = sorted(relation.project("shard, doc").distinct().fetchall())
+    try:
+        pairs = sorted(relation.project("shard::bigint, doc::bigint").distinct().fetchall())
+    except duckdb.Error as error:
+        raise ValueError(f"--documents: {str(error).splitlines()[0]}") from error
     pairs = [pair for pair in pairs if only is None or pair in only]
     if not pairs:
         raise ValueError(f"--documents {statement!r} selects no document")
@@ -64,7 +68,7 @@ def selected_rows(
     found: dict[int, list[int]] = {}
     for shard, docs in by_shard.items():
         rows = [] if shard not in planned else _good(planned[shard], rejected.get(shard, set()))
-        if len(rows) != documents.get(shard) or max(docs) >= len(rows):
+        if len(rows) != documents.get(shard) or min(docs) < 0 or max(docs) >= len(rows):
             raise ValueError(f"--documents selects documents of shard {shard} that the run does not have")
         found[shard] = [int(rows[doc]) for doc in docs]
     return found

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
+from collector.models.edits import parse_arm
 from collector.query import locked_duckdb
 from collector.query.catalog import Query, Value, find_query, list_queries, remarks_of
 from collector.query.groupings import LABEL
@@ -117,6 +118,8 @@ class Run:
                 raise ValueError(f"{query.name} reads {view}, {self._absent[view]}")
         values = query.bind(params)
         self.check(stack=values.get("stack"), layer=values.get("layer"), labels=values.get("labels"))
+        if values.get("arm") is not None:
+            self._check_arm(values["arm"])
         if isinstance(labels := values.get("labels"), list):
             values["labels"] = self.with_sets(labels)
         return values
@@ -183,6 +186,11 @@ class Run:
             where = "in this run" if stack is None else f"for the {stack} in this run"
             known = ", ".join(map(str, sorted(set(layers))))
             raise ValueError(f"layer {layer} is not recorded {where}; it has {known}")
+
+    def _check_arm(self, arm: Value) -> None:
+        names = list(dict.fromkeys(parse_arm(text).name for text in self.info["config"]["arms"]))
+        if arm not in names:
+            raise ValueError(f"this run has no arm {arm!r}; it has {', '.join(names)}")
 
     def _check_labels(self, labels: Value) -> None:
         if not isinstance(labels, list):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from collector import open_run
+from collector import open_run, prepare_intervention
 from collector.config import CaptureConfig, DataConfig, ModelConfig, section
-from collector.models.edits import tell_arm
+from collector.models.edits import parse_arm, tell_arm
 from collector.query.arms import named_arms, read_arms
 from collector.query.selection import half
 from collector.store.run_directory import RunDirectory
@@ -49,7 +49,7 @@ def test_some_documents_go_through_the_same_model_with_edits_and_controls(run, t
     assert max(row["value"] for row in shown if row["metric"] == "divergence") > 0
     assert all(row["above_floor"] == (row["value"] > row["floor"]) for row in shown if row["metric"] == "divergence")
     config = out.read_json("run.json")["config"]
-    assert config["arms"][0] == "no 31: layer=4 expert=31 operation=drop; layer=5 expert=2 operation=drop"
+    assert config["arms"][3] == "no 31: layer=4 expert=31 operation=drop; layer=5 expert=2 operation=drop"
     assert len(config["arms"]) == 6
     assert (config["max_length"], config["store"], config["record"]) == (40, [], ["effects"])
     assert (config["documents"], config["controls"]) == ("from documents where doc % 2 = 1", 2)
@@ -159,10 +159,55 @@ def test_arms_are_read_from_sql_and_csv(counted, tmp_path) -> None:
     assert tell_arm(arm) == "x: layer=1 expert=0 operation=bias value=-1.5; layer=2 expert=0 operation=bias value=-1.5"
 
 
+def test_whatever_wrote_a_csv_file_its_arms_are_read(counted, tmp_path) -> None:
+    path = tmp_path / "arms.csv"
+    text = "Arm, Layer ,expert,operation,VALUE,label\r\nx, 1.0,2,bias,+2.5,\r\n,,,,,\r\ny,2,0,scale,1e38,en\r\n"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert [tell_arm(each) for each in read_arms(counted, str(path))] == [
+        "x: layer=1 expert=2 operation=bias value=2.5", "y: layer=2 expert=0 operation=scale value=1e%2B38 label=en",
+    ]  # fmt: skip
+    assert [parse_arm(tell_arm(each)) for each in read_arms(counted, str(path))] == read_arms(counted, str(path))
+    path.write_bytes("arm,layer,expert,operation\né,1,1,drop\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="the file is not in UTF-8"):
+        read_arms(counted, str(path))
+
+
+def test_arms_are_the_same_in_whatever_order_rows_come(counted, tmp_path) -> None:
+    told = []
+    for order in ("", " desc"):
+        (tmp_path / "arms.sql").write_text(
+            "select 'arm ' || e % 2 as arm, 1 as layer, e as expert, 'drop' as operation from range(3) as t (e)"
+            f"order by e{order}"
+        )
+        told.append(read_arms(counted, str(tmp_path / "arms.sql")))
+    assert told[0] == told[1]
+    assert [arm.name for arm in told[0]] == ["arm 0", "arm 1"]
+
+
+def test_answers_are_found_by_the_sql_that_reads_them(counted, tmp_path) -> None:
+    (tmp_path / "arms.sql").write_text(
+        "-- not from weight_similarity\n"
+        "select distinct 'x' as arm, l.layer, l.expert, 'drop' as operation from labels, \"EXPERT_LOAD\" l where is_dead"
+    )
+    (arm,) = read_arms(counted, str(tmp_path / "arms.sql"))
+    assert tell_arm(arm) == "x: layer=2 expert=0 operation=drop; layer=2 expert=1 operation=drop"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "arm,layer,expert\nx,1,2\n", "a row lacks operation; it has arm, layer, expert"),
+        ("a.csv", "arm,layer,expert\nx,1,2\n", "row 1 lacks operation; its columns are arm, layer, expert"),
+        ("a.csv", "arm,layer,expert,operation\nx,1,1,drop\n,1,2,drop\n", "row 2 lacks arm"),
+        ("a.csv", "arm,layer,expert,operation\nx,1,1,drop,5\n", "line 2 has more cells than the header"),
+        (
+            "a.csv",
+            "arm,layer,expert,operation\nx,1.5,1,drop\n",
+            "row 1, arm 'x': layer takes a whole number, got '1.5'",
+        ),
+        ("a.csv", "arm,layer,expert,operation\nx,1,-1,drop\n", "experts count from 0, got -1"),
+        ("a.csv", "arm,layer,expert,operation,value\nx,1,1,scale,big\n", "value takes a number, got 'big'"),
+        ("a.sql", "select 'A ' as arm, 1 as layer, 1 as expert, 'drop' as operation", "begins and ends without spaces"),
+        ("a.sql", "select 'x' as arm, 1 as layer, 1 as expert, 2 as expert, 'drop' as operation", "two columns are"),
         ("a.csv", "arm,layer,expert,operation\n", "names no edit"),
         ("a.sql", "select 1 as arm where false", "names no edit"),
         ("a.sql", "drop table tokens", "a run is read|read-only|reads"),
@@ -174,6 +219,44 @@ def test_arms_that_are_none_are_named(counted, tmp_path, name, text, message) ->
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_arms(counted, str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"controls": -1}, "--controls takes a number from 0, got -1"),
+        ({"seed": -1}, "--seed takes a number from 0, got -1"),
+        ({"docs_per_shard": 0}, "--docs-per-shard takes a number from 1, got 0"),
+        ({"documents": "select 0 as shard, -1 as doc"}, "documents of shard 0 that the run does not have"),
+        ({"documents": "select 0 as shard, 'x' as doc"}, "--documents: "),
+        ({"documents": "select 0 as shard"}, "has no doc"),
+        ({"documents": "from documents where false"}, "selects no document"),
+    ],
+)
+def test_options_that_cannot_be_are_named(run, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_intervention(run.root, "most_loaded", **options)
+
+
+def test_whole_numbers_may_be_decimals(run) -> None:
+    found = prepare_intervention(run.root, "most_loaded", documents="select 0.0 as shard, 1.0 as doc")
+    assert found.part_of.rows == {0: [1]}
+    assert found.said == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("x,4,64,drop", "arm 'x': decoder layer 4 has experts 0 to 63, not 64"),
+        ("x,4,1,force\nx,4,1,replace", "none that is replaced"),
+        ("x,4,1,drop,nobody", "no document of this run has the label 'nobody'"),
+    ],
+)
+def test_arms_are_checked_before_there_is_a_run(run, tmp_path, rows, message) -> None:
+    path = tmp_path / "arms.csv"
+    path.write_text(f"arm,layer,expert,operation,label\n{rows}\n")
+    with pytest.raises(ValueError, match=message):
+        prepare_intervention(run.root, str(path))
 
 
 def test_an_unknown_name_lists_those_there_are(counted) -> None:
