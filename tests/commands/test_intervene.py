@@ -187,7 +187,8 @@ def test_arms_are_the_same_in_whatever_order_rows_come(counted, tmp_path) -> Non
 def test_answers_are_found_by_the_sql_that_reads_them(counted, tmp_path) -> None:
     (tmp_path / "arms.sql").write_text(
         "-- not from weight_similarity\n"
-        "select distinct 'x' as arm, l.layer, l.expert, 'drop' as operation from labels, \"EXPERT_LOAD\" l where is_dead"
+        "select distinct 'x' as arm, l.layer, l.expert, 'drop' as operation\n"
+        'from labels, "EXPERT_LOAD" l where is_dead'
     )
     (arm,) = read_arms(counted, str(tmp_path / "arms.sql"))
     assert tell_arm(arm) == "x: layer=2 expert=0 operation=drop; layer=2 expert=1 operation=drop"
