@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from collector.look import terminal
+from collector.models.edits import parse_arm
 from collector.store import throughput
 from collector.store.run_directory import RUN, SUCCESS
 from collector.store.totals import Totals
@@ -93,6 +94,7 @@ def facts(card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[s
         ("documents", f"{totals.documents:,}"),
         ("tokens", f"{totals.tokens:,}"),
         ("labels", _counts(labels)),
+        ("interventions", _interventions(plan.config)),
         ("maximum length", f"{plan.config['max_length']} tokens, {totals.truncated:,} documents truncated"),
         ("skipped rows", f"{totals.skipped.total():,}{_reasons(totals)}"),
         ("replica-hours", f"{totals.replica_hours:.2f}, padding efficiency {totals.padding_efficiency:.3f}"),
@@ -102,6 +104,20 @@ def facts(card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[s
         ("plan", f"{plan.hash} ({len(plan.shards):,} shards)"),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _interventions(config: Mapping[str, Any]) -> str:
+    """How many arms there are, with which controls, over which documents; empty for a run without edits."""
+    arms = [parse_arm(text) for text in config.get("arms") or ()]
+    own = sum(not arm.control for arm in arms)
+    said = f"{own} arm{'s' if own != 1 else ''} of edits"
+    if len(arms) > own:
+        said += f" with {len(arms) - own} controls (seed {config.get('controls_seed', 'unknown')})"
+    if config.get("documents"):
+        said += f", over the documents of: {config['documents']}"
+    if config.get("split"):
+        said += ", chosen in one half of the documents and measured in the other"
+    return said if arms else ""
 
 
 def _held(card: Mapping[str, Any]) -> str:

@@ -153,7 +153,10 @@ ranked as (
         rank() over (partition by observed, stack, layer, label order by loss)
         + (count(*) over (partition by observed, stack, layer, label, loss) - 1) / 2 as rank_loss,
         row_number() over (partition by observed, stack, layer, label order by loss desc, expert asc)
-        <= ceil($share * count(*) over (partition by observed, stack, layer, label)) as matters
+        <= ceil(
+            if($share > 0 and $share < 1, $share, error('share takes a part of the experts, between 0 and 1'))
+            * count(*) over (partition by observed, stack, layer, label)
+        ) as matters
     from compared
 ),
 

@@ -53,6 +53,12 @@ def test_some_documents_go_through_the_same_model_with_edits_and_controls(run, t
     assert len(config["arms"]) == 6
     assert (config["max_length"], config["store"], config["record"]) == (40, [], ["effects"])
     assert (config["documents"], config["controls"]) == ("from documents where doc % 2 = 1", 2)
+    told = collector("status", str(out.root), "--summary").stdout
+    assert "2 arms of edits with 4 controls (seed 0), over the documents of: from documents where doc % 2 = 1" in told
+    assert collector("export", str(out.root), str(tmp_path / "csv"), "--to", "csv").returncode == 0
+    assert len((tmp_path / "csv" / "arms.csv").read_text().splitlines()) == 1 + 3 * 3
+    again = collector(*command, "--documents", "from documents where doc % 2 = 1")
+    assert again.returncode == 0, again.stderr
     other = collector(*command, "--documents", "from documents where doc % 2 = 0")
     assert other.returncode == 2
     assert "--documents was from documents where doc % 2 = 1, is now" in other.stderr

@@ -45,6 +45,16 @@ def test_parallel_texts_need_no_remark(tmp_path) -> None:
     assert made(tmp_path, parallel_ids=["a", "a", "b"]).remarks("routing_divergence") == []
 
 
+def test_arms_that_do_not_drop_single_experts(tmp_path) -> None:
+    drop, other = "layer=0 expert=1 operation=drop", "layer=0 expert=2 operation=drop"
+    arms = [f"x: {drop}", f"y: {drop}; {other}", f"z: {other} label=ko", f"x #1: {other}"]
+    run = open_run(write_run(tmp_path / "run", LAYERS, [], settings={"arms": arms}))
+    (remark,) = run.remarks("importance_agreement")
+    assert remark.startswith("no layer has two arms that drop a single expert everywhere")
+    run = open_run(write_run(tmp_path / "other", LAYERS, [], settings={"arms": [*arms, f"w: {other}"]}))
+    assert run.remarks("importance_agreement") == []
+
+
 def test_an_id_that_names_several_documents_or_none(tmp_path, capsys) -> None:
     run = made(tmp_path, document_ids=["same", "other", "same"])
     assert run.remarks("token_trace", document="same") == [

@@ -23,6 +23,7 @@ _ROWS = {  # of the tables that no recorder writes
     "vocab": "a token id as readable text",
     "layers": "a router: experts to choose from, experts chosen per token",
     "components": "a part of the model's layers: parameters, and operations per token",
+    "arms": "an edit of the routing, in an arm (control 0) or one of its controls",
     "maps": "a sampled pick: what its expert put out as a point of a plane, by layer and method",
     "weights": "two experts of a layer: how alike their weights are, by measure",
 }

@@ -81,7 +81,7 @@ def write_delta(run: Run, folder: Path) -> dict[str, int]:
 
 
 def _nonempty(run: Run) -> list[str]:
-    tables = (*table_names(run.info), "vocab", "layers", *filter(run.has, ("components", "weights", "maps")))
+    tables = (*table_names(run.info), "vocab", "layers", *filter(run.has, ("arms", "components", "weights", "maps")))
     return [table for table in tables if run.sql(f"from {table} limit 1").fetchall()]
 
 
