@@ -98,7 +98,7 @@ def read(fields: Mapping[str, Any]) -> Edit:
             kind = "a whole number" if _KINDS[name] is _whole else "a number"
             raise ValueError(f"{name} takes {kind}, got {value!r}") from error
     if missing := [name for name in ("layer", "expert", "operation") if name not in given]:
-        raise ValueError(f"{' and '.join(missing)} must be given, as in 'layer=1 expert=9 operation=drop'")
+        raise ValueError(f"it lacks {' and '.join(missing)}, as in 'layer=1 expert=9 operation=drop'")
     return Edit(**given)
 
 

@@ -8,8 +8,8 @@
 --   rerouted            share of the decisions of routers behind the first edited layer with other experts.
 --   Special tokens do not count. Batches are the same with and without, so an arm that changes nothing gives
 --   exactly 0. Baseline: the mean of the arm's controls, random sets of experts that match it (see
---   `collector intervene --controls`); 0 where there are none. difference = value - baseline.
---   standard_error and difference_error have documents as the unit, paired: for a ratio r = sum of x / sum of
+--   `collector intervene --controls`); 0 where there are none. beyond = value - baseline.
+--   standard_error and beyond_error have documents as the unit, paired: for a ratio r = sum of x / sum of
 --   y they are sqrt(sum over documents of (x - r y)²) / sum of y; null for a single document.
 --   p = (1 + controls at least as far from the mean of arm and controls as the arm) / (1 + controls), of the
 --   hypothesis that the arm's experts are like any that match; q adjusts it for all rows of the answer
@@ -36,7 +36,7 @@ paired as (
         arm,
         label,
         any_value(x) filter (where control = 0) as x,
-        any_value(x) filter (where control = 0) - avg(x) filter (where control > 0) as beyond,
+        any_value(x) filter (where control = 0) - avg(x) filter (where control > 0) as excess,
         any_value(y) as y
     from measured
     group by metric, arm, label, shard, doc
@@ -46,7 +46,7 @@ summed as (
     select
         *,
         sum(x) over of_arm as all_x,
-        sum(beyond) over of_arm as all_beyond,
+        sum(excess) over of_arm as all_excess,
         sum(y) over of_arm as all_y,
         count(*) over of_arm as documents
     from paired
@@ -59,11 +59,11 @@ effects as (
         arm,
         label,
         any_value(all_x / all_y) as value,
-        any_value(all_beyond / all_y) as difference,
+        any_value(all_excess / all_y) as beyond,
         any_value(all_y)::bigint as n,
         any_value(documents) as documents,
         sqrt(sum(pow(x - y * all_x / all_y, 2))) / any_value(all_y) as error,
-        sqrt(sum(pow(beyond - y * all_beyond / all_y, 2))) / any_value(all_y) as difference_error
+        sqrt(sum(pow(excess - y * all_excess / all_y, 2))) / any_value(all_y) as beyond_error
     from summed
     group by metric, arm, label
 ),
@@ -132,8 +132,8 @@ select
     effects.documents,
     if(effects.documents > 1, effects.error, null) as standard_error,
     corrected.controls,
-    effects.difference,
-    if(effects.documents > 1, effects.difference_error, null) as difference_error,
+    effects.beyond,
+    if(effects.documents > 1, effects.beyond_error, null) as beyond_error,
     corrected.p,
     if(corrected.p is null, null, corrected.q) as q,
     abs(noise.value) + 1.96 * noise.error as floor,

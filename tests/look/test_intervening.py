@@ -88,8 +88,8 @@ def test_a_model_without_a_head_shows_its_routing(tiny_folder) -> None:
     ("edit", "message"),
     [
         ("layer=1 expert=9", "lacks operation"),
-        ("layer=one expert=9 operation=drop", "layer takes a number, got 'one'"),
-        ("layer=1 expert=9 operation=drop weight=2", "'weight=2' is none of layer=…, expert=…"),
+        ("layer=one expert=9 operation=drop", "layer takes a whole number, got 'one'"),
+        ("layer=1 expert=9 operation=drop weight=2", "'weight' is none of layer=…, expert=…"),
         ("layer=1 expert=9 operation=swap", "it is one of drop, drop_renorm"),
         ("layer=1 expert=9 operation=scale", "scale needs a value"),
         ("layer=1 expert=99 operation=drop", "layer 1 has experts 0 to 63, not 99"),

@@ -31,7 +31,7 @@ LABEL_LEVEL = [
     query.name
     for query in list_queries()
     if {"assignments", "label_statistics", "label_losses"} & {*query.reads}
-    and not {"decisions", "token_decisions", "labelled_tokens"} & {*query.reads}
+    and not {"decisions", "document_effects", "token_decisions", "labelled_tokens"} & {*query.reads}
 ]
 
 
