@@ -69,6 +69,7 @@ def test_what_is_no_address(address):
     )
 
 
+@pytest.mark.ray  # so that no other test starts one meanwhile
 def test_auto_says_whose_word_it_takes(free, tmp_path, monkeypatch):
     if services.find_gcs_addresses():
         pytest.skip("a Ray runs on this machine")
