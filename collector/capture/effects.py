@@ -22,7 +22,6 @@ import numpy as np
 
 from collector.capture.effects_table import (
     NOISE,
-    PER_TOKEN,
     SCHEMA,
     SUMS,
     TABLE,
@@ -295,7 +294,9 @@ class EffectsRecorder(Recorder):
         ordinary_r = torch.from_numpy(~table.is_special[slots]).to(device)
         of_r = torch.from_numpy(document_r).to(device)
         sums_an7 = torch.zeros((len(passes), len(doc_n), len(SUMS)), dtype=torch.float64, device=device)
-        pieces: list[torch.Tensor] = []
+        pieces: list[list[torch.Tensor]] = [[] for _ in passes]
+        """By arm, [F, 3] `PER_TOKEN` of some tokens after the other, if they are kept."""
+        keeps_tokens = TOKENS in self.config.store
         following_f, ids_f = (each.to(device) for each in grid.following_on(base_rh.device))
         kept = ordinary_r[following_f]
         following_f, ids_f = following_f[kept], ids_f[kept]
@@ -303,26 +304,26 @@ class EffectsRecorder(Recorder):
             own_f, next_f = (each[first : first + self.head.rows_at_once] for each in (following_f, ids_f))
             base_fv = self._predicted(base_rh, own_f - 1)
             base_f, first_f, p_fv = _loss(base_fv, next_f), base_fv.argmax(-1), base_fv.exp()
-            piece_af3 = torch.empty((len(passes), len(own_f), len(PER_TOKEN)), device=device)
             for number, each in enumerate(passes):
                 edited_fv = self._predicted(each.hidden_rh, own_f - 1)
                 loss_f = _loss(edited_fv, next_f)
                 flips_f = -_loss(edited_fv, first_f) < edited_fv.amax(-1)  # amax is ten times as fast as argmax
                 divergence_f = torch.sub(base_fv, edited_fv, out=edited_fv).mul_(p_fv).sum(-1)
                 columns = [torch.ones_like(base_f), loss_f, base_f, divergence_f, flips_f]
-                piece_af3[number] = torch.stack([loss_f - base_f, divergence_f, flips_f], 1)
+                if keeps_tokens:
+                    pieces[number].append(torch.stack([loss_f - base_f, divergence_f, flips_f], 1))
                 sums_an7[number, :, :5].index_add_(0, of_r[own_f], torch.stack([one.double() for one in columns], 1))
-            pieces += [piece_af3] if TOKENS in self.config.store else []
         for number, each in enumerate(passes):
             for name, experts_rk in each.experts.items():
                 before_rk = self._chosen[name]
                 same_r = (before_rk.sort(-1).values == experts_rk.sort(-1).values).all(-1).to(device)
                 counted = torch.stack([torch.ones_like(same_r), ~same_r], 1).double()
                 sums_an7[number, :, 5:].index_add_(0, of_r[ordinary_r], counted[ordinary_r])
+        has_tokens = any(pieces)
         return _Sums(
             arms=[each.arm for each in passes], doc_n=doc_n, sums_an7=sums_an7,
-            slots_f=torch.from_numpy(slots).to(device)[following_f] if pieces else None,
-            tokens_af3=torch.cat(pieces, 1) if pieces else None,
+            slots_f=torch.from_numpy(slots).to(device)[following_f] if has_tokens else None,
+            tokens_af3=torch.stack([torch.cat(own) for own in pieces]) if has_tokens else None,
         )  # fmt: skip
 
     def _predicted(self, hidden_rh: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -66,12 +66,16 @@ def _compute(model: Any) -> list[dict[str, Any]] | None:
         return None
 
 
-def vocabulary(tokenizer: Any) -> bytes:
-    """The content of vocab.parquet: token ids as readable text."""
+def vocabulary_table(tokenizer: Any) -> pa.Table:
+    """Token ids as readable text."""
     columns = zip(*loading.readable_vocabulary(tokenizer), strict=True)
-    table = pa.table([pa.array(c) for c in columns], names=tables.VOCAB_SCHEMA.names).cast(tables.VOCAB_SCHEMA)
+    return pa.table([pa.array(c) for c in columns], names=tables.VOCAB_SCHEMA.names).cast(tables.VOCAB_SCHEMA)
+
+
+def vocabulary(tokenizer: Any) -> bytes:
+    """The content of vocab.parquet."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=tables.COMPRESSION)
+    pq.write_table(vocabulary_table(tokenizer), sink, compression=tables.COMPRESSION)
     return sink.getvalue().to_pybytes()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import socket
 import time
 import uuid
@@ -22,7 +21,6 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from collector import token_ids
@@ -40,7 +38,7 @@ from collector.models.edits import parse_arm
 from collector.models.routers import find_routers
 from collector.pipeline import IN_WORK, DeviceLost, Pipeline, Stage, Stopwatch
 from collector.query.token_classes import token_classes
-from collector.replica.card import describe, vocabulary
+from collector.replica.card import describe, vocabulary, vocabulary_table
 from collector.replica.part_writer import PartWriter
 from collector.store import tables
 from collector.store.run_directory import REJECTS, TABLES, VOCAB, Commit, RunDirectory
@@ -169,8 +167,7 @@ class Replica:
         asked = {arm.limits[1] for arm in self._arms} - {None}
         if not asked:
             return None
-        entries = pq.read_table(io.BytesIO(vocabulary(self.loaded.tokenizer)))
-        classes = token_classes(entries)
+        classes = token_classes(vocabulary_table(self.loaded.tokenizer))
         if unknown := asked - {*classes.tolist(), "special"}:
             raise ValueError(
                 f"--arms: no token has the class {unknown.pop()!r}; there are {', '.join(sorted({*classes.tolist()}))}"
