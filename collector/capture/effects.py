@@ -30,7 +30,7 @@ from collector.capture.effects_table import (
     Effects,
     ShardEffects,
 )
-from collector.capture.recorder import Hook, Recorder
+from collector.capture.recorder import Hook, LastHidden, Recorder
 from collector.capture.sampling import Nothing
 from collector.models.edits import parse_arm
 
@@ -51,12 +51,6 @@ if TYPE_CHECKING:
 
 _TOGETHER = 8
 """Arms whose last hidden states are held at once: the logits of the model as it is are computed once for all."""
-
-
-class _Hidden(NamedTuple):
-    """The model's last hidden states."""
-
-    hidden_rh: torch.Tensor
 
 
 class _Pass(NamedTuple):
@@ -159,7 +153,7 @@ class EffectsRecorder(Recorder):
         ]  # fmt: skip
         whole = Hook(
             name="the model", module=self.model, stack="decoder",
-            read=lambda outputs: _Hidden(outputs.last_hidden_state.flatten(0, 1)), keep=self._keep,
+            read=LastHidden.of, keep=self._keep,
         )  # fmt: skip
         encoders = [
             Hook(
@@ -175,7 +169,7 @@ class EffectsRecorder(Recorder):
         """The recorded routers that see the tokens whose successors are predicted."""
         return [router for router in self.routers if router.token_stack == "decoder"]
 
-    def _keep(self, hidden: _Hidden, grid: Grid) -> Nothing:
+    def _keep(self, hidden: LastHidden, grid: Grid) -> Nothing:
         self._base, self._grids["decoder"] = hidden.hidden_rh, grid
         return Nothing()
 

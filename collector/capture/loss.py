@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from collector.capture.recorder import Hook, Recorder, Recording
+from collector.capture.recorder import Hook, LastHidden, Recorder, Recording
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from collector.capture.padding import Grid
 
 COLUMN = "loss"
-
-
-class _Hidden(NamedTuple):
-    """The model's last hidden states."""
-
-    hidden_rh: torch.Tensor
 
 
 class _Losses(NamedTuple):
@@ -66,12 +60,12 @@ class LossRecorder(Recorder):
                 name="the model",
                 module=self.model,
                 stack="decoder",
-                read=lambda outputs: _Hidden(outputs.last_hidden_state.flatten(0, 1)),
+                read=LastHidden.of,
                 keep=self._losses,
             )
         ]
 
-    def _losses(self, hidden: _Hidden, grid: Grid) -> _Losses:
+    def _losses(self, hidden: LastHidden, grid: Grid) -> _Losses:
         import torch
         from torch.nn import functional
 

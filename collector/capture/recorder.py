@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +50,17 @@ class Hook:
     of: Literal["module", "arguments", "experts", "inputs"] = "module"
     """What is read: what the module returns, or the positional arguments that it is given; of an experts module what
     single experts put out (`ExpertCall`) or what they receive (`ExpertInputs`)."""
+
+
+class LastHidden(NamedTuple):
+    """The last hidden states of a base model."""
+
+    hidden_rh: torch.Tensor
+
+    @classmethod
+    def of(cls, outputs: Any) -> LastHidden:
+        """Reads what the model returns; padding included."""
+        return cls(outputs.last_hidden_state.flatten(0, 1))
 
 
 class Again(Protocol):
