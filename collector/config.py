@@ -92,7 +92,7 @@ class ModelConfig:
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` initializes the same architecture at random, as an untrained baseline."""
     seed: int = 0
-    """Seed of the random weights, the same in every replica."""
+    """Seed of the random weights, the same in every replica, and of the tokens that --generate draws."""
     quantization: Literal["none", "nf4", "fp4", "int8-linear"] = "none"
     """`nf4` and `fp4` store Linear layers and experts in 4 bits (bitsandbytes), but not routers, norms and embeddings.
     `int8-linear` converts Linear layers only: experts that are fused parameters keep their precision.
@@ -134,6 +134,17 @@ class CaptureConfig:
     """Edits of the routing whose effects are recorded, each set with a name:
     'no-31: layer=4 expert=31 operation=drop; layer=5 expert=2 operation=scale value=0.5'.
     Operations are those of `collector trace --edit`. Every arm is one more forward pass of each batch."""
+    generate: int | None = None
+    """Have the model write on from each document, up to N tokens, and record their routing like that of the others.
+    Documents are prompts then; of a conversation the model writes the assistant's next turn.
+    `--by phase` tells the prompts from the answers."""
+    temperature: float = 0.0
+    """How random the tokens are that --generate writes. 0 takes the most probable one.
+    Draws depend on the document and --seed alone."""
+    top_p: float = 1.0
+    """Draw from the most probable tokens that have this probability together."""
+    stop_at: tuple[str, ...] = ()
+    """End an answer also at a token that contains one of these texts. The model's own end tokens always end it."""
     sample_tokens: int = 512
     """Tokens of each shard that `--record similarity` sends through all experts, and that `vocabulary` reads."""
     store: tuple[Store, ...] = ()
@@ -151,6 +162,7 @@ class CaptureConfig:
         _require_positive("max_length", self.max_length)
         _require_positive("tokens_per_batch", self.tokens_per_batch)
         _require_positive("sample_tokens", self.sample_tokens)
+        self._check_generation()
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError(f"--layers takes layer numbers from 0, got {self.layers}")
         if self.stacks is not None and not self.stacks:
@@ -163,6 +175,24 @@ class CaptureConfig:
             raise ValueError(
                 f"--record vocabulary names the tokens that experts promote, which --token-ids {self.token_ids} hides: "
                 "leave out one of the two"
+            )
+
+    def _check_generation(self) -> None:
+        _require_positive("generate", self.generate)
+        if self.temperature < 0:
+            raise ValueError(f"--temperature takes 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p takes a probability above 0, up to 1, got {self.top_p}")
+        if self.generate is None and (self.temperature or self.top_p < 1 or self.stop_at):
+            raise ValueError(
+                "--temperature, --top-p and --stop-at say how --generate writes: give it a number of tokens"
+            )
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError("--top-p chooses among draws: give --temperature, for example 1")
+        if self.generate is not None and (others := set(self.record) - {"routing", "outputs"}):
+            raise ValueError(
+                f"--generate records routing and outputs while the model writes, not {' and '.join(sorted(others))}: "
+                "store the answers with --store text, and collect these texts with what you want to --record"
             )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -46,6 +46,10 @@ class TokenTable:
     """[D] each document's labels; None if no recorder asks."""
     token_class: NDArray[np.str_] | None = None
     """[T] each token's class, as `--by token_class` names it; None if no recorder asks."""
+    prompt_lengths: NDArray[np.int64] | None = None
+    """[D] the tokens that the model was given, the others it wrote; None if it wrote nothing."""
+    stopped: NDArray[np.bool_] | None = None
+    """[D] whether a stop token ended the document; None if the model wrote nothing."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -108,8 +112,7 @@ def tokenize(
     ids = _flat([each.ids for each in encoded])
     is_special = _flat([each.is_special for each in encoded]).astype(bool)
     if framed.any():
-        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
-        is_special |= np.repeat(framed, lengths) & np.isin(ids, special)
+        is_special |= np.repeat(framed, lengths) & np.isin(ids, special_ids(tokenizer))
     labels = tuple(dict.fromkeys(span.label for own in spans or () for span in own))
     placed = [_in_spans(each.offsets, own, labels, len(text))
               for each, own, text in zip(encoded, spans or ((),) * len(texts), texts, strict=True)]  # fmt: skip
@@ -120,6 +123,26 @@ def tokenize(
         truncated=np.array([each.is_cut for each in encoded], dtype=bool),
         span=_flat(placed) if labels else None,
         span_labels=labels,
+    )
+
+
+def special_ids(tokenizer: Any) -> NDArray[np.int64]:
+    """Returns the ids of all tokens that are no text, such as BOS or the frame of a turn."""
+    return np.array([number for number, token in tokenizer.added_tokens_decoder.items() if token.special], np.int64)
+
+
+def without_closing(table: TokenTable, documents: Iterable[int]) -> TokenTable:
+    """Leaves out special tokens that a tokenizer added at the end of some documents, so that a model can write on."""
+    keep = np.ones(len(table.ids), bool)
+    for document in documents:
+        first, last = int(table.starts[document]), int(table.starts[document + 1]) - 1
+        while last > first and table.is_special[last]:
+            keep[last] = False
+            last -= 1
+    left = np.concatenate([[0], keep.cumsum()])
+    span = None if table.span is None else table.span[keep]
+    return dataclasses.replace(
+        table, ids=table.ids[keep], is_special=table.is_special[keep], span=span, starts=left[table.starts]
     )
 
 

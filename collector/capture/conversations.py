@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from collector.data.sources import Message
 
+ASSISTANT = "assistant"
 THINK = "think"
 _THOUGHT = re.compile(r"<think>(.+?)</think>", re.DOTALL)
+_UNFINISHED = re.compile(r"<think>(.+?)(?:</think>|\Z)", re.DOTALL)
 
 
 def require_tokenizer(tokenizer: Any, model: str, *, conversations: bool) -> None:
@@ -44,33 +46,44 @@ def require_tokenizer(tokenizer: Any, model: str, *, conversations: bool) -> Non
         )
 
 
-def put_into_words(tokenizer: Any, rows: Iterable[Document | BadRow], name: str) -> Iterator[Document | BadRow]:
+def put_into_words(
+    tokenizer: Any, rows: Iterable[Document | BadRow], name: str, *, to_answer: bool = False
+) -> Iterator[Document | BadRow]:
     """Yields the rows, with conversations as texts; one that the template refuses becomes a bad row.
 
     Args:
         tokenizer: of the model.
         rows: of a shard.
         name: of their source in the plan.
+        to_answer: whether the model shall answer: conversations lose the assistant's last turn, and end where the
+            template has the assistant begin.
     """
     for row in rows:
         if isinstance(row, BadRow) or not row.messages:
             yield row
             continue
-        text = _rendered(tokenizer, row.messages)
+        messages = _to_answer(row.messages) if to_answer else row.messages
+        text = _rendered(tokenizer, messages, begin=to_answer) if messages else None
         if text is None or not text.strip():
             yield BadRow(source=name, row=row.row, reason="chat template does not take the messages")
         else:
-            spans = _with_thoughts(text, _turns(tokenizer, row.messages, text))
+            spans = _with_thoughts(text, _turns(tokenizer, messages, text))
             yield dataclasses.replace(row, text=text, spans=tuple(spans))
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Message]) -> str | None:
-    """Returns the text of a conversation, None if the template refuses it."""
+def _to_answer(messages: Sequence[Message]) -> Sequence[Message]:
+    """Returns the turns up to the last one that is not the assistant's."""
+    last = max((number for number, turn in enumerate(messages, 1) if turn.role != ASSISTANT), default=0)
+    return messages[:last]
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], *, begin: bool = False) -> str | None:
+    """Returns the text of a conversation, None if the template refuses it; `begin` lets the assistant begin."""
     import jinja2
 
     turns = [{"role": turn.role, "content": turn.content} for turn in messages]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begin))
     except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError):
         return None
 
@@ -102,3 +115,8 @@ def _with_thoughts(text: str, spans: Iterable[TextSpan]) -> Iterator[TextSpan]:
         yield span
         for thought in _THOUGHT.finditer(text, span.start, span.end):
             yield TextSpan(*thought.span(1), THINK)
+
+
+def answered_thoughts(text: str) -> list[tuple[int, int]]:
+    """Returns start and end of each thought in an answer, the last of which may be unfinished."""
+    return [thought.span(1) for thought in _UNFINISHED.finditer(text)]

@@ -74,19 +74,27 @@ class Captured:
         """Lets the next batches overwrite the results."""
         self.landing.release()
 
+    def kept_for_good(self) -> list[list[Any]]:
+        """Waits for the results, and copies what the next batches would overwrite."""
+        kept = [[type(each)(*map(_copy, each)) for each in one] for one in self.wait()] if self.events else self.kept
+        self.release()
+        return kept
+
 
 class Capture:
     """Context manager that holds the hooks of some recorders on a model."""
 
     def __init__(
-        self, model: PreTrainedModel, recorders: Sequence[Recorder], *, device: torch.device | None = None
-    ) -> None:
+        self, model: PreTrainedModel, recorders: Sequence[Recorder], *, device: torch.device | None = None,
+        to_the_end: bool = False,
+    ) -> None:  # fmt: skip
         """Prepares the hooks; they are in place inside the context only.
 
         Args:
             model: a base model in eval mode.
             recorders: what to keep of its forward passes.
             device: where inputs go (default: the model's own).
+            to_the_end: whether passes go on after the last hook, because something follows from them (`step`).
         """
         self.model = model
         self.recorders = list(recorders)
@@ -101,6 +109,7 @@ class Capture:
         """Whether `run` needs decoder inputs too."""
         self._entry: Any = encoder if self.two_stacks and not self.decodes else model
         self._needs_mask = not looks_back_only(model)
+        self._to_the_end = to_the_end or any(recorder.needs_whole_pass for recorder in self.recorders)
         self._last: int | None = None
         self._silent = False
         self._handles: list[Any] = []
@@ -158,7 +167,7 @@ class Capture:
         inputs = (ids, torch.ones_like(ids)) * (2 if self.decodes else 1)
         for recorder, kept in zip(self.recorders, self.run(*inputs).wait(), strict=True):
             recorder.probe(kept)
-        if not any(recorder.needs_whole_pass for recorder in self.recorders):
+        if not self._to_the_end:
             self._last = list(self._kept)[-1]
 
     def _output_hook(self, index: int) -> Callable[[torch.nn.Module, Any, Any], None]:
@@ -243,33 +252,67 @@ class Capture:
         Raises:
             RuntimeError: a hook did not fire, fired twice, or saw other than B x S tokens.
         """
-        self._kept = {}
-        self._landing = self._pool.take()
-        self._grids.clear()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         slots, stack = slots or {}, "encoder" if self.two_stacks else "decoder"
-        self._grids[stack] = Grid.of(attention_mask, self._to_device, input_ids, slots.get(stack))
+        grids = {stack: Grid.of(attention_mask, self._to_device, input_ids, slots.get(stack))}
         options: dict[str, Any] = {} if self.two_stacks and not self.decodes else {"use_cache": False}
         if self.decodes:
             assert decoder_input_ids is not None, "a hook sees the decoder's tokens"
             assert decoder_attention_mask is not None, "a hook sees the decoder's tokens"
             inputs |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
-            self._grids["decoder"] = Grid.of(
-                decoder_attention_mask, self._to_device, decoder_input_ids, slots.get("decoder")
-            )
+            grids["decoder"] = Grid.of(decoder_attention_mask, self._to_device, decoder_input_ids, slots.get("decoder"))
         elif not self.two_stacks and (attention_mask[:, 0] == 0).any():
             # A causal model numbers positions from the left edge of the batch unless told otherwise.
-            inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+            inputs["position_ids"] = _positions(attention_mask)
         elif not self._needs_mask:
             # Padding on the right is after every token that could see it. Without a mask, kernels for causal attention
             # run, and nobody waits for the device to learn whether the mask masks anything.
             del inputs["attention_mask"]
-        on_device = {name: self._to_device(tensor) for name, tensor in inputs.items()}
+        return self._pass(inputs, options, grids)[0]
+
+    @torch.inference_mode()
+    def step(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Any = None
+    ) -> tuple[Captured, torch.Tensor, Any]:
+        """One forward pass of texts that are being written: of their prompts, or of the next token of each.
+
+        Args:
+            input_ids: [B, S] on the host; prompts are padded on the left, so that all texts end in the last column.
+            attention_mask: [B, P + S] on the host, 1 for real tokens; P positions are in the cache.
+            cache: what the step before returned; None for prompts.
+
+        Returns:
+            What the recorders kept of the S columns, the last hidden states [B, H] of the last column, and the cache.
+
+        Raises:
+            RuntimeError: a hook did not fire, fired twice, or saw other than B x S tokens.
+        """
+        width = input_ids.shape[1]
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": _positions(attention_mask)[:, -width:],
+        }
+        if not self._needs_mask and bool(attention_mask.all()):
+            del inputs["attention_mask"]
+        grids = {"decoder": Grid.of(attention_mask[:, -width:], self._to_device, input_ids)}
+        captured, outputs = self._pass(inputs, {"use_cache": True, "past_key_values": cache}, grids)
+        return captured, outputs.last_hidden_state[:, -1], outputs.past_key_values
+
+    def _pass(
+        self, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any], grids: Mapping[str, Grid]
+    ) -> tuple[Captured, Any]:
+        """Runs the model; returns what the recorders kept, and what the model did unless the last hook ended it."""
+        self._kept = {}
+        self._landing = self._pool.take()
+        self._grids.clear()
+        self._grids.update(grids)
+        on_device, outputs = {name: self._to_device(tensor) for name, tensor in inputs.items()}, None
         with contextlib.ExitStack() as around:
             for recorder in self.recorders:
                 around.enter_context(recorder.around_pass())
             with contextlib.suppress(_LastHookReached), one_text_per_row():
-                self._entry(**on_device, **options)
+                outputs = self._entry(**on_device, **options)
         silent = [hook.name for index, hook in enumerate(self._hooks) if index not in self._kept]
         if silent:
             raise RuntimeError(f"{', '.join(silent)} did not fire")
@@ -283,4 +326,13 @@ class Capture:
         ]
         kept = iter(self._kept[index] for index in range(len(self._hooks)))
         by_recorder = [list(itertools.islice(kept, count)) for count in self._hooks_of]
-        return Captured(kept=by_recorder, events=events, landing=self._landing)
+        return Captured(kept=by_recorder, events=events, landing=self._landing), outputs
+
+
+def _copy(part: Any) -> Any:
+    return part.clone() if isinstance(part, torch.Tensor) else part
+
+
+def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """[B, S] the place of each token in its text, wherever the padding is."""
+    return (attention_mask.cumsum(-1) - 1).clamp_min(0)

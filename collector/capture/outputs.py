@@ -151,7 +151,7 @@ class OutputsRecorder(Recorder):
 
 
 class ShardOutputs(Recording):
-    """The outputs of one shard's experts, summed batch by batch: every document lies in one batch."""
+    """The outputs of one shard's experts, summed pass by pass."""
 
     def __init__(self, routers: Sequence[Router], tokens: Mapping[str, TokenTable]) -> None:
         self._places = [_Place(stack=router.stack, layer=router.layer) for router in routers]
@@ -191,7 +191,7 @@ class ShardOutputs(Recording):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Summed:
-    """Sums of a batch at one router, over the N pairs of a group and an expert that it chose."""
+    """Sums of a pass at one router, over the N pairs of a group and an expert that it chose."""
 
     group_n: NDArray[np.int64]
     """2 x document, + 1 for its special tokens."""
@@ -224,18 +224,30 @@ def _sum(group_r: NDArray[np.int64], effects: PickEffects) -> _Summed:
     )  # fmt: skip
 
 
+def _merged(summed: Sequence[_Summed]) -> _Summed:
+    """Adds up what passes have of the same group and expert, and sorts by both."""
+    group_n, expert_n = (
+        np.concatenate([np.zeros(0, np.int64), *parts])
+        for parts in ((one.group_n for one in summed), (one.expert_n for one in summed))
+    )
+    width = int(expert_n.max(initial=0)) + 1
+    cells, cell_n = np.unique(group_n * width + expert_n, return_inverse=True)
+    sums = {}
+    for name in ("picks", *SUMS):
+        values = np.concatenate([np.zeros(0), *(one.sums_n[name] for one in summed)])
+        sums[name] = np.bincount(cell_n, values, minlength=len(cells))
+    largest = np.zeros(len(cells))
+    np.maximum.at(largest, cell_n, np.concatenate([np.zeros(0), *(one.sums_n["largest"] for one in summed)]))
+    return _Summed(group_n=cells // width, expert_n=cells % width, sums_n={**sums, "largest": largest})
+
+
 def _table(shard: int, place: _Place, summed: Sequence[_Summed]) -> pa.Table:
     """The rows of one router, by document."""
-    group_n = np.concatenate([np.zeros(0, np.int64), *(one.group_n for one in summed)])
-    order = np.argsort(group_n, kind="stable")
-    groups, starts = np.unique(group_n[order], return_index=True)
-    expert_n = np.concatenate([np.zeros(0, np.int64), *(one.expert_n for one in summed)])
-    lists = {"experts": expert_n[order]} | {
-        name: np.concatenate([np.zeros(0), *(one.sums_n[name] for one in summed)])[order]
-        for name in ("picks", *SUMS, "largest")
-    }
+    merged = _merged(summed)
+    groups, starts = np.unique(merged.group_n, return_index=True)
+    lists = {"experts": merged.expert_n} | {name: merged.sums_n[name] for name in ("picks", *SUMS, "largest")}
     columns = {
         "shard": np.full(len(groups), shard), "stack": tables.constant(place.stack, len(groups)),
         "layer": np.full(len(groups), place.layer), "doc": groups // 2, "is_special": groups % 2 == 1,
     }  # fmt: skip
-    return tables.with_lists(SCHEMA, columns, lists, np.append(starts, len(group_n)))
+    return tables.with_lists(SCHEMA, columns, lists, np.append(starts, len(merged.group_n)))

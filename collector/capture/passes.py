@@ -13,7 +13,7 @@ import dataclasses
 import time
 from collections import deque
 from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,15 @@ import torch
 from collector.capture import batches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
 
     from collector.capture.hooks import Capture, Captured
     from collector.capture.recorder import Recorder, Recording
     from collector.config import CaptureConfig
+
+Result = TypeVar("Result")
 
 AHEAD = 2
 """Batches whose results may wait for their place while the device computes the next one."""
@@ -133,16 +137,12 @@ class ForwardPasses:
         """Like `run`, but returns when the last pass has been started; the results are being put in place."""
         placing, passes = Placing(self.placer, self.capture.recorders, tokens), Passes()
         self.capture.begin(tokens)
-        todo = self._packed(tokens)[::-1]
-        while todo:
-            documents = todo.pop()
-            batch = {stack: batches.pad(table, documents, self.pad_id) for stack, table in tokens.items()}
-            captured = self._pass(batch)
-            if captured is None:
-                middle = (len(documents) + 1) // 2
-                todo += [documents[middle:], documents[:middle]]
-                passes.halved += 1
-                continue
+        results = in_halves(
+            self._packed(tokens), lambda documents: self._pass(tokens, documents), passes,
+            lambda document: " + ".join(str(table.lengths[document]) for table in tokens.values()) + " tokens",
+            f"a lower --max-length (now {self.config.max_length})",
+        )  # fmt: skip
+        for batch, captured in results:
             placing.add(batch, captured)
             passes.batches += 1
             passes.padded_tokens += sum(grid.input_ids.size for grid in batch.values())
@@ -155,23 +155,48 @@ class ForwardPasses:
         lengths = np.stack([table.lengths for table in tokens.values()], axis=1)
         return batches.pack(lengths, self.config.tokens_per_batch) if lengths.any() else []
 
-    def _pass(self, batch: dict[str, batches.Batch]) -> Captured | None:
-        """One forward pass; None if the batch does not fit into the GPU's memory, but a part of it may.
-
-        Raises:
-            torch.OutOfMemoryError: it is a single document that does not fit.
-        """
+    def _pass(
+        self, tokens: dict[str, batches.TokenTable], documents: NDArray[np.int64]
+    ) -> tuple[dict[str, batches.Batch], Captured]:
+        """One forward pass of some documents."""
+        batch = {stack: batches.pad(table, documents, self.pad_id) for stack, table in tokens.items()}
         grids = [torch.from_numpy(part) for grid in batch.values() for part in (grid.input_ids, grid.attention_mask)]
+        return batch, self.capture.run(*grids, slots={stack: each.slots for stack, each in batch.items()})
+
+
+def in_halves(
+    packed: Sequence[NDArray[np.int64]], run: Callable[[NDArray[np.int64]], Result], passes: Passes,
+    size: Callable[[int], str], remedy: str,
+) -> Iterator[Result]:  # fmt: skip
+    """Yields the results of batches; one that does not fit into the GPU's memory runs in halves.
+
+    Args:
+        packed: the documents of each batch.
+        run: runs some documents.
+        passes: counts the halved batches.
+        size: tells how large a document is.
+        remedy: what makes documents shorter.
+
+    Raises:
+        torch.OutOfMemoryError: a single document does not fit.
+    """
+    todo = list(packed)[::-1]
+    while todo:
+        documents = todo.pop()
         try:
-            return self.capture.run(*grids, slots={stack: each.slots for stack, each in batch.items()})
+            result = run(documents)
         except torch.OutOfMemoryError as error:
-            if len(grids[0]) == 1:
-                tokens = " + ".join(str(grid.input_ids.size) for grid in batch.values())
+            if len(documents) == 1:
                 raise torch.OutOfMemoryError(
-                    f"a single document of {tokens} tokens does not fit into the device's memory: cut documents with "
-                    f"a lower --max-length (now {self.config.max_length}); a lower --tokens-per-batch makes "
-                    f"batches smaller, but none is smaller than a document. {error}"
+                    f"a single document of {size(int(documents[0]))} does not fit into the device's memory: cut "
+                    f"documents with {remedy}; a lower --tokens-per-batch makes batches smaller, but none is smaller "
+                    f"than a document. {error}"
                 ) from error
+        else:
+            yield result
+            continue
         # Here, after the handler, the traceback no longer holds the tensors of the failed pass.
         torch.cuda.empty_cache()
-        return None
+        middle = (len(documents) + 1) // 2
+        todo += [documents[middle:], documents[:middle]]
+        passes.halved += 1

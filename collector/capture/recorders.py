@@ -70,7 +70,9 @@ def table_schemas(info: Mapping[str, Any]) -> dict[str, pa.Schema]:
     return recorded | {
         "tokens": tables.tokens_schema(info["format"], added),
         "documents": tables.documents_schema(
-            text="text" in (config.get("store") or ()), target=bool(config.get("target_column"))
+            text="text" in (config.get("store") or ()),
+            target=bool(config.get("target_column")),
+            generated=bool(config.get("generate")),
         ),
         REJECTS: tables.REJECTS_SCHEMA,
     }

@@ -27,6 +27,14 @@ class ShardText:
     tokens: dict[str, TokenTable]
     """Stack -> the tokens that it is given, in the order of the tokens table."""
     bad: list[BadRow]
+    answers: list[str] | None = None
+    """[D] what the model wrote, in words; None if it wrote nothing."""
+
+    @property
+    def characters(self) -> list[int]:
+        """[D] characters of the text, with those of the answer."""
+        answers = self.answers or [""] * len(self.documents)
+        return [len(document.text) + len(answer) for document, answer in zip(self.documents, answers, strict=True)]
 
     @property
     def count(self) -> int:

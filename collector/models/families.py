@@ -90,6 +90,8 @@ _SMALL: dict[str, Any] = {
 }  # fmt: skip
 """Small values for the fields of all configs; each config gets only the fields that it has."""
 
+_HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_hidden_layers": 3, "layer_group_size": 2},
     "dbrx": {
@@ -107,6 +109,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
     },
     "gemma4": {"enable_moe_block": True, "global_head_dim": 2 * _HEAD},
+    **_each(_HYBRID, "kimi_linear", "qwen3_5_moe", "qwen3_next"),
+    **_each({"sliding_window": None}, "qwen3_omni_moe", "qwen3_vl_moe"),  # which have the field, but no such layers
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "glm4v_moe": {
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "mrope_section": [1, 1, 2],
@@ -123,7 +129,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "switch_transformers": {
         "num_layers": 4, "num_sparse_encoder_layers": 2, "num_decoder_layers": 2, "num_sparse_decoder_layers": 1,
     },
-    "unlimited_ocr": {"topk_method": "group_limited_greedy"},
+    "unlimited_ocr": {"topk_method": "group_limited_greedy", "sliding_window": 64},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 """Fields that a family needs beyond `_SMALL` so that its experts, biases and groups are in effect."""

@@ -122,7 +122,7 @@ class PartWriter:
         return ids if self.hashed_ids is None else self.hashed_ids[ids]
 
     def _documents_table(self, shard: int, text: ShardText) -> pa.Table:
-        documents = text.documents
+        documents, table = text.documents, next(iter(text.tokens.values()))
         columns: dict[str, Any] = {
             "shard": [shard] * len(documents),
             "doc": range(len(documents)),
@@ -130,12 +130,15 @@ class PartWriter:
             "label": [document.label for document in documents],
             "source": [document.source for document in documents],
             "parallel_id": [document.parallel_id for document in documents],
-            "tokens": next(iter(text.tokens.values())).lengths,
+            "tokens": table.lengths,
             "target_tokens": text.tokens["decoder"].lengths if len(text.tokens) > 1 else [None] * len(documents),
-            "characters": [len(document.text) for document in documents],
+            "characters": text.characters,
             "truncated": text.truncated,
+            "prompt_tokens": table.prompt_lengths,
+            "stopped": table.stopped,
             "text": [document.text for document in documents],
             "target": [document.target for document in documents],
+            "answer": text.answers,
         }
         arrays = [
             pa.array(columns[f.name], pa.string()).dictionary_encode()

@@ -25,17 +25,20 @@ import torch
 
 from collector import token_ids
 from collector.capture import batches
+from collector.capture.answers import with_answers
 from collector.capture.conversations import put_into_words
+from collector.capture.generation import Generation, require_cache
 from collector.capture.hooks import Capture
 from collector.capture.passes import ForwardPasses, Here
 from collector.capture.recorders import need_head, recorders_for
 from collector.capture.shard_text import ShardText
 from collector.data import plan
-from collector.data.formats import BEYOND_VOCABULARY
+from collector.data.formats import BEYOND_VOCABULARY, PROMPT_TOO_LONG
 from collector.data.sources import BadRow, Document
 from collector.models import heads, loading
 from collector.models.edits import parse_arm
 from collector.models.routers import find_routers
+from collector.models.stop_tokens import stop_tokens
 from collector.pipeline import IN_WORK, DeviceLost, Pipeline, Stage, Stopwatch
 from collector.query.token_classes import token_classes
 from collector.replica.card import describe, vocabulary, vocabulary_table
@@ -71,6 +74,8 @@ class _Recorded:
     """A shard after its forward passes."""
 
     read: _Read
+    tokens: dict[str, batches.TokenTable]
+    """The tokens of the documents, with those that the model wrote."""
     placing: Placing
     passes: Passes
 
@@ -121,9 +126,11 @@ class Replica:
         two_stacks = bool(getattr(self.loaded.model.config, "is_encoder_decoder", False))
         stacks = config.capture.stacks or (("encoder",) if two_stacks else None)
         self.routers = find_routers(self.loaded.model, config.capture.layers, stacks)
-        head = heads.load_head(config.model, self.loaded) if need_head(config.capture) else None
+        generates = config.capture.generate is not None
+        self._check_generation(two_stacks=two_stacks)
+        head = heads.load_head(config.model, self.loaded) if generates or need_head(config.capture) else None
         recorders = recorders_for(self.loaded.model, self.routers, config.capture, head)
-        self.capture = Capture(self.loaded.model, recorders, device=self.loaded.device)
+        self.capture = Capture(self.loaded.model, recorders, device=self.loaded.device, to_the_end=generates)
         self._check_target()
         self._arms = [parse_arm(text) for text in config.capture.arms]
         self._classes = self._token_classes()
@@ -131,15 +138,26 @@ class Replica:
         self._passes = ForwardPasses(
             capture=self.capture, pad_id=self.loaded.pad_id, config=config.capture, placer=self._placer
         )
+        self._generation = self._generating(head) if head is not None and generates else None
         self._writer = PartWriter(
             self.run,
             documents=tables.documents_schema(
-                text="text" in config.capture.store, target=config.data.target_column is not None
+                text="text" in config.capture.store, target=config.data.target_column is not None, generated=generates
             ),
             token_ids=config.capture.token_ids,
             hashed_ids=self._hashed_ids(),
             added_fields=[field for recorder in recorders for field in recorder.token_fields],
         )
+
+    def _generating(self, head: heads.Head) -> Generation:
+        """Prepares what writes answers."""
+        config, loaded = self.config, self.loaded
+        require_cache(self.capture)
+        return Generation(
+            capture=self.capture, head=head, pad_id=loaded.pad_id, config=config.capture, seed=config.model.seed,
+            stop_ids=stop_tokens(config.model, loaded, config.capture.stop_at),
+            special_ids=batches.special_ids(loaded.tokenizer), placer=self._placer,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Ends the threads once their current stages are done, and removes the hooks.
@@ -177,11 +195,22 @@ class Replica:
 
     def _check_length(self) -> None:
         room = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if room is not None and self.config.capture.max_length > room:
+        longest, written = self.config.capture.max_length, self.config.capture.generate or 0
+        if room is not None and longest + written > room:
+            what = f"--max-length {longest}" + (f" and --generate {written}" if written else "")
+            remedy = f"--max-length {room - written} or less" if written < room else "a lower --generate"
+            raise ValueError(f"{what} exceeds the model's {room} positions; use {remedy}")
+
+    def _check_generation(self, *, two_stacks: bool) -> None:
+        if self.config.capture.generate is None:
+            return
+        if two_stacks:
             raise ValueError(
-                f"--max-length {self.config.capture.max_length} exceeds the model's {room} positions; "
-                f"use --max-length {room} or less"
+                f"--generate writes on from a text, but --model {self.config.model.model} is an encoder–decoder model: "
+                "leave it out, and give the decoder its text with --stacks decoder and --target-column"
             )
+        if self.config.model.compile:
+            raise ValueError("--compile does not go with --generate, whose passes have ever new shapes: leave one out")
 
     def _check_target(self) -> None:
         column = self.config.data.target_column
@@ -237,25 +266,32 @@ class Replica:
         """First stage: reads rows, makes documents, tokenizes them."""
         watch = Stopwatch()
         with watch("read"):
-            rows = list(put_into_words(self.loaded.tokenizer, plan.read_shard(shard, self.config.data), shard.name))
+            found = plan.read_shard(shard, self.config.data)
+            rows = list(
+                put_into_words(self.loaded.tokenizer, found, shard.name, to_answer=self._generation is not None)
+            )  # fmt: skip
         documents = [row for row in rows if isinstance(row, Document)]
         bad = [row for row in rows if isinstance(row, BadRow)]
         with watch("tokenize"):
             tokens = self._tokenize(documents)
-            if beyond := self._beyond_vocabulary(tokens):
-                bad += [
-                    BadRow(source=shard.name, row=documents[d].row, reason=BEYOND_VOCABULARY) for d in sorted(beyond)
-                ]
-                documents = [document for d, document in enumerate(documents) if d not in beyond]
+            if reasons := self._unusable(documents, tokens):
+                bad += [BadRow(source=shard.name, row=documents[d].row, reason=reasons[d]) for d in sorted(reasons)]
+                documents = [document for d, document in enumerate(documents) if d not in reasons]
                 tokens = self._tokenize(documents)
             if any(arm.is_limited for arm in self._arms):
                 tokens = {stack: self._with_limits(table, documents) for stack, table in tokens.items()}
         return _Read(shard=shard.shard, text=ShardText(documents=documents, tokens=tokens, bad=bad), watch=watch)
 
-    def _beyond_vocabulary(self, tokens: dict[str, batches.TokenTable]) -> set[int]:
-        """The documents with a token that the model does not embed; such tokens were added to the tokenizer alone."""
+    def _unusable(self, documents: list[Document], tokens: dict[str, batches.TokenTable]) -> dict[int, str]:
+        """The documents that the model cannot take, with the reason."""
         rows = loading.embedded_ids(self.loaded.model)
-        return {int(d) for table in tokens.values() for d in table.doc[table.ids >= rows]}
+        # Such tokens were added to the tokenizer alone.
+        found = {int(d): BEYOND_VOCABULARY for table in tokens.values() for d in table.doc[table.ids >= rows]}
+        if self._generation is not None:  # the end of a conversation is what the model answers
+            (table,) = tokens.values()
+            cut = np.flatnonzero(table.truncated).tolist()
+            found |= {d: PROMPT_TOO_LONG for d in cut if documents[d].messages}
+        return found
 
     def _tokenize(self, documents: list[Document]) -> dict[str, batches.TokenTable]:
         """The tokens of each stack that runs."""
@@ -265,6 +301,8 @@ class Replica:
             tokenizer, [document.text for document in documents], longest, spans=spans,
             is_framed=[bool(document.messages) for document in documents],
         )  # fmt: skip
+        if self._generation is not None:
+            text = batches.without_closing(text, [d for d, each in enumerate(documents) if not each.messages])
         if not self.capture.two_stacks:
             return {"decoder": text}
         tokens = {"encoder": text}
@@ -287,10 +325,17 @@ class Replica:
         watch.seconds["idle"] = time.perf_counter() - (self._device_busy_until or watch.started)
         try:
             with watch("forward"), self._noticing_loss():
-                placing, passes = self._passes.start(read.text.tokens)
+                tokens, placing, passes = self._start(read.text)
         finally:
             self._device_busy_until = time.perf_counter()
-        return _Recorded(read=read, placing=placing, passes=passes)
+        return _Recorded(read=read, tokens=tokens, placing=placing, passes=passes)
+
+    def _start(self, text: ShardText) -> tuple[dict[str, batches.TokenTable], Placing, Passes]:
+        if self._generation is None:
+            return text.tokens, *self._passes.start(text.tokens)
+        # Not the file's name, which another machine may not share.
+        names = [f"{document.id}\0{document.label}" for document in text.documents]
+        return self._generation.start(text.tokens, names)
 
     @contextlib.contextmanager
     def _noticing_loss(self) -> Iterator[None]:
@@ -305,6 +350,8 @@ class Replica:
         """Last stage: checks, encodes, publishes and commits."""
         read, attempt = recorded.read, uuid.uuid4().hex[:12]
         text, watch = read.text, read.watch
+        if self._generation is not None:
+            text = with_answers(text, recorded.tokens, self.loaded.tokenizer)
         with self._noticing_loss():
             recordings = recorded.placing.finish()
         watch.seconds["place"] = recorded.placing.seconds
@@ -317,7 +364,7 @@ class Replica:
             documents=len(text.documents),
             tokens=text.count,
             rows=sum(part.rows for table, part in files.items() if table not in (*TABLES, REJECTS)),
-            characters=sum(len(document.text) for document in text.documents),
+            characters=sum(text.characters),
             several_labels=sum(len(document.labels) > 1 for document in text.documents),
             truncated=int(text.truncated.sum()),
             skipped=text.skipped,

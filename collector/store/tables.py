@@ -101,11 +101,12 @@ MAPS_SCHEMA = pa.schema(
 """A pick's output as a point of a map; `trustworthiness` is that of the whole map."""
 
 
-def documents_schema(*, text: bool, target: bool = False) -> pa.Schema:
-    """Schema of the documents table, with the text (and the target's text) only when it was asked for.
+def documents_schema(*, text: bool, target: bool = False, generated: bool = False) -> pa.Schema:
+    """Schema of the documents table, with the text (and that of the target or answer) only when it was asked for.
 
-    `tokens` and `characters` are those of the text; `target_tokens` are the decoder's of an
-    encoder–decoder model, null where no decoder was run.
+    `tokens` and `characters` are those of the text, with what the model wrote; `target_tokens` are the decoder's of an
+    encoder–decoder model, null where no decoder was run. Of what a model wrote, `prompt_tokens` says where it begins,
+    and `stopped` whether a stop token ended it.
     """
     fields = [
         pa.field("shard", pa.uint32(), nullable=False),
@@ -119,8 +120,11 @@ def documents_schema(*, text: bool, target: bool = False) -> pa.Schema:
         pa.field("characters", pa.uint32(), nullable=False),
         pa.field("truncated", pa.bool_(), nullable=False),
     ]
-    texts = [name for name, wanted in (("text", text), ("target", text and target)) if wanted]
-    return pa.schema(fields + [pa.field(name, pa.string(), nullable=False) for name in texts])
+    if generated:
+        fields.append(pa.field("prompt_tokens", pa.uint32(), nullable=False))
+        fields.append(pa.field("stopped", pa.bool_(), nullable=False))
+    texts = {"text": text, "target": text and target, "answer": text and generated}
+    return pa.schema(fields + [pa.field(name, pa.string(), nullable=False) for name, wanted in texts.items() if wanted])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

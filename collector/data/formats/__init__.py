@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from collector.data.formats.arrow import Arrow
-from collector.data.formats.base import BEYOND_VOCABULARY, REASONS, Format, Span, even_spans
+from collector.data.formats.base import BEYOND_VOCABULARY, PROMPT_TOO_LONG, REASONS, Format, Span, even_spans
 from collector.data.formats.columns import Columns
 from collector.data.formats.delimited import Csv, Tsv
 from collector.data.formats.json_document import JsonDocument
@@ -24,7 +24,10 @@ from collector.data.formats.parquet import Parquet, table_rows
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["BEYOND_VOCABULARY", "FORMATS", "REASONS", "Columns", "Format", "Span", "even_spans", "table_rows"]
+__all__ = [
+    "BEYOND_VOCABULARY", "FORMATS", "PROMPT_TOO_LONG", "REASONS", "Columns", "Format", "Span", "even_spans",
+    "table_rows",
+]  # fmt: skip
 
 FORMATS: Mapping[str, type[Format]] = {
     "jsonl": JsonLines,

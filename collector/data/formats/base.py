@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collector.data.formats.columns import Columns
 
 BEYOND_VOCABULARY = "token beyond the model's vocabulary"
+PROMPT_TOO_LONG = "conversation to be answered is longer than --max-length"
 REASONS = (
     "empty line",
     "invalid UTF-8",
@@ -37,6 +38,7 @@ REASONS = (
     "messages without role and content",
     "chat template does not take the messages",
     BEYOND_VOCABULARY,
+    PROMPT_TOO_LONG,
 )
 """All reasons for which a row is rejected as a document."""
 
