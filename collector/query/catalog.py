@@ -36,6 +36,7 @@ GROUPS = {
     "tokens": "What do experts read, token by token?",
     "outputs": "What do experts put out, and how well does the model predict?",
     "interventions": "What do experts cause?",
+    "generation": "What happens while the model writes?",
     "comparison": "How do two runs of the same text differ?",
 }
 """Folder of `queries/` -> what its queries ask, in the order of every list."""

@@ -80,11 +80,16 @@ def derived_views(
     for name, select in selects.items():
         header = read_header(select)
         if missing := [need for need in split_names(header.get("needs", "")) if need and need not in recorded]:
-            absent[name] = f"which needs what --record {recorder_of(missing[0])} keeps; this run was collected without"
+            absent[name] = f"which needs what {option_for(missing[0])} keeps; this run was collected without"
         elif grouping is not None and grouping.of == "token" and header.get("groups") == "documents":
             absent[name] = f"which sums over whole documents; --by {grouping.name} groups single tokens"
     selects |= {} if grouping is None else {f"{grouping.of}_groups": grouping.sql}
     return in_order({name: select for name, select in selects.items() if name not in absent}), absent
+
+
+def option_for(recorded: str) -> str:
+    """Returns the option of `collector collect` that a table is recorded with, or a column as `TABLE.COLUMN`."""
+    return "--generate" if recorded == "documents.prompt_tokens" else f"--record {recorder_of(recorded)}"
 
 
 def read_views(folder: Path) -> dict[str, str]:

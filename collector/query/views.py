@@ -18,7 +18,7 @@ from collector.capture.recorders import table_names, table_schemas
 from collector.data.sources import LABEL_SEPARATOR
 from collector.models.edits import parse_arm, tell
 from collector.query.catalog import macros
-from collector.query.groupings import LABEL, derived_views, find_grouping
+from collector.query.groupings import LABEL, derived_views, find_grouping, option_for
 from collector.query.rollup import files as rollups
 from collector.store import tables
 from collector.store.remote_files import RunFiles
@@ -124,6 +124,10 @@ def _check_grouping(grouping: Grouping | None, info: dict[str, Any], files: Mapp
         return
     for needed in grouping.needs:
         relation, _, column = needed.partition(".")
+        if column and needed not in _recorded(info) and relation != "tokens":
+            raise ValueError(
+                f"--by {grouping.name} needs what {option_for(needed)} keeps; this run was collected without"
+            )
         if column and needed not in _recorded(info):
             raise ValueError(
                 f"--by {grouping.name} needs the column {column} of {relation}, which a run of an earlier version "

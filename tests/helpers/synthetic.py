@@ -88,6 +88,8 @@ class Shard:
     """[documents], or synthetic#SHARD-DOC."""
     sources: Sequence[str | None] | None = None
     """[documents], or the same for all."""
+    prompt_tokens: np.ndarray | None = None
+    """[documents] the tokens that the model did not write, or the first half of each, rounded up."""
 
     @classmethod
     def of_picks(
@@ -160,6 +162,11 @@ class Shard:
     def ids(self) -> np.ndarray:
         """[T] each token's id."""
         return np.arange(len(self.is_special)) % VOCABULARY if self.token_ids is None else self.token_ids
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """[documents] tokens that the model did not write."""
+        return (self.lengths + 1) // 2 if self.prompt_tokens is None else self.prompt_tokens
 
     @property
     def character_counts(self) -> np.ndarray:
@@ -350,12 +357,14 @@ def write_run(
     vocabulary: Sequence[tuple[str, bool]] | None = VOCABULARY_ENTRIES,
     record: Sequence[str] = RECORDED,
     compute: bool = True,
+    generated: bool = True,
     weights: Sequence[Mapping[str, Any]] | None = (),
     maps: Sequence[Mapping[str, Any]] | None = (),
 ) -> Path:
     """Writes and commits all shards; returns the run's folder.
 
     `store` says which of `probabilities` and `logits` are stored, `record` what was recorded beside the routing.
+    `generated` says whether the model wrote the second half of each document.
     `weights` and `maps` are the rows of `collector weights` and `map`; None writes none. `settings` are some of
     run.json's config. `vocabulary` says of each token id its text and whether it is special; None writes none, as a
     run that drops ids.
@@ -365,7 +374,7 @@ def write_run(
     token_ids = "drop" if vocabulary is None else "keep"
     config = {
         "model": "synthetic", "store": [*store], "token_ids": token_ids,
-        "record": [*record], "arms": arms_of(layers) if "effects" in record else [],
+        "record": [*record], "arms": arms_of(layers) if "effects" in record else [], "generate": 1 if generated else None,
     }  # fmt: skip
     info = {
         "format": 2, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},
@@ -385,7 +394,7 @@ def write_run(
             tables.write_table(Path(scratch, VOCAB), _vocabulary(vocabulary))
             run.store.publish(Path(scratch, VOCAB), VOCAB)
     for number, shard in enumerate(shards):
-        parts = publish_shard(run, layers, number, shard, store=store, record=record)
+        parts = publish_shard(run, layers, number, shard, store=store, record=record, generated=generated)
         commit_shard(run, number, parts, shard)
     if complete:
         run.store.put_new(SUCCESS, b"{}")
@@ -420,6 +429,7 @@ def publish_shard(
     attempt: str = "a",
     store: Sequence[str] = (),
     record: Sequence[str] = RECORDED,
+    generated: bool = True,
 ) -> dict[str, Part]:
     """Publishes the parts of a shard without committing them."""
     schema = routing_table.schema(layers, store)
@@ -440,7 +450,7 @@ def publish_shard(
                 )
         rows = len(shard.labels) * len(layers)
         parts["routing"] = run.publish_part(routing, number, attempt, "routing", rows)
-        small = {"tokens": _tokens(number, shard, stacks), "documents": _documents(number, shard)}
+        small = {"tokens": _tokens(number, shard, stacks), "documents": _documents(number, shard, generated=generated)}
         if "loss" not in record:
             small["tokens"] = small["tokens"].drop_columns("loss")
         if "outputs" in record:
@@ -525,7 +535,7 @@ def _outputs(number: int, layers: Sequence[Layer], shard: Shard) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=outputs.SCHEMA)
 
 
-def _documents(number: int, shard: Shard) -> pa.Table:
+def _documents(number: int, shard: Shard, *, generated: bool) -> pa.Table:
     count = len(shard.documents)
     columns = {
         "shard": np.full(count, number),
@@ -538,8 +548,10 @@ def _documents(number: int, shard: Shard) -> pa.Table:
         "target_tokens": [None] * count,
         "characters": shard.character_counts,
         "truncated": np.zeros(count, bool) if shard.truncated is None else shard.truncated,
+        "prompt_tokens": shard.prompts,
+        "stopped": np.zeros(count, bool),
     }
-    return _table(columns, tables.documents_schema(text=False))
+    return _table(columns, tables.documents_schema(text=False, generated=generated))
 
 
 def _vocabulary(entries: Sequence[tuple[str, bool]]) -> pa.Table:

@@ -136,6 +136,9 @@ def case_shard(layers: list[Layer], rows: list[dict[str, str]]) -> Shard:
         shard,
         token_ids=np.array([int(row["token_id"]) for row in tokens]) if "token_id" in tokens[0] else None,
         characters=np.array([int(rows[0]["characters"]) for rows in texts]) if "characters" in tokens[0] else None,
+        prompt_tokens=np.array([sum(row["phase"] == "prompt" for row in rows) for rows in texts])
+        if "phase" in tokens[0]
+        else None,
         truncated=np.array([rows[0].get("truncated") == "1" for rows in texts]),
         parallel_ids=[rows[0].get("parallel_id") for rows in texts],
         document_ids=[rows[0]["doc_id"] for rows in texts] if "doc_id" in tokens[0] else None,

@@ -30,7 +30,7 @@ BY_LABEL = [
     "control_effects", "direct_attribution", "domain_specialization", "dropped_tokens", "effect_specificity",
     "effective_experts", "expert_contribution", "expert_effect", "fertility", "importance_agreement",
     "language_divergence", "language_overlap", "load_balance", "log_odds", "loss", "mutual_information",
-    "position_profile", "reference_difference", "repetition", "router_entropy", "router_entropy_quantiles",
+    "phase_divergence", "position_profile", "reference_difference", "repetition", "router_entropy", "router_entropy_quantiles",
     "router_stats", "routing_divergence", "selection_frequency", "top_experts",
 ]  # fmt: skip
 POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_overlap", "expert_tokens",
@@ -42,6 +42,7 @@ HAVE_POOLED = [
     "expert_contribution",
     "expert_effect",
     "load_balance",
+    "phase_divergence",
     "router_stats",
 ]
 """importance_agreement has it, too, and still compares labels: experts that few of them choose are selective."""
