@@ -46,6 +46,7 @@ class DataConfig:
     text_column: str = "text"
     """Column with the text; `metadata.text` finds one inside another.
     A column of conversations (`messages`) is put into words by the model's chat template.
+    A column of token ids (`input_ids`) is taken as it is.
     Of a wide file each text column gives documents of its own: `sentence_*`, `translation.*` or `en,ko,de`.
     Give a number, from 0, to address a CSV or TSV column by position in a file without a header."""
     label_column: str = "label"
@@ -184,9 +185,7 @@ class CaptureConfig:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p takes a probability above 0, up to 1, got {self.top_p}")
         if self.generate is None and (self.temperature or self.top_p < 1 or self.stop_at):
-            raise ValueError(
-                "--temperature, --top-p and --stop-at say how --generate writes: give it a number of tokens"
-            )
+            raise ValueError("--temperature, --top-p and --stop-at say how --generate writes: give --generate, too")
         if self.top_p < 1 and not self.temperature:
             raise ValueError("--top-p chooses among draws: give --temperature, for example 1")
         if self.generate is not None and (others := set(self.record) - {"routing", "outputs"}):

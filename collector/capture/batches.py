@@ -82,6 +82,7 @@ class Batch:
 def tokenize(
     tokenizer: Any, texts: Sequence[str], max_length: int, *, as_target: bool = False,
     spans: Sequence[Sequence[TextSpan]] | None = None, is_framed: Sequence[bool] | None = None,
+    ids: Sequence[Sequence[int]] | None = None,
 ) -> TokenTable:  # fmt: skip
     """Tokenizes documents as the tokenizer wants them, special tokens included.
 
@@ -94,13 +95,14 @@ def tokenize(
         spans: [D] labelled parts of each text (default: none), for a fast tokenizer. A token lies in the shortest one
             that holds the character in its middle.
         is_framed: [D] whether the text has its special tokens already, from a chat template (default: none has).
+        ids: [D] the tokens of texts that are tokenized already, empty for others (default: none is).
     """
     meaning = "text_target" if as_target else "text"
     framed = np.zeros(len(texts), bool) if is_framed is None else np.asarray(is_framed, bool)
     options = {"return_offsets_mapping": True} if spans and any(spans) else {}
     encoded: list[_Encoded] = [_Encoded()] * len(texts)
     for adds_special in (True, False):
-        documents = np.flatnonzero(framed != adds_special).tolist()
+        documents = [d for d in np.flatnonzero(framed != adds_special).tolist() if not (ids and ids[d])]
         one_by_one = {"add_special_tokens": adds_special, **options}
         own = _encode(tokenizer, [texts[d] for d in documents], meaning, **one_by_one)
         for d, each in zip(documents, own, strict=True):
@@ -108,16 +110,19 @@ def tokenize(
             if is_cut:
                 (each,) = _encode(tokenizer, [texts[d]], meaning, truncation=True, max_length=max_length, **one_by_one)
             encoded[d] = dataclasses.replace(each, is_cut=is_cut)
+    for d, given in enumerate(ids or ()):
+        if given:
+            encoded[d] = _given(tokenizer, given, max_length)
     lengths = np.array([len(each.ids) for each in encoded], dtype=np.int64)
-    ids = _flat([each.ids for each in encoded])
+    flat_ids = _flat([each.ids for each in encoded])
     is_special = _flat([each.is_special for each in encoded]).astype(bool)
     if framed.any():
-        is_special |= np.repeat(framed, lengths) & np.isin(ids, special_ids(tokenizer))
+        is_special |= np.repeat(framed, lengths) & np.isin(flat_ids, special_ids(tokenizer))
     labels = tuple(dict.fromkeys(span.label for own in spans or () for span in own))
     placed = [_in_spans(each.offsets, own, labels, len(text))
               for each, own, text in zip(encoded, spans or ((),) * len(texts), texts, strict=True)]  # fmt: skip
     return TokenTable(
-        ids=ids,
+        ids=flat_ids,
         is_special=is_special,
         starts=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
         truncated=np.array([each.is_cut for each in encoded], dtype=bool),
@@ -155,6 +160,13 @@ class _Encoded:
     offsets: Sequence[tuple[int, int]] = ()
     """First character of each token, and the one after its last; equal for special tokens."""
     is_cut: bool = False
+
+
+def _given(tokenizer: Any, ids: Sequence[int], max_length: int) -> _Encoded:
+    """A document that comes as token ids; no token lies in a span."""
+    kept = ids[:max_length]
+    is_special = np.isin(kept, special_ids(tokenizer)).astype(int).tolist()
+    return _Encoded(ids=kept, is_special=is_special, offsets=[(0, 0)] * len(kept), is_cut=len(ids) > max_length)
 
 
 def _flat(parts: Sequence[Any]) -> NDArray[np.int64]:

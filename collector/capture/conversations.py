@@ -1,4 +1,4 @@
-"""Puts conversations into words, as the model's chat template writes them, with the role of every part.
+"""Puts conversations into words, as the model's chat template writes them, with the role of every part, and token ids.
 
 Each turn's content becomes a span of the text, labelled with the turn's role; what lies between `<think>` and
 `</think>` in it becomes a span `think` of its own. The template's own words, such as role names, lie in no span.
@@ -49,7 +49,7 @@ def require_tokenizer(tokenizer: Any, model: str, *, conversations: bool) -> Non
 def put_into_words(
     tokenizer: Any, rows: Iterable[Document | BadRow], name: str, *, to_answer: bool = False
 ) -> Iterator[Document | BadRow]:
-    """Yields the rows, with conversations as texts; one that the template refuses becomes a bad row.
+    """Yields the rows, with conversations and token ids as texts; what the template refuses becomes a bad row.
 
     Args:
         tokenizer: of the model.
@@ -59,6 +59,9 @@ def put_into_words(
             template has the assistant begin.
     """
     for row in rows:
+        if isinstance(row, Document) and row.ids:
+            yield dataclasses.replace(row, text=tokenizer.decode(list(row.ids), skip_special_tokens=True))
+            continue
         if isinstance(row, BadRow) or not row.messages:
             yield row
             continue

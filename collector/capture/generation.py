@@ -209,7 +209,7 @@ def leave(cache: Any, staying: torch.Tensor) -> None:
         cache: of transformers.
         staying: [B'] the rows that stay.
     """
-    # Named for beam search, but rows may also be left out; `batch_select_indices` leaves states of linear attention alone.
+    # Named for beam search, but rows may be left out. `batch_select_indices` would leave linear attention as it is.
     cache.reorder_cache(staying)
 
 

@@ -26,23 +26,19 @@ import torch
 from collector import token_ids
 from collector.capture import batches
 from collector.capture.answers import with_answers
-from collector.capture.conversations import put_into_words
 from collector.capture.generation import Generation, require_cache
 from collector.capture.hooks import Capture
 from collector.capture.passes import ForwardPasses, Here
 from collector.capture.recorders import need_head, recorders_for
 from collector.capture.shard_text import ShardText
 from collector.data import plan
-from collector.data.formats import BEYOND_VOCABULARY, PROMPT_TOO_LONG
-from collector.data.sources import BadRow, Document
 from collector.models import heads, loading
-from collector.models.edits import parse_arm
 from collector.models.routers import find_routers
 from collector.models.stop_tokens import stop_tokens
 from collector.pipeline import IN_WORK, DeviceLost, Pipeline, Stage, Stopwatch
-from collector.query.token_classes import token_classes
-from collector.replica.card import describe, vocabulary, vocabulary_table
+from collector.replica.card import describe, vocabulary
 from collector.replica.part_writer import PartWriter
+from collector.replica.shard_reader import ShardReader
 from collector.store import tables
 from collector.store.run_directory import REJECTS, TABLES, VOCAB, Commit, RunDirectory
 
@@ -122,7 +118,6 @@ class Replica:
     def _load(self, loaded: loading.LoadedModel | None, spread: Spread | None) -> None:
         config = self.config
         self.loaded = loaded or loading.load(config.model, config.device, spread)
-        self._check_length()
         two_stacks = bool(getattr(self.loaded.model.config, "is_encoder_decoder", False))
         stacks = config.capture.stacks or (("encoder",) if two_stacks else None)
         self.routers = find_routers(self.loaded.model, config.capture.layers, stacks)
@@ -131,14 +126,14 @@ class Replica:
         head = heads.load_head(config.model, self.loaded) if generates or need_head(config.capture) else None
         recorders = recorders_for(self.loaded.model, self.routers, config.capture, head)
         self.capture = Capture(self.loaded.model, recorders, device=self.loaded.device, to_the_end=generates)
-        self._check_target()
-        self._arms = [parse_arm(text) for text in config.capture.arms]
-        self._classes = self._token_classes()
-        self.capture.__enter__()
+        self._reader = ShardReader(config, self.loaded, two_stacks=two_stacks, decodes=self.capture.decodes)
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self.capture)
+            self._generation = self._generating(head) if head is not None and generates else None
+            undo.pop_all()
         self._passes = ForwardPasses(
             capture=self.capture, pad_id=self.loaded.pad_id, config=config.capture, placer=self._placer
         )
-        self._generation = self._generating(head) if head is not None and generates else None
         self._writer = PartWriter(
             self.run,
             documents=tables.documents_schema(
@@ -180,27 +175,6 @@ class Replica:
         embedding: Any = self.loaded.model.get_input_embeddings()
         return token_ids.permutation(embedding.weight.shape[0], token_ids.require_key(self.config.token_key))
 
-    def _token_classes(self) -> NDArray[np.str_] | None:
-        """[embedded ids] the class of each token, if an arm is limited to one."""
-        asked = {arm.limits[1] for arm in self._arms} - {None}
-        if not asked:
-            return None
-        classes = token_classes(vocabulary_table(self.loaded.tokenizer))
-        if unknown := asked - {*classes.tolist(), "special"}:
-            raise ValueError(
-                f"--arms: no token has the class {unknown.pop()!r}; there are {', '.join(sorted({*classes.tolist()}))}"
-            )
-        beyond = max(0, loading.embedded_ids(self.loaded.model) - len(classes))
-        return np.concatenate([classes, np.full(beyond, "other")])
-
-    def _check_length(self) -> None:
-        room = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        longest, written = self.config.capture.max_length, self.config.capture.generate or 0
-        if room is not None and longest + written > room:
-            what = f"--max-length {longest}" + (f" and --generate {written}" if written else "")
-            remedy = f"--max-length {room - written} or less" if written < room else "a lower --generate"
-            raise ValueError(f"{what} exceeds the model's {room} positions; use {remedy}")
-
     def _check_generation(self, *, two_stacks: bool) -> None:
         if self.config.capture.generate is None:
             return
@@ -211,19 +185,6 @@ class Replica:
             )
         if self.config.model.compile:
             raise ValueError("--compile does not go with --generate, whose passes have ever new shapes: leave one out")
-
-    def _check_target(self) -> None:
-        column = self.config.data.target_column
-        if column is not None and not self.capture.decodes:
-            raise ValueError(
-                f"--target-column {column}: nothing reads it; it is the text of the decoder of an encoder–decoder "
-                "model, recorded with --stacks decoder"
-            )
-        if self.capture.decodes and self.loaded.model.config.decoder_start_token_id is None:
-            raise ValueError(
-                "--stacks decoder: the model's config has no decoder_start_token_id, which every text of the decoder "
-                "begins with; set it in the checkpoint's config.json"
-            )
 
     # -- what the run says of its model ------------------------------------------------------------
 
@@ -263,61 +224,9 @@ class Replica:
         return self._pipeline.map(shards)
 
     def _read(self, shard: plan.Shard) -> _Read:
-        """First stage: reads rows, makes documents, tokenizes them."""
+        """First stage: reads and tokenizes documents."""
         watch = Stopwatch()
-        with watch("read"):
-            found = plan.read_shard(shard, self.config.data)
-            rows = list(
-                put_into_words(self.loaded.tokenizer, found, shard.name, to_answer=self._generation is not None)
-            )  # fmt: skip
-        documents = [row for row in rows if isinstance(row, Document)]
-        bad = [row for row in rows if isinstance(row, BadRow)]
-        with watch("tokenize"):
-            tokens = self._tokenize(documents)
-            if reasons := self._unusable(documents, tokens):
-                bad += [BadRow(source=shard.name, row=documents[d].row, reason=reasons[d]) for d in sorted(reasons)]
-                documents = [document for d, document in enumerate(documents) if d not in reasons]
-                tokens = self._tokenize(documents)
-            if any(arm.is_limited for arm in self._arms):
-                tokens = {stack: self._with_limits(table, documents) for stack, table in tokens.items()}
-        return _Read(shard=shard.shard, text=ShardText(documents=documents, tokens=tokens, bad=bad), watch=watch)
-
-    def _unusable(self, documents: list[Document], tokens: dict[str, batches.TokenTable]) -> dict[int, str]:
-        """The documents that the model cannot take, with the reason."""
-        rows = loading.embedded_ids(self.loaded.model)
-        # Such tokens were added to the tokenizer alone.
-        found = {int(d): BEYOND_VOCABULARY for table in tokens.values() for d in table.doc[table.ids >= rows]}
-        if self._generation is not None:  # the end of a conversation is what the model answers
-            (table,) = tokens.values()
-            cut = np.flatnonzero(table.truncated).tolist()
-            found |= {d: PROMPT_TOO_LONG for d in cut if documents[d].messages}
-        return found
-
-    def _tokenize(self, documents: list[Document]) -> dict[str, batches.TokenTable]:
-        """The tokens of each stack that runs."""
-        tokenizer, longest = self.loaded.tokenizer, self.config.capture.max_length
-        spans = [document.spans for document in documents]
-        text = batches.tokenize(
-            tokenizer, [document.text for document in documents], longest, spans=spans,
-            is_framed=[bool(document.messages) for document in documents],
-        )  # fmt: skip
-        if self._generation is not None:
-            text = batches.without_closing(text, [d for d, each in enumerate(documents) if not each.messages])
-        if not self.capture.two_stacks:
-            return {"decoder": text}
-        tokens = {"encoder": text}
-        if self.capture.decodes:
-            targets = [document.text if document.target is None else document.target for document in documents]
-            own = spans if self.config.data.target_column is None else None
-            target = batches.tokenize(tokenizer, targets, longest, as_target=True, spans=own)
-            tokens["decoder"] = batches.shift_right(target, int(self.loaded.model.config.decoder_start_token_id))
-        return tokens
-
-    def _with_limits(self, table: batches.TokenTable, documents: list[Document]) -> batches.TokenTable:
-        """Adds the labels and classes to which edits are limited."""
-        classes = None if self._classes is None else np.where(table.is_special, "special", self._classes[table.ids])
-        labels = tuple(tuple(document.labels) for document in documents)
-        return dataclasses.replace(table, labels=labels, token_class=classes)
+        return _Read(shard=shard.shard, text=self._reader.read(shard, watch), watch=watch)
 
     def _forward(self, read: _Read) -> _Recorded:
         """Second stage: runs the model. `idle` is the time that the device waited for this shard."""

@@ -44,7 +44,9 @@ def by_transformers(prompts):
 
 
 def test_greedy_texts_are_those_that_transformers_writes_one_by_one(demo_model, head, prompts, by_transformers):
-    table, written, whole = write(demo_model.model, prompts, head=head, generate=12, stop_ids=[1], tokens_per_batch=1024)
+    table, written, whole = write(
+        demo_model.model, prompts, head=head, generate=12, stop_ids=[1], tokens_per_batch=1024
+    )
     assert answers_of(table) == by_transformers
     assert_same_routing(written, whole)
 

@@ -374,7 +374,8 @@ def write_run(
     token_ids = "drop" if vocabulary is None else "keep"
     config = {
         "model": "synthetic", "store": [*store], "token_ids": token_ids,
-        "record": [*record], "arms": arms_of(layers) if "effects" in record else [], "generate": 1 if generated else None,
+        "record": [*record], "arms": arms_of(layers) if "effects" in record else [],
+        "generate": 1 if generated else None,
     }  # fmt: skip
     info = {
         "format": 2, "config": config | dict(settings or {}), "plan_hash": "0", "plan": {"shards": len(shards)},

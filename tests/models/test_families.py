@@ -30,8 +30,8 @@ CAPTURED = [name for name in families.names() if name not in NOT_CAPTURED]
 # A token's routing depends on the tokens of other rows: Doge reads its two halves of the keys across positions.
 DEPENDS_ON_THE_BATCH = {"doge"}
 
-# Doge attends to tokens that come later; transformers' cache of MiniMax cannot drop texts where the last layer is one of
-# full attention; the tiny Qwen4 has no attention at all, which a cache must have; the others have an encoder.
+# Doge attends to tokens that come later; transformers' cache of MiniMax cannot drop texts where the last layer has full
+# attention; the tiny Qwen4 has no attention at all, which a cache must have; the others have an encoder.
 CANNOT_WRITE = {"doge", "minimax", "qwen4_exp", "openai_privacy_filter", "nllb_moe", "switch_transformers"}
 
 # transformers' own router_logits are not one [T, E] per router there: it leaves out the layers that choose by

@@ -30,8 +30,8 @@ BY_LABEL = [
     "control_effects", "direct_attribution", "domain_specialization", "dropped_tokens", "effect_specificity",
     "effective_experts", "expert_contribution", "expert_effect", "fertility", "importance_agreement",
     "language_divergence", "language_overlap", "load_balance", "log_odds", "loss", "mutual_information",
-    "phase_divergence", "position_profile", "reference_difference", "repetition", "router_entropy", "router_entropy_quantiles",
-    "router_stats", "routing_divergence", "selection_frequency", "top_experts",
+    "phase_divergence", "position_profile", "reference_difference", "repetition", "router_entropy",
+    "router_entropy_quantiles", "router_stats", "routing_divergence", "selection_frequency", "top_experts",
 ]  # fmt: skip
 POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_overlap", "expert_tokens",
           "layer_transition", "output_specialization", "output_vocabulary", "super_experts",

@@ -19,6 +19,7 @@ KEY = "correct horse battery staple"
 NOT_RECORDED = {
     "loss", "weight_similarity", "expert_map", "direct_attribution", "output_specialization", "output_vocabulary",
     "expert_effect", "control_effects", "effect_specificity", "importance_agreement",
+    "phase_divergence",
 }  # fmt: skip
 """Queries of what these runs do not have."""
 

@@ -36,6 +36,7 @@ REASONS = (
     "spans are not a list of start, end and label",
     "span outside the text",
     "messages without role and content",
+    "token ids out of range",
     "chat template does not take the messages",
     BEYOND_VOCABULARY,
     PROMPT_TOO_LONG,

@@ -40,7 +40,7 @@ class Document:
     """One text whose routing is collected."""
 
     text: str
-    """Empty for a conversation that the model's chat template has not put into words yet."""
+    """Empty for a conversation or token ids that the model's tokenizer has not put into words yet."""
     label: str
     """Label that queries group by, usually the language; several are joined by `LABEL_SEPARATOR`."""
     id: str
@@ -54,6 +54,8 @@ class Document:
     spans: tuple[TextSpan, ...] = ()
     messages: tuple[Message, ...] = ()
     """The turns of a conversation; empty for a plain text."""
+    ids: tuple[int, ...] = ()
+    """The tokens of a text that is tokenized already, special ones included; empty for any other text."""
     row: int = dataclasses.field(default=0, compare=False)
     """Number of the row in the source, from 0."""
 
@@ -99,10 +101,11 @@ def as_document(
             raise UnusableError(fields)
         text = fields.get("text")
         messages = () if isinstance(text, str) else _messages(text)
-        for meaning in ("text",) * (not messages) + ("target",) * has_target:
+        ids = () if isinstance(text, str) or messages else _token_ids(text)
+        for meaning in ("text",) * (not messages and not ids) + ("target",) * has_target:
             _require_text(meaning, fields.get(meaning))
         own_label = label_of(label, fields)
-        spans = _spans(fields["spans"], str(text)) if "spans" in fields and not messages else ()
+        spans = _spans(fields["spans"], str(text)) if "spans" in fields and isinstance(text, str) else ()
         # JSON can encode half a surrogate pair, which neither tokenizers nor tables accept.
         if not (are_utf8(fields.values()) and are_utf8(itertools.chain([own_label], *messages, *spans))):
             raise UnusableError("invalid UTF-8")
@@ -110,7 +113,7 @@ def as_document(
         return BadRow(source=name, row=row, reason=str(error))
     given_id = _string(fields.get("id")) or f"{name}#{row}"
     return Document(
-        text="" if messages else str(text),
+        text=text if isinstance(text, str) else "",
         label=own_label,
         id=f"{given_id}:{column}" if column else given_id,
         parallel_id=_string(fields.get("parallel_id")) or (given_id if column else None),
@@ -118,6 +121,7 @@ def as_document(
         target=fields["target"] if has_target else None,
         spans=spans,
         messages=messages,
+        ids=ids,
         row=row,
     )
 
@@ -131,6 +135,7 @@ def _require_text(meaning: str, text: Any) -> None:
         raise UnusableError(f"empty {meaning}")
 
 
+_LARGEST_ID = 2**31 - 1
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """Names of roles in data that writes turns as `from` and `value`."""
 
@@ -148,6 +153,15 @@ def _messages(value: Any) -> tuple[Message, ...]:
             raise UnusableError("messages without role and content")
         turns.append(Message(role, content))
     return tuple(turns)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """Returns the tokens of a text that comes as token ids, none for anything else."""
+    if not isinstance(value, (list, tuple)) or not value or not all(type(each) is int for each in value):
+        return ()
+    if min(value) < 0 or max(value) > _LARGEST_ID:
+        raise UnusableError("token ids out of range")
+    return tuple(value)
 
 
 def _content(content: Any) -> Any:
