@@ -133,3 +133,25 @@ def test_no_documents_are_no_tokens(demo_model):
     assert len(table.ids) == 0
     assert table.starts.tolist() == [0]
     assert batches.pack(table.lengths, 100) == []
+
+
+def test_token_ids_are_taken_as_they_are_beside_texts(demo_model):
+    tokenizer = demo_model.tokenizer
+    eos, given = tokenizer.eos_token_id, [300, 301, tokenizer.bos_token_id, 302]
+    table = batches.tokenize(tokenizer, ["a text", "", ""], 4, ids=[(), [*given[:3], eos], [*given, eos]])
+    documents = [table.ids[a:b].tolist() for a, b in zip(table.starts[:-1], table.starts[1:], strict=True)]
+    assert documents == [tokenizer("a text").input_ids, [*given[:3], eos], given]
+    assert table.is_special[table.starts[1] :].tolist() == [False, False, True, True, False, False, True, False]
+    assert table.truncated.tolist() == [False, False, True]
+
+
+def test_special_tokens_at_the_end_are_left_out_where_the_model_writes_on():
+    special = np.array([1, 0, 1, 1, 1, 0, 1, 1], bool)
+    table = batches.TokenTable(
+        ids=np.arange(8), is_special=special, starts=np.array([0, 3, 5, 7, 8]), truncated=np.zeros(4, bool),
+        span=np.arange(8) * 10,
+    )  # fmt: skip
+    left = batches.without_closing(table, [0, 1, 3])
+    assert left.ids.tolist() == [0, 1, 3, 5, 6, 7], "a document keeps its first token, and others their end"
+    assert left.starts.tolist() == [0, 2, 3, 5, 6]
+    assert left.span.tolist() == [0, 10, 30, 50, 60, 70]

@@ -129,3 +129,15 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path, kind: str) -> No
     with pytest.raises(ValueError, match=r"no column 'key'.*--id-column"):
         read(path, id_column="key")
     assert {row.label for row in read(path, label_column="@file")} == {path.name.split(".")[0]}
+
+
+def test_a_column_of_token_ids_gives_texts_that_are_tokenized(tmp_path: Path) -> None:
+    values = [[5, 0, 7], [2**31 - 1], [-1], [2**31], [], None, [1.5], [True]]
+    pq.write_table(pa.table({"input_ids": values[:6], "label": ["en"] * 6}), tmp_path / "ids.parquet")
+    rows = "".join(json.dumps({"input_ids": value, "label": "en"}) + "\n" for value in values)
+    (tmp_path / "ids.jsonl").write_text(rows)
+    reasons = ["token ids out of range"] * 2 + ["text is not a string", "no text"] + ["text is not a string"] * 2
+    for name, count in (("ids.parquet", 6), ("ids.jsonl", 8)):
+        got = read(tmp_path / name, text_column="input_ids")
+        assert [row.ids for row in got if isinstance(row, Document)] == [(5, 0, 7), (2**31 - 1,)]
+        assert [row.reason for row in got if isinstance(row, BadRow)] == reasons[: count - 2]

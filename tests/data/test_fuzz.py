@@ -51,7 +51,7 @@ CORPUS: dict[str, tuple[bytes, list[object]]] = {
          "invalid UTF-8", "invalid UTF-8", ("nul \0 inside", "x"), ("\0", "x"), "invalid JSON", ("é" * 3, "x")],
     ),
     "values.jsonl": (
-        as_lines(line(5), line(None), line([1]), line({"a": 1}), line(True), line(math.nan), line("\u3000 \u2003"),
+        as_lines(line(5), line(None), line(["a", 1]), line({"a": 1}), line(True), line(math.nan), line("\u3000 \u2003"),
                  line(label=10**400), line(label=7), line(label=-1.5), line(label=True), line(label=math.nan),
                  line(label=math.inf), line(label=None), line(label=["x"]), line(label={"x": 1}), line(label="  "),
                  line(label="x" * 1001), line(label="x" * 1_000_000), line(label=10**1200),
