@@ -95,6 +95,7 @@ def facts(card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[s
         ("tokens", f"{totals.tokens:,}"),
         ("labels", _counts(labels)),
         ("interventions", _interventions(plan.config)),
+        ("generation", _generation(plan.config)),
         ("maximum length", f"{plan.config['max_length']} tokens, {totals.truncated:,} documents truncated"),
         ("skipped rows", f"{totals.skipped.total():,}{_reasons(totals)}"),
         ("replica-hours", f"{totals.replica_hours:.2f}, padding efficiency {totals.padding_efficiency:.3f}"),
@@ -118,6 +119,17 @@ def _interventions(config: Mapping[str, Any]) -> str:
     if config.get("split"):
         said += ", chosen in one half of the documents and measured in the other"
     return said if arms else ""
+
+
+def _generation(config: Mapping[str, Any]) -> str:
+    """How the model wrote on from the documents; empty for a run in which it did not."""
+    if not config.get("generate"):
+        return ""
+    said = f"up to {config['generate']} tokens from each document"
+    if not config["temperature"]:
+        return f"{said}, the most probable ones"
+    drawn = f"{said}, drawn at temperature {config['temperature']:g}"
+    return drawn + (f" with top-p {config['top_p']:g}" if config["top_p"] < 1 else "") + f" (seed {config['seed']})"
 
 
 def _held(card: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from collector.look.report import card, experts, export, interventions, languages, outputs, page, vocabulary
+from collector.look.report import answers, card, experts, export, interventions, languages, outputs, page, vocabulary
 from collector.look.report.figure import Subject
 from collector.look.report.tables import Side
 from collector.query.warehouse import open_run
@@ -60,7 +60,7 @@ def write(
     start = _start(subject, layer)
     drawn = [
         *languages.figures(subject), *experts.figures(subject), *vocabulary.figures(subject), *outputs.figures(subject),
-        *interventions.figures(subject),
+        *interventions.figures(subject), *answers.figures(subject),
     ]  # fmt: skip
     cards = [card.read_card(side) for side in sides]
     table = card.label_table(sides[0])
