@@ -95,7 +95,7 @@ def rebalance(load_LE: NDArray, cluster: Cluster) -> Placement:
     slot = gpu * (slots // cluster.gpus) + place
     ordered = np.argsort(slot, axis=1)
     within, rank = (np.take_along_axis(each, ordered, axis=1) for each in (within, rank))
-    expert = np.take_along_axis(own_LE.reshape(len(within), -1), within, axis=1)
+    expert = np.take_along_axis(own_LE.reshape(-1, experts // nodes), within, axis=1)
     return _placement(expert.reshape(-1, slots), rank.reshape(-1, slots), experts)
 
 
@@ -146,7 +146,7 @@ def replicate(load_LE: NDArray[np.float64], slots: int) -> tuple[NDArray[np.int6
 def _by_node(load_LE: NDArray[np.float64], groups: int, nodes: int) -> NDArray[np.int64]:
     """Returns the experts of each node, one node after the other, [L, E]: whole groups, packed by their loads."""
     layers, experts = load_LE.shape
-    node_LG, place_LG = pack(load_LE.reshape(layers, groups, -1).sum(axis=2), nodes)
+    node_LG, place_LG = pack(load_LE.reshape(layers, groups, experts // groups).sum(axis=2), nodes)
     group_LG = np.argsort(node_LG * groups + place_LG, axis=1)
     own = group_LG[:, :, None] * (experts // groups) + np.arange(experts // groups)
     return own.reshape(layers, experts)
