@@ -138,7 +138,9 @@ def halves(shards: list[Shard]) -> dict[tuple[int, int], bool]:
 
 
 def test_a_plan_that_gpus_cannot_hold_is_refused(indifferent: Run) -> None:
-    with pytest.raises(ValueError, match="9 replicas in all cannot hold 7 experts evenly on 4 gpus: take a multiple of 4"):
+    with pytest.raises(
+        ValueError, match="9 replicas in all cannot hold 7 experts evenly on 4 gpus: take a multiple of 4"
+    ):
         indifferent.query("plan_transfer", gpus=4, replicas=9)
     with pytest.raises(ValueError, match="gpus must be at least 1, got 0"):
         indifferent.query("plan_transfer", gpus=0)

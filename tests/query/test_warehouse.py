@@ -337,7 +337,17 @@ def tables_of(sql: str) -> set[str]:
 def test_queries_read_only_views_and_say_which() -> None:
     for query in list_queries():
         assert set(query.reads) == tables_of(query.sql), query.name
-        assert set(query.reads) <= {*VIEWS, "arms", "layers", "label_sets", "components", "maps", "placements", "vocab", "weights"}
+        assert set(query.reads) <= {
+            *VIEWS,
+            "arms",
+            "layers",
+            "label_sets",
+            "components",
+            "maps",
+            "placements",
+            "vocab",
+            "weights",
+        }
     for query in list_comparisons():
         assert set(query.reads) == tables_of(query.sql), query.name
         assert {name.removeprefix("other.") for name in query.reads} <= {*VIEWS, *ALIGNING, "layers", "label_sets"}

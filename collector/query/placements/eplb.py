@@ -50,7 +50,7 @@ class Cluster:
             least = -(-max(slots, experts) // self.gpus) * self.gpus
             raise ValueError(
                 f"{slots} replicas in all cannot hold {experts} experts evenly on {self.gpus} gpus: take a multiple "
-                f"of {self.gpus} from {experts} on, such as {least}"
+                f"of {self.gpus} that is not below {experts}, such as {least}"
             )
         return slots
 
