@@ -1,8 +1,8 @@
 """Exports a placement of a run's experts for a serving engine: EPLB, SGLang or vLLM-Ascend.
 
-The placement is EPLB's for the loads of the run, or of a mix of its labels. Beside the engine's files stands a card with
-the run, the traffic, and how balanced the placement is on documents that it was not computed from. The folder appears
-as a whole or not at all.
+The placement is EPLB's for the loads of the run, or of a mix of its labels. Beside the engine's files stands a card
+with the run, the traffic, and how balanced the placement is on documents that it was not computed from. The folder
+appears as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def _require_all_routers(run: Run, plan: PlacementPlan) -> None:
     known = {layer for (layer,) in run.sql(f"{routers}'{plan.layers[0].token_stack}'").fetchall()}
     if missing := sorted(known - {one.layer for one in plan.layers}):
         raise ValueError(
-            f"vLLM-Ascend counts the layers with experts, and layer {missing[0]} of the model was not recorded: collect "
-            "without --layers"
+            f"vLLM-Ascend counts the layers with experts, and layer {missing[0]} of the model was not recorded: "
+            "collect without --layers"
         )
 
 

@@ -57,12 +57,13 @@ def rows(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], values: Map
     """
     cluster = Cluster(gpus=values["gpus"], replicas=values["replicas"])  # type: ignore[arg-type]
     chosen = {name: values[name] for name in ("layer", "labels", "include_special")}
+    asked = [one for one in layers if values["stack"] in (None, one.stack) and values["layer"] in (None, one.layer)]
     found = [_SCHEMA.empty_table()]
-    for stack in dict.fromkeys(one.stack for one in layers if values["stack"] in (None, one.stack)):
+    for stack in dict.fromkeys(one.stack for one in asked):
         counted = cursor.sql(_PICKS, params={"stack": stack, **chosen}).to_arrow_table()
-        for one in layers:
-            if one.stack == stack and values["layer"] in (None, one.layer):
-                found.append(_of_router(one, counted.filter(counted["layer"].to_numpy() == one.layer), cluster))
+        number_R = counted["layer"].to_numpy()
+        own = (one for one in asked if one.stack == stack)
+        found += [_of_router(one, counted.filter(number_R == one.layer), cluster) for one in own]
     return pa.concat_tables(found)
 
 
