@@ -8,7 +8,8 @@ import pytest
 from collector import open_run, prepare_intervention
 from collector.config import CaptureConfig, DataConfig, ModelConfig, section
 from collector.models.edits import parse_arm, tell_arm
-from collector.query.arms import named_arms, read_arms
+from collector.query.arms import read_arms
+from collector.query.expert_sql import named_arms
 from collector.query.selection import half
 from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
