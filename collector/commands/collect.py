@@ -55,9 +55,10 @@ class Intervene:
 
     Arms are rows with the columns arm, layer, expert, operation and, where they matter, stack and value: a CSV file, a
     SQL file over the views of the run, or one of queries/arms/ by its name: every_expert, language_experts,
-    super_experts, most_loaded, dead. A file of `collector experts` has an arm for each set, which drops it. Columns label, token_class and position limit an arm to some documents or tokens.
-    Operations are those of `collector trace --edit`. Any edit costs something: --controls tells what an arm does from
-    what other experts would do in its place.
+    super_experts, most_loaded, dead. Columns label, token_class and position limit an arm to some documents or tokens.
+    Operations are those of `collector trace --edit`. A JSON file of `collector experts --save` has an arm for each of
+    its sets, which drops the experts. Any edit costs something: --controls tells what an arm does from what other
+    experts would do in its place.
     """
 
     run_: RunPath

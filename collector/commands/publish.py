@@ -13,7 +13,7 @@ import tyro
 from collector.commands.arguments import RunPath
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from collector.look.export.engines import Engine
     from collector.store.run_directory import RunDirectory
@@ -87,14 +87,15 @@ class Export:
                 from collector.look.export import export
 
                 done = export(RunDirectory(self.run_), self.out, self.to, gzip=self.gzip, partial=self.partial)
-                sys.stdout.writelines(f"{rows:>15,}  {table}\n" for table, rows in done.rows.items())
-                size = done.bytes
-            else:
-                size = self._place(RunDirectory(self.run_), self.to)
-        sys.stdout.write(f"{self.out}: {size:,} bytes\n")
+                self._say(done.bytes, [f"{rows:>15,}  {table}" for table, rows in done.rows.items()])
+            elif self.to in ("eplb", "sglang", "vllm-ascend"):
+                self._place(RunDirectory(self.run_), self.to)
         return 0
 
-    def _place(self, run: RunDirectory, engine: Engine) -> int:
+    def _say(self, size: int, lines: Sequence[str]) -> None:
+        sys.stdout.writelines(f"{line}\n" for line in (*lines, f"{self.out}: {size:,} bytes"))
+
+    def _place(self, run: RunDirectory, engine: Engine) -> None:
         from collector.look.export import engine_card
         from collector.look.export.engines import export_placement
         from collector.query.placements.eplb import Cluster
@@ -108,8 +109,7 @@ class Export:
             stack=asked.stack, mix=None if asked.mix is None else read_mix(asked.mix),
             include_special=asked.include_special, partial=self.partial,
         )  # fmt: skip
-        sys.stdout.write(f"balancedness of the GPUs in held-out documents\n{engine_card.table(plan)}\n")
-        return size
+        self._say(size, ["balancedness of the GPUs in held-out documents", engine_card.table(plan)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -99,8 +99,8 @@ def select_sets(run: Run, directory: RunDirectory, select: str, *, name: str) ->
 
     Raises:
         FileNotFoundError: there is no such file or name.
-        ValueError: the SQL is invalid, lacks a column, selects no expert, or does more than to drop experts; a set has a
-            name that cannot be an arm's; or the run does not have the experts.
+        ValueError: the SQL is invalid, lacks a column, selects no expert, or does more than to drop experts; a set has
+            a name that cannot be an arm's; or the run does not have the experts.
     """
     if select.endswith(".json"):
         found = read_sets(Path(select))

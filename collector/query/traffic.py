@@ -76,7 +76,7 @@ class Loads:
             "stack": layers[0].stack, "labels": None if labels is None else run.with_sets(labels),
             "include_special": include_special, "pooled": mix is None,
         }  # fmt: skip
-        self._names = labels or [None]
+        self._names: list[str | None] = [None] if mix is None else [*mix]
         self._share_K = np.array([*mix.values()] if mix else [1.0])
         self._top_k_L = np.array([layer.top_k for layer in layers])
         self._picks_LHKE = np.zeros((len(layers), 2, len(self._names), layers[0].n_experts), np.int64)

@@ -269,7 +269,7 @@ def test_arms_are_checked_before_there_is_a_run(run, tmp_path, rows, message) ->
 
 def test_an_unknown_name_lists_those_there_are(counted) -> None:
     with pytest.raises(
-        FileNotFoundError, match="--arms nobody: no such file; name a CSV or SQL file, or one of dead, every"
+        FileNotFoundError, match="--arms nobody: no such file; name a CSV, SQL or JSON file, or one of dead, every"
     ):
         read_arms(counted, "nobody")
 
