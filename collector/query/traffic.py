@@ -100,8 +100,8 @@ class Loads:
         if not tokens_LK.all():
             whose = self._names[int((tokens_LK == 0).any(axis=0).argmax())]
             raise ValueError(
-                f"{'no label' if whose is None else f'label {whose!r}'} has two documents with tokens to count, and "
-                "balance is measured in documents that the placement was not computed from: collect more"
+                f"{'a label' if whose is None else f'label {whose!r}'} needs two documents with tokens to count, "
+                "because balance is measured in documents that the placement was not computed from: collect more"
             )
         per_token_LE = np.einsum("k,lke->le", self._share_K, picks_LKE / tokens_LK[:, :, None])
         return np.rint(PER * per_token_LE).astype(np.int64)
