@@ -37,8 +37,8 @@ class ExpertSets:
     """Its name, revision and weights, as in the run's settings."""
     run: Mapping[str, str]
     """What the SQL read: the hash of the run's plan, and a digest of its commits."""
-    select: str
-    """The name or file of the SQL, or itself."""
+    select: str | None
+    """The name or file of the SQL, if it has one."""
     sql: str
     sets: Mapping[str, Sequence[Mapping[str, Any]]]
     """Rows by name, each with at least stack, layer and expert; sorted by these."""
@@ -113,7 +113,7 @@ def select_sets(run: Run, directory: RunDirectory, select: str, *, name: str) ->
         found = ExpertSets(
             model={key: run.info["config"].get(key) for key in _MODEL},
             run={"plan_hash": run.info["plan_hash"], "commits": attempts.digest()},
-            select=select, sql=statement, sets=_grouped(rows, name),
+            select=None if statement == select else select, sql=statement, sets=_grouped(rows, name),
         )  # fmt: skip
     found.arms_for(run)
     return found

@@ -1,13 +1,18 @@
 -- Question: Which labels are served by no placement?
 -- Reads: document_labels, halves
-with measured as (
-    select
-        document_labels.label,
-        count(*) filter (where not halves.is_first) as documents
+with chosen as (
+    select *
     from document_labels
+    where $labels is null or list_contains($labels, label)
+),
+
+measured as (
+    select
+        chosen.label,
+        count(*) filter (where not halves.is_first) as documents
+    from chosen
     inner join halves using (shard, doc)
-    where $labels is null or list_contains($labels, document_labels.label)
-    group by document_labels.label
+    group by chosen.label
 )
 
 select

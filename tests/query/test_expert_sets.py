@@ -58,7 +58,7 @@ def test_a_file_keeps_rows_statement_model_and_what_was_read(folder, tmp_path) -
             {"stack": "decoder", "layer": 4, "expert": 2, "picks": 4},
         ],
     }
-    assert (kept["model"], kept["sql"], kept["select"]) == (PRETRAINED, BY_LABEL, BY_LABEL)
+    assert (kept["model"], kept["sql"], kept["select"]) == (PRETRAINED, BY_LABEL, None)
     assert kept["run"]["plan_hash"] == "0"
     assert read_sets(path) == selected(folder, BY_LABEL)
 
@@ -203,7 +203,8 @@ def test_llama_cpp_omits_the_same_experts_in_every_layer(folder) -> None:
     assert written(run, rows((1, 2), (4, 2), (4, 0), (1, 0)), "llama.cpp") == "--omit-experts 0,2\n"
     for differing in (rows((1, 2), (4, 1)), rows((4, 1))):
         with pytest.raises(
-            ValueError, match=r"the same experts in every layer, and this set has .* layer 1, 1 in layer 4"
+            ValueError,
+            match=r"the same experts in every layer, and this set has .* in layer 1 and experts 1 in layer 4",
         ):
             written(run, differing, "llama.cpp")
 

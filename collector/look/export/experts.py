@@ -43,7 +43,7 @@ def written(run: Run, rows: Sequence[Mapping[str, Any]], to: Program) -> str:
     (first, own), *others = by_layer.items()
     if differing := [layer for layer, experts in others if experts != own]:
         raise ValueError(
-            f"llama.cpp omits the same experts in every layer, and this set has {_told(own)} in layer {first}, "
+            f"llama.cpp omits the same experts in every layer, and this set has {_told(own)} in layer {first} and "
             f"{_told(by_layer[differing[0]])} in layer {differing[0]}"
         )
     return f"--omit-experts {','.join(map(str, own))}\n"
@@ -61,4 +61,4 @@ def _by_layer(run: Run, rows: Sequence[Mapping[str, Any]], to: Program) -> dict[
 
 
 def _told(experts: Sequence[int]) -> str:
-    return ", ".join(map(str, experts)) or "none"
+    return f"experts {', '.join(map(str, experts))}" if experts else "no expert"
