@@ -85,6 +85,7 @@ class Experts:
 
 def _replace(path: Path, content: str) -> None:
     """Writes a file that appears as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     try:
         beside.write_text(content, encoding="utf-8")

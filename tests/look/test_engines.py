@@ -125,13 +125,15 @@ def test_what_an_engine_has_to_know_is_not_guessed(tmp_path) -> None:
     unknown = RunDirectory(write_run(tmp_path / "unknown", LAYERS[:1], [shard], compute=False))
     with pytest.raises(ValueError, match="a row for each layer of the model, and this run does not know how many"):
         export_placement(unknown, str(tmp_path / "out"), "sglang", Cluster(gpus=2))
-    some = write_run(tmp_path / "some", LAYERS[:1], [shard], compute=False)
-    info = json.loads((some / "run.json").read_text())
-    info["compute"] = components(LAYERS)
-    (some / "run.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match="layer 2 of the model was not recorded: collect without --layers"):
-        export_placement(RunDirectory(some), str(tmp_path / "out"), "vllm-ascend", Cluster(gpus=2))
+    some = write_run(tmp_path / "some", LAYERS[:1], [shard], compute=False, settings={"layers": [1]})
+    for parts in (None, components(LAYERS)):
+        info = json.loads((some / "run.json").read_text()) | {"compute": parts}
+        (some / "run.json").write_text(json.dumps(info))
+        with pytest.raises(ValueError, match="this run recorded some of them: collect without --layers"):
+            export_placement(RunDirectory(some), str(tmp_path / "out"), "vllm-ascend", Cluster(gpus=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some", "unknown"]
+    (some / "run.json").write_text(json.dumps(info | {"compute": components(LAYERS[:1])}))
+    export_placement(RunDirectory(some), str(tmp_path / "out"), "vllm-ascend", Cluster(gpus=2))
 
 
 @pytest.mark.parametrize(

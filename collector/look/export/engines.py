@@ -136,14 +136,13 @@ def _hidden_layers(run: Run, plan: PlacementPlan) -> int:
 
 def _require_all_routers(run: Run, plan: PlacementPlan) -> None:
     """Layers are counted, so none may be missing."""
-    if not run.has("components"):
+    if run.info["config"].get("layers") is None:
         return
-    routers = "select distinct layer from components where component = 'router' and stack = "
-    known = {layer for (layer,) in run.sql(f"{routers}'{plan.layers[0].token_stack}'").fetchall()}
-    if missing := sorted(known - {one.layer for one in plan.layers}):
+    routers = f"select layer from components where component = 'router' and stack = '{plan.layers[0].token_stack}'"
+    known = {layer for (layer,) in run.sql(routers).fetchall()} if run.has("components") else set()
+    if not known or known - {one.layer for one in plan.layers}:
         raise ValueError(
-            f"vLLM-Ascend counts the layers with experts, and layer {missing[0]} of the model was not recorded: "
-            "collect without --layers"
+            "vLLM-Ascend counts the layers with experts, and this run recorded some of them: collect without --layers"
         )
 
 

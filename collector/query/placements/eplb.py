@@ -1,8 +1,10 @@
 """Computes which GPU holds which expert, by the algorithm of DeepSeek's expert-parallelism load balancer (EPLB).
 
 The algorithm is that of `rebalance_experts` in github.com/deepseek-ai/EPLB, written anew in numpy: it gives the same
-placements. A layer has E logical experts and P physical ones, the slots that GPUs hold; an expert with several slots is
-replicated, and its load is divided evenly among them. All layers are placed at once, each by its own loads.
+placements. Among equal loads the first comes first, where EPLB leaves their order to torch, so that it may number
+replicas of one expert otherwise. A layer has E logical experts and P physical ones, the slots that GPUs hold; an expert
+with several slots is replicated, and its load is divided evenly among them. All layers are placed at once, each by its
+own loads.
 
 Axes: L layers (or any other rows of loads), E experts, P slots, N items to pack.
 """
