@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from collector.commands.collect import Collect, Intervene, Status, give_watch_its_seconds
+from collector.commands.experts import Experts
 from collector.commands.look import Explore, Profile, Show, Trace
 from collector.commands.models import Models, Quantize
 from collector.commands.publish import Export, Report
@@ -45,6 +46,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "trace": Trace,
     "explore": Explore,
     "export": Export,
+    "experts": Experts,
     "report": Report,
     "quantize": Quantize,
     "models": Models,

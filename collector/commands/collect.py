@@ -56,14 +56,15 @@ class Intervene:
     Arms are rows with the columns arm, layer, expert, operation and, where they matter, stack and value: a CSV file, a
     SQL file over the views of the run, or one of queries/arms/ by its name: every_expert, language_experts,
     super_experts, most_loaded, dead. Columns label, token_class and position limit an arm to some documents or tokens.
-    Operations are those of `collector trace --edit`. Any edit costs something: --controls tells what an arm does from
-    what other experts would do in its place.
+    Operations are those of `collector trace --edit`. A JSON file of `collector experts --save` has an arm for each of
+    its sets, which drops the experts. Any edit costs something: --controls tells what an arm does from what other
+    experts would do in its place.
     """
 
     run_: RunPath
     """The run whose documents and model are used: a local path or the URL of an object store."""
     arms: str
-    """A file that ends with .csv or .sql, or the name of one of queries/arms/."""
+    """A file that ends with .csv, .sql or .json, or the name of one of queries/arms/."""
     out: str
     """The run directory to write."""
     controls: int = 0

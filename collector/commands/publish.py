@@ -13,7 +13,32 @@ import tyro
 from collector.commands.arguments import RunPath
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from collector.look.export.engines import Engine
+    from collector.store.run_directory import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacementOptions:
+    """What a placement of experts is for: the engine's GPUs and its traffic."""
+
+    gpus: int | None = None
+    """GPUs that hold the experts of a layer; needed by the formats of serving engines."""
+    nodes: int = 1
+    """Machines, each with as many of the GPUs."""
+    groups: int = 1
+    """Groups of experts, for models whose routers choose groups first; if they divide evenly among the nodes, a group
+    stays on one node."""
+    replicas: int | None = None
+    """Experts in all that the GPUs hold of each layer, replicas included (default: as many as the layer has, rounded up
+    to a multiple of the GPUs)."""
+    mix: str | None = None
+    """Shares of labels in the traffic, such as eng_Latn=0.7,kor_Hang=0.3 (default: all documents as they are)."""
+    stack: str | None = None
+    """The routers to place, where a run has those of several stacks."""
+    include_special: bool = False
+    """Also count the special tokens that the tokenizer added."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,35 +47,69 @@ class Export:
 
     hf: a folder to push to the Hugging Face hub, with a dataset card. delta: a Delta table per table. csv: a CSV file
     per table. A run is as private as its text: publish it only if you may publish the text.
+
+    eplb, sglang, vllm-ascend: where a serving engine best puts the experts, by how often the run's documents, or a mix
+    of their labels, choose them: `collector export RUN OUT --to sglang --gpus 8 --mix eng_Latn=0.7,kor_Hang=0.3`.
     """
 
     run_: RunPath
     """The run directory: a local path or the URL of an object store."""
     out: tyro.conf.Positional[str]
     """The folder to write, new or empty."""
-    to: Literal["hf", "delta", "csv"]
+    to: Literal["hf", "delta", "csv", "eplb", "sglang", "vllm-ascend"]
     """Format of the export."""
     gzip: bool = False
     """Compress the CSV files."""
     partial: bool = False
     """Also accept an incomplete run, and export the shards committed so far."""
+    placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = dataclasses.field(default_factory=PlacementOptions)
 
     def __post_init__(self) -> None:
-        """Rejects `--gzip` for formats that are compressed already."""
+        """Rejects options of other formats, and a placement without GPUs."""
         if self.gzip and self.to != "csv":
-            raise ValueError(f"--gzip is for --to csv; the Parquet files of --to {self.to} are compressed")
+            raise ValueError(f"--gzip is for --to csv, not --to {self.to}")
+        if self.to in ("hf", "delta", "csv"):
+            given = [field.name for field in dataclasses.fields(PlacementOptions)
+                     if getattr(self.placement, field.name) != field.default]  # fmt: skip
+            if given:
+                flag = given[0].replace("_", "-")
+                raise ValueError(f"--{flag} is for --to eplb, sglang and vllm-ascend, not --to {self.to}")
+        elif self.placement.gpus is None:
+            raise ValueError(f"--to {self.to} needs --gpus, the number of GPUs that hold the experts of a layer")
 
     def run(self) -> int:
         """Writes the folder and prints its contents."""
-        from collector.look.export import export
         from collector.query import warehouse
         from collector.store.run_directory import RunDirectory
 
         with warehouse.one_line_errors():
-            done = export(RunDirectory(self.run_), self.out, self.to, gzip=self.gzip, partial=self.partial)
-        sys.stdout.writelines(f"{rows:>15,}  {table}\n" for table, rows in done.rows.items())
-        sys.stdout.write(f"{self.out}: {done.bytes:,} bytes\n")
+            if self.to in ("hf", "delta", "csv"):
+                from collector.look.export import export
+
+                done = export(RunDirectory(self.run_), self.out, self.to, gzip=self.gzip, partial=self.partial)
+                self._say(done.bytes, [f"{rows:>15,}  {table}" for table, rows in done.rows.items()])
+            elif self.to in ("eplb", "sglang", "vllm-ascend"):
+                self._place(RunDirectory(self.run_), self.to)
         return 0
+
+    def _say(self, size: int, lines: Sequence[str]) -> None:
+        sys.stdout.writelines(f"{line}\n" for line in (*lines, f"{self.out}: {size:,} bytes"))
+
+    def _place(self, run: RunDirectory, engine: Engine) -> None:
+        from collector.look.export import engine_card
+        from collector.look.export.engines import export_placement
+        from collector.query.placements.eplb import Cluster
+        from collector.query.traffic import read_mix
+
+        asked = self.placement
+        assert asked.gpus is not None, "checked when the command was parsed"
+        plan, size = export_placement(
+            run, self.out, engine,
+            Cluster(gpus=asked.gpus, nodes=asked.nodes, groups=asked.groups, replicas=asked.replicas),
+            stack=asked.stack, mix=None if asked.mix is None else read_mix(asked.mix),
+            include_special=asked.include_special, partial=self.partial,
+        )  # fmt: skip
+        self._say(size, ["balancedness of the GPUs in held-out documents", engine_card.table(plan)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

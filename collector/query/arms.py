@@ -1,11 +1,9 @@
 """Reads the arms of an intervention: sets of edits of the routing, from a file or by name.
 
-A file is CSV, or SQL over the views of the run whose experts are edited. Its rows are edits: `arm` (the name of the
-set), `layer`, `expert`, `operation`, and optionally `stack` (default decoder), `value`, and what they are limited to:
-`label`, `token_class`, `position`. Named arms are the SQL files of `queries/arms/`.
-
-SQL may also read answers: any query by its name, with its defaults, and `specialization_test`, the rows of
-`collector test`.
+A file is CSV, or SQL over the views of the run whose experts are edited, and over answers (see `expert_sql`). Its rows
+are edits: `arm` (the name of the set), `layer`, `expert`, `operation`, and optionally `stack` (default decoder),
+`value`, and what they are limited to: `label`, `token_class`, `position`. Named arms are the SQL files of
+`queries/arms/`. A JSON file holds sets of experts (see `expert_sets`), of which each is an arm that drops them.
 """
 
 from __future__ import annotations
@@ -16,25 +14,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import duckdb
-import numpy as np
-
 from collector.models.edits import Arm, Edit, read, tell
-from collector.query.catalog import list_queries, query_folder
-from collector.query.document_counts import document_counts
-from collector.query.inference import specialization_test
-from collector.query.selection import half
+from collector.query.expert_sets import read_sets
+from collector.query.expert_sql import TEST, named_arms, named_sql, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    import pyarrow as pa
-
-    from collector.query.document_counts import DocumentCounts
     from collector.query.warehouse import Run
 
-TEST = "specialization_test"
-_ALL_ROWS = 2**31 - 1
 _NEEDED = ("arm", "layer", "expert", "operation")
 _OPTIONAL = ("stack", "value", "label", "token_class", "position")
 
@@ -44,71 +32,34 @@ def read_arms(run: Run, source: str, *, split: bool = False) -> list[Arm]:
 
     Args:
         run: whose views SQL reads.
-        source: a file that ends with .csv or .sql, or the name of one in `queries/arms/`.
+        source: a file that ends with .csv, .sql or .json, or the name of one in `queries/arms/`.
         split: whether `specialization_test` reads the first half of the documents only, see `selection`.
 
     Raises:
         FileNotFoundError: there is no such file or name.
-        ValueError: the SQL or an edit is invalid, the rows lack a column or are none, or there is nothing that could
-            read a half.
+        ValueError: the SQL or an edit is invalid, the rows lack a column or are none, sets are of another model or of
+            experts that the run does not have, or there is nothing that could read a half.
     """
-    path = Path(source)
-    answers: dict[str, pa.Table] = {}
-    if path.suffix == ".csv":
-        rows = _csv_rows(path)
+    answers: set[str] = set()
+    if source.endswith(".json"):
+        arms = read_sets(Path(source)).arms_for(run)
+    elif source.endswith(".csv"):
+        arms = _grouped(_csv_rows(Path(source)), source)
     else:
-        statement = _statement(source).rstrip().rstrip(";")
-        answers = _answers(run, statement, split=split)
-        relation = run.sql(statement, answers)
-        columns = [name.lower() for name in relation.columns]
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"--arms {source}: two columns are called {max(columns, key=columns.count)}")
-        rows = [dict(zip(columns, row, strict=True)) for row in relation.fetchall()]
-    if split and TEST not in {name.lower() for name in answers}:
+        rows, answers = rows_of(run, _statement(source), f"--arms {source}", split=split)
+        arms = _grouped(rows, source)
+    if split and TEST not in answers:
         raise ValueError(f"--split tests experts in half of the documents, and --arms {source} does not read {TEST}")
-    return _grouped(rows, source)
-
-
-def named_arms() -> list[str]:
-    """Returns the names of the arms in `queries/arms/`."""
-    return sorted(path.stem for path in (query_folder() / "arms").glob("*.sql"))
+    return arms
 
 
 def _statement(source: str) -> str:
-    path = Path(source) if source.endswith(".sql") else query_folder() / "arms" / f"{source}.sql"
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(source).read_text(encoding="utf-8") if source.endswith(".sql") else named_sql(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"--arms {source}: no such file; name a CSV or SQL file, or one of {', '.join(named_arms())}"
+            f"--arms {source}: no such file; name a CSV, SQL or JSON file, or one of {', '.join(named_arms())}"
         ) from error
-
-
-def _answers(run: Run, statement: str, *, split: bool) -> dict[str, pa.Table]:
-    """The answers that a statement reads."""
-    found: dict[str, pa.Table] = {}
-    queries = {query.name: query for query in list_queries() if not query.of_two_runs}
-    try:
-        with duckdb.connect() as parser:  # an empty one, which follows no view
-            written = parser.get_table_names(statement)
-    except duckdb.Error:  # which `Run.sql` explains
-        written = set()
-    for each in sorted(written):
-        name = each.lower()
-        if name == TEST:
-            counts = document_counts(run)
-            found[each] = specialization_test(_first_half(run, counts) if split else counts)
-        elif name in queries:
-            every = {"top": _ALL_ROWS} if "top" in {param.name for param in queries[name].params} else {}
-            found[each] = run.query(name, **every).to_arrow_table()
-    return found
-
-
-def _first_half(run: Run, counts: Iterable[DocumentCounts]) -> Iterable[DocumentCounts]:
-    documents = half(run, first=True)
-    for one in counts:
-        places = zip(one.shard_D.tolist(), one.doc_D.tolist(), strict=True)
-        yield one.of(np.array([place in documents for place in places], bool))
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:

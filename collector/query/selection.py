@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 
 
 ALL = "from documents"
-_HALVES = """
-select shard, doc, row_number() over (partition by label order by shard, doc) % 2 = 1 as is_first
-from documents
-"""
 
 
 def half(run: Run, *, first: bool) -> set[tuple[int, int]]:
     """Returns shard and number of the documents of one half."""
-    return {(shard, doc) for shard, doc, is_first in run.sql(_HALVES).fetchall() if is_first == first}
+    return {(shard, doc) for shard, doc, is_first in run.sql("from halves").fetchall() if is_first == first}
 
 
 def selected_rows(

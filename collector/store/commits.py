@@ -7,6 +7,7 @@ another program wrote, raises `DamagedRecordError`; it is never read as another 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -104,3 +105,19 @@ class Commit:
             reason: Skipped(count=s["count"], examples=tuple(s["examples"])) for reason, s in fields["skipped"].items()
         }
         return cls(**fields)
+
+
+class Attempts:
+    """Identifies the data that counts: a digest of the attempts of commit records, added in the order of shards."""
+
+    def __init__(self, of: str = "") -> None:
+        """Begins the digest with what else it depends on."""
+        self._hash = hashlib.sha256(of.encode())
+
+    def add(self, commit: Commit) -> None:
+        """Adds the next commit."""
+        self._hash.update(f"{commit.shard} {commit.attempt}\n".encode())
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of the commits added so far."""
+        return self._hash.hexdigest()

@@ -8,7 +8,8 @@ import pytest
 from collector import open_run, prepare_intervention
 from collector.config import CaptureConfig, DataConfig, ModelConfig, section
 from collector.models.edits import parse_arm, tell_arm
-from collector.query.arms import named_arms, read_arms
+from collector.query.arms import read_arms
+from collector.query.expert_sql import named_arms
 from collector.query.selection import half
 from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
@@ -268,7 +269,7 @@ def test_arms_are_checked_before_there_is_a_run(run, tmp_path, rows, message) ->
 
 def test_an_unknown_name_lists_those_there_are(counted) -> None:
     with pytest.raises(
-        FileNotFoundError, match="--arms nobody: no such file; name a CSV or SQL file, or one of dead, every"
+        FileNotFoundError, match="--arms nobody: no such file; name a CSV, SQL or JSON file, or one of dead, every"
     ):
         read_arms(counted, "nobody")
 

@@ -106,3 +106,41 @@ def test_without_stored_probabilities_there_is_no_loss(tmp_path: Path) -> None:
     shard = Shard.of_picks(layers, documents=[("en", 1)], experts={0: [[0, 1]]})
     run = open_run(write_run(tmp_path / "run", layers, [shard]))
     assert "load_balance_loss" not in {row[0] for row in run.query("load_balance").fetchall()}
+
+
+@few_examples
+@given(
+    random=random_runs(), include_special=st.booleans(), by_layer=st.booleans(), gpus=st.integers(1, 5),
+    more=st.none() | st.integers(0, 3),
+)  # fmt: skip
+def test_plans_serve_other_labels_as_in_numpy(random, include_special, by_layer, gpus, more) -> None:
+    layers, shards = random
+    most = -(-max(one.n_experts for one in layers) // gpus)
+    size = {"gpus": gpus, "replicas": None if more is None else (most + more) * gpus}
+    decided = decisions(layers, shards, include_special=include_special)
+    with opened(layers, shards) as run:
+        found = run.query("plan_transfer", **size, by_layer=by_layer, include_special=include_special).fetchall()
+    expected = load.plan_transfer(decided, halves(shards), **size, by_layer=by_layer)
+    if not by_layer:  # layers of one stack see the same tokens, so their mean is n
+        assert all(values[2] == int(values[2]) for values in expected.values())
+    assert_same({row[:5]: row[5:] for row in found}, expected)
+
+
+def halves(shards: list[Shard]) -> dict[tuple[int, int], bool]:
+    """Of each label's documents every other one is in the first half."""
+    before: dict[str, int] = {}
+    found = {}
+    for number, shard in enumerate(shards):
+        for doc, (label, _) in enumerate(shard.documents):
+            found[number, doc] = before.get(label, 0) % 2 == 0
+            before[label] = before.get(label, 0) + 1
+    return found
+
+
+def test_a_plan_that_gpus_cannot_hold_is_refused(indifferent: Run) -> None:
+    with pytest.raises(
+        ValueError, match="9 replicas in all cannot hold 7 experts evenly on 4 gpus: take a multiple of 4"
+    ):
+        indifferent.query("plan_transfer", gpus=4, replicas=9)
+    with pytest.raises(ValueError, match="gpus must be at least 1, got 0"):
+        indifferent.query("plan_transfer", gpus=0)

@@ -66,6 +66,14 @@ def test_an_id_that_names_several_documents_or_none(tmp_path, capsys) -> None:
     assert capsys.readouterr().err == "no document has the id none\n"
 
 
+def test_a_label_with_a_single_document_is_served_by_no_placement(tmp_path) -> None:
+    run = made(tmp_path)
+    assert {row[3] for row in run.query("plan_transfer").fetchall()} == {"en"}
+    (remark,) = run.remarks("plan_transfer")
+    assert remark.startswith("1 labels have no document apart from those that place their experts, first ko")
+    assert run.remarks("plan_transfer", labels="en") == []
+
+
 def test_groups_of_tokens_have_no_characters(tmp_path) -> None:
     made(tmp_path)
     assert open_run(tmp_path / "run").remarks("fertility") == []

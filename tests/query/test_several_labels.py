@@ -46,7 +46,8 @@ HAVE_POOLED = [
     "router_stats",
 ]
 """importance_agreement has it, too, and still compares labels: experts that few of them choose are selective."""
-OTHER = ["expert_map", "expert_profile", "token_trace", "weight_similarity"]
+OTHER = ["expert_map", "expert_profile", "plan_transfer", "token_trace", "weight_similarity"]
+"""plan_transfer halves the documents of each set of labels, so that no document is in both halves."""
 
 
 def documents() -> list[Shard]:

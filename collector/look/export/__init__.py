@@ -4,24 +4,23 @@ Guarantees: a row is exported once if a commit record names its file, and not at
 with the run; the folder appears as a whole, under its name, or not at all. A run on an object store is read in place;
 the folder is always local. An incomplete run must be requested explicitly. Nothing is published: a run is as private as
 its text, and each folder contains a card that says so.
+
+`engines` exports what a serving engine wants of a run instead: a placement of its experts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shutil
-import uuid
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from collector.capture.recorders import table_names
 from collector.look.export import card, hub, streams
+from collector.look.export.folders import built_beside, new_folder, size_of
 from collector.query.warehouse import open_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from collector.store.run_directory import RunDirectory
 
@@ -57,11 +56,11 @@ def export(directory: RunDirectory, out: str, to: Format, *, gzip: bool = False,
             commit records promise.
         StoreError: the object store refuses or does not answer.
     """
-    target = _new_folder(out)
+    target = new_folder(out)
     run = open_run(directory.root)
     if not run.complete and not partial:
         raise ValueError(f"{directory.root} is incomplete; --partial exports what is committed so far")
-    with _built_beside(target) as folder:
+    with built_beside(target) as folder:
         if to == "hf":
             rows = hub.write(directory, run, folder)
         elif to == "delta":
@@ -72,29 +71,8 @@ def export(directory: RunDirectory, out: str, to: Format, *, gzip: bool = False,
             _check(rows, directory, table_names(run.info))
         text = card.write(directory, run, rows, hub.front_matter(run, rows) if to == "hf" else "")
         (folder / card.NAME).write_text(text, encoding="utf-8")
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        size = size_of(folder)
     return Exported(rows=rows, bytes=size)
-
-
-def _new_folder(out: str) -> Path:
-    if "://" in out:
-        raise ValueError(f"an export goes to a local folder, got {out}; copy that to the store with its own client")
-    target = Path(out).absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder: give another one, or remove it")
-    return target
-
-
-@contextlib.contextmanager
-def _built_beside(target: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to `target`; renames it to `target` at the end, or removes it after an error."""
-    folder = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(rows: Mapping[str, int], directory: RunDirectory, tables: tuple[str, ...]) -> None:

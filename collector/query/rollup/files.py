@@ -10,17 +10,17 @@ published before the assignments, so an interrupted rollup does not count as one
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from collector.store.commits import Attempts
 from collector.store.run_directory import ROLLUP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from collector.store.run_directory import Commit, RunDirectory
+    from collector.store.run_directory import RunDirectory
 
 DOCUMENTS, LABELS = "document_rollup", "label_rollup"
 """Relations under which the views read the two files."""
@@ -56,19 +56,16 @@ SCHEMAS = {
 """Schema by relation; the views `document_counts` and `assignments` describe the columns."""
 
 
-class Covered:
+class Covered(Attempts):
     """Computes the names of a rollup from the commits that it covers, added in the order of shards."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256(f"rollup layout {_LAYOUT}\n".encode())
-
-    def add(self, commit: Commit) -> None:
-        """Adds the next commit."""
-        self._hash.update(f"{commit.shard} {commit.attempt}\n".encode())
+        """Starts without commits."""
+        super().__init__(f"rollup layout {_LAYOUT}\n")
 
     def names(self) -> dict[str, str]:
         """Returns the file names, by relation, of a rollup of the added commits."""
-        digest = self._hash.hexdigest()[:16]
+        digest = self.digest()[:16]
         return {DOCUMENTS: f"{ROLLUP}/documents-{digest}.parquet", LABELS: f"{ROLLUP}/assignments-{digest}.parquet"}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,3 +54,48 @@ def expert_load(found: Sequence[Decision], *, threshold: float) -> dict:
 
 def _random_union(one, tokens: int) -> float:
     return 1 - (1 - one.top_k / one.n_experts) ** tokens
+
+
+def plan_transfer(found: Sequence[Decision], halves: dict, *, gpus: int, replicas: int | None, by_layer: bool) -> dict:
+    """`halves` says of each (shard, doc) whether it is in the first half of its label's documents."""
+    rows: dict[tuple, list[tuple[float, ...]]] = {}
+    for one, decided in by_router(found).items():
+        slots = replicas or math.ceil(one.n_experts / gpus) * gpus
+        loads: dict[bool, dict[str, list[int]]] = {True: {}, False: {}}
+        for (first, label), own in grouped(decided, lambda d: (halves[d.shard, d.doc], d.label)).items():
+            picked = [expert for d in own for expert in d.experts]
+            loads[first][label] = [picked.count(expert) for expert in range(one.n_experts)]
+        plans = {label: eplb(load, gpus, slots) for label, load in loads[True].items()}
+        size = slots // gpus
+        in_order = [[(gpu * size + i) % one.n_experts for i in range(size)] for gpu in range(gpus)]
+        for label, load in loads[False].items():
+            for planned_for, plan in plans.items():
+                value, own, baseline = (_balancedness(load, each) for each in (plan, plans[label], in_order))
+                key = ("balancedness", one.stack, one.layer if by_layer else None, label, planned_for)
+                rows.setdefault(key, []).append((value, baseline, sum(load) / one.top_k, own, own - value))
+    mean = {key: [sum(column) / len(column) for column in zip(*values, strict=True)] for key, values in rows.items()}
+    return {key: tuple(values) for key, values in mean.items()}
+
+
+def eplb(load: Sequence[float], gpus: int, slots: int) -> list[list[int]]:
+    """The experts of each GPU, one decision at a time: EPLB without groups."""
+    replicas = [1] * len(load)
+    held = list(range(len(load)))
+    while len(held) < slots:
+        heaviest = max(range(len(load)), key=lambda e: load[e] / replicas[e])
+        held.append(heaviest)
+        replicas[heaviest] += 1
+    if slots == gpus:
+        return [[expert] for expert in held]
+    experts, sums = [[] for _ in range(gpus)], [0.0] * gpus
+    for expert in sorted(held, key=lambda e: -load[e] / replicas[e]):
+        lightest = min((gpu for gpu in range(gpus) if len(experts[gpu]) < slots // gpus), key=sums.__getitem__)
+        experts[lightest].append(expert)
+        sums[lightest] += load[expert] / replicas[expert]
+    return experts
+
+
+def _balancedness(load: Sequence[float], experts: Sequence[Sequence[int]]) -> float:
+    replicas = Counter(itertools.chain(*experts))
+    sums = [sum(load[expert] / replicas[expert] for expert in own) for own in experts]
+    return sum(sums) / len(sums) / max(sums)
