@@ -60,7 +60,8 @@ class _Step:
     def batch(self, table: batches.TokenTable) -> batches.Batch:
         """The pass with the slots of its tokens in the finished texts."""
         start_b, count_b = table.starts[self.documents_b] + self.first_b, self.mask_bs.sum(axis=1)
-        slots = np.concatenate([np.arange(start, start + count) for start, count in zip(start_b, count_b, strict=True)])
+        within = np.arange(count_b.sum()) - np.repeat(count_b.cumsum() - count_b, count_b)
+        slots = np.repeat(start_b, count_b) + within
         return batches.Batch(input_ids=self.ids_bs, attention_mask=self.mask_bs, slots=slots)
 
 
@@ -109,12 +110,9 @@ class Generation:
         """
         prompts, passes = tokens[_STACK], Passes()
         numbers_dn = random_numbers(names, self._most, self.seed) if self.config.temperature else None
-        lengths = np.where(prompts.lengths > 0, prompts.lengths + self._most, 0)
-        assert self.config.tokens_per_batch is not None, "resolved before a replica exists"
-        packed = batches.pack(lengths[:, None], self.config.tokens_per_batch) if lengths.any() else []
         written = list(
             in_halves(
-                packed, lambda documents: self._write(prompts, documents, numbers_dn), passes,
+                self._packed(prompts), lambda documents: self._write(prompts, documents, numbers_dn), passes,
                 lambda document: f"{prompts.lengths[document]} tokens with an answer of up to {self._most}",
                 f"a lower --generate (now {self._most}) or --max-length (now {self.config.max_length})",
             )
@@ -129,6 +127,13 @@ class Generation:
             passes.padded_tokens += step.ids_bs.size
         placing.conclude(self.capture.conclude())
         return texts, placing, passes
+
+    def _packed(self, prompts: batches.TokenTable) -> list[NDArray[np.int64]]:
+        """The documents of each batch; nothing can be written after no token at all."""
+        assert self.config.tokens_per_batch is not None, "resolved before a replica exists"
+        documents = np.flatnonzero(prompts.lengths)
+        packed = batches.pack(prompts.lengths[documents] + self._most, self.config.tokens_per_batch)
+        return [documents[places] for places in packed]
 
     @property
     def _most(self) -> int:

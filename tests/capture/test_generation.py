@@ -99,3 +99,10 @@ def test_random_numbers_are_those_of_the_name_and_the_seed():
     assert not np.intersect1d(numbers[0], random_numbers(["a"], 1000, seed=4)).size
     assert (numbers[0, :10] == random_numbers(["a"], 10, seed=3)).all()
     assert abs(numbers.mean() - 0.5) < 0.03
+
+
+def test_nothing_is_written_after_no_token_at_all(demo_model, head, prompts):
+    table, written, whole = write(demo_model.model, [[], prompts[0], []], head=head, generate=3)
+    assert (table.lengths - table.prompt_lengths).tolist() == [0, 3, 0]
+    assert table.stopped.tolist() == [False, False, False]
+    assert_same_routing(written, whole)
