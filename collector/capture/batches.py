@@ -227,11 +227,11 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], tokens_per_batch: int) -> l
 
     Returns:
         Document indices per batch, longest documents first, so that a batch that does not fit into
-        memory fails at once and not after hours.
+        memory fails at once and not after hours. Documents without tokens are in none.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     lengths = lengths[:, None] if lengths.ndim == 1 else lengths
-    order = np.argsort(-lengths.sum(1), kind="stable")
+    order = np.argsort(-lengths.sum(1), kind="stable")[: np.count_nonzero(lengths.sum(1))]
     widths = lengths[order]
     n = len(order)
     cost = np.full(n + 1, np.inf)

@@ -131,9 +131,8 @@ class Generation:
     def _packed(self, prompts: batches.TokenTable) -> list[NDArray[np.int64]]:
         """The documents of each batch; nothing can be written after no token at all."""
         assert self.config.tokens_per_batch is not None, "resolved before a replica exists"
-        documents = np.flatnonzero(prompts.lengths)
-        packed = batches.pack(prompts.lengths[documents] + self._most, self.config.tokens_per_batch)
-        return [documents[places] for places in packed]
+        lengths = np.where(prompts.lengths > 0, prompts.lengths + self._most, 0)
+        return batches.pack(lengths, self.config.tokens_per_batch)
 
     @property
     def _most(self) -> int:

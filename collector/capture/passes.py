@@ -153,7 +153,7 @@ class ForwardPasses:
         """The documents of each batch."""
         assert self.config.tokens_per_batch is not None, "resolved before a replica exists"
         lengths = np.stack([table.lengths for table in tokens.values()], axis=1)
-        return batches.pack(lengths, self.config.tokens_per_batch) if lengths.any() else []
+        return batches.pack(lengths, self.config.tokens_per_batch)
 
     def _pass(
         self, tokens: dict[str, batches.TokenTable], documents: NDArray[np.int64]
