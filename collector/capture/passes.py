@@ -13,7 +13,7 @@ import dataclasses
 import time
 from collections import deque
 from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,16 @@ class Passes:
     batches: int = 0
     padded_tokens: int = 0
     halved: int = 0
+
+
+class Results(Protocol):
+    """What the recorders kept of one pass, perhaps still on its way."""
+
+    def wait(self) -> list[list[Any]]:
+        """Blocks until it is there; by recorder, what each of its hooks kept."""
+
+    def release(self) -> None:
+        """Says that it has been read."""
 
 
 class Here(Executor):
@@ -74,7 +84,7 @@ class Placing:
         self._recordings = [recorder.start(tokens) for recorder in recorders]
         self.seconds += time.perf_counter() - started
 
-    def _put(self, batch: dict[str, batches.Batch], captured: Captured) -> None:
+    def _put(self, batch: dict[str, batches.Batch], captured: Results) -> None:
         results = captured.wait()
         started = time.perf_counter()
         for recording, kept in zip(self._recordings, results, strict=True):
@@ -82,7 +92,7 @@ class Placing:
         captured.release()
         self.seconds += time.perf_counter() - started
 
-    def add(self, batch: dict[str, batches.Batch], captured: Captured) -> None:
+    def add(self, batch: dict[str, batches.Batch], captured: Results) -> None:
         """Hands over a batch; waits while there are more than `AHEAD`."""
         self._waiting.append(self._thread.submit(self._put, batch, captured))
         while len(self._waiting) > AHEAD:

@@ -50,7 +50,7 @@ def _generation_config(config: ModelConfig) -> Any:
     from transformers import GenerationConfig
 
     try:
-        found = GenerationConfig.from_pretrained(locations.resolve(config), revision=config.revision)
+        found = GenerationConfig.from_pretrained(locations.resolve(config), revision=config.revision or "main")
     except OSError:  # few checkpoints have none
         return None
     return found.eos_token_id
