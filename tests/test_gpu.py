@@ -9,9 +9,10 @@ import torch
 from collector.capture import batches
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
 from collector.fleet import driver
-from collector.models import loading
+from collector.models import heads, loading
 from collector.models.routers import find_routers
 from tests.helpers.capturing import router_capture
+from tests.helpers.generating import assert_same_routing, write
 from tests.helpers.runs import collect_here, content, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -67,6 +68,18 @@ def test_a_quantized_run_through_ray(tmp_path):
     memory = run.read_json("run.json")["memory"]
     assert memory["treatments"]["nf4"]["parameters"] > memory["treatments"]["bfloat16"]["parameters"]
     assert memory["compute_dtype"] == "bfloat16"
+
+
+def test_what_a_gpu_writes_is_routed_like_the_text_read_as_a_whole():
+    config = ModelConfig(dtype="float32")
+    loaded = loading.load(config, "cuda")
+    prompts = [loaded.tokenizer(text).input_ids for text in ("The capital of France is", "서울은", "I")]
+    table, written, whole = write(
+        loaded.model, prompts, head=heads.load_head(config, loaded), stop_ids=range(0, 8000, 20), generate=16,
+        tokens_per_batch=1024, temperature=1.0,
+    )  # fmt: skip
+    assert (table.lengths > table.prompt_lengths).all()
+    assert_same_routing(written, whole, rounding=1e-4)
 
 
 def test_a_captured_pass_never_waits_for_the_device():
