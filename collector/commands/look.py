@@ -24,7 +24,7 @@ class Show:
     labels: tuple[str, ...] | None = None
     """Labels to show (default: all)."""
     by: str = "label"
-    """What to group by: label (as recorded), source, script, length, position, token_class or span."""
+    """What to group by: label (as recorded), source, script, length, position, token_class, span, role or phase."""
 
     def run(self) -> int:
         """Prints the table."""

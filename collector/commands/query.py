@@ -35,7 +35,7 @@ class Query:
     """List the queries. With --format markdown the list is their complete documentation.
     Given RUN and --beside OTHER, two runs of the demo, it also contains example rows of each query."""
     by: str = "label"
-    """What to group by: label (as recorded), source, script, length, position, token_class or span."""
+    """What to group by: label (as recorded), source, script, length, position, token_class, span, role or phase."""
     format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
     """Format of the rows on standard output."""
     interval: float | None = None
@@ -134,7 +134,7 @@ class Sql:
     statement: tyro.conf.Positional[str]
     """For example: select label, count(*) from documents group by all."""
     by: str = "label"
-    """What to group by: label (as recorded), source, script, length, position, token_class or span."""
+    """What to group by: label (as recorded), source, script, length, position, token_class, span, role or phase."""
     format: RowFormat = "table"
     """Format of the rows on standard output."""
 

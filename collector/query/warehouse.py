@@ -214,7 +214,7 @@ def open_run(
     Args:
         root: the run directory: a path, or the URL that it was collected to.
         by: what `label` means in all views and queries: the recorded label, or a grouping of
-            `queries/groupings/`: source, script, length, position, token_class or span.
+            `queries/groupings/`: source, script, length, position, token_class, span, role or phase.
         rollup: whether to read counts from the run's rollup if there is a current one.
         memory_limit: maximum memory of DuckDB, for example 4GB (default: 80 % of the machine's memory); what does not
             fit spills to the folder for temporary files.

@@ -263,7 +263,7 @@ def test_a_run_without_a_commit_has_no_groups(tmp_path, by) -> None:
 
 
 def test_an_unknown_grouping_names_the_choices(folder) -> None:
-    with pytest.raises(ValueError, match="no grouping 'sauce'; runs are grouped by label, length, position, script, "):
+    with pytest.raises(ValueError, match="no grouping 'sauce'; runs are grouped by label, length, phase, position, role, "):
         open_run(folder, by="sauce")
 
 
@@ -285,7 +285,7 @@ def test_a_run_of_an_earlier_version_has_no_spans(tmp_path) -> None:
 
 
 def test_headers_tell_everything() -> None:
-    assert GROUPINGS == ["length", "position", "script", "source", "span", "token_class"]
+    assert GROUPINGS == ["length", "phase", "position", "role", "script", "source", "span", "token_class"]
     for name in GROUPINGS:
         grouping = find_grouping(name)
         header = read_header(grouping.sql)
