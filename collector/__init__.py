@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collector.query.comparison import open_runs
     from collector.query.document_counts import document_counts
     from collector.query.interventions import prepare_intervention
+    from collector.query.sweeps import open_sweep
     from collector.query.warehouse import committed_files, open_run
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "list_queries",
     "open_run",
     "open_runs",
+    "open_sweep",
     "prepare_intervention",
 ]
 
@@ -44,6 +46,7 @@ _FUNCTIONS = {
     "list_queries": "collector.query.catalog",
     "open_run": "collector.query.warehouse",
     "open_runs": "collector.query.comparison",
+    "open_sweep": "collector.query.sweeps",
     "prepare_intervention": "collector.query.interventions",
 }
 _MODULES = {"inference": "collector.query.inference"}
