@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig, RunConfig
     from collector.store.run_directory import RunDirectory
 
+    Collect = Callable[[str, RunConfig, PartOf], RunDirectory]
+
 __all__ = ["Choice", "Sweeping", "collect"]
 
 IN_VAIN = 2
@@ -78,8 +80,8 @@ class Sweeping:
     """One launch of a sweep."""
 
     def __init__(
-        self, root: str, config: RunConfig, choice: Choice, collect_one: Callable[[str, RunConfig, PartOf], RunDirectory],
-        say: Callable[[str], None], *, max_rejected: float = 1.0,
+        self, root: str, config: RunConfig, choice: Choice, collect_one: Collect, say: Callable[[str], None], *,
+        max_rejected: float = 1.0,
     ) -> None:  # fmt: skip
         """Starts nothing yet.
 
@@ -143,7 +145,7 @@ class Sweeping:
             return str(error)
         self.tokenizers.require_same(checkpoint, fingerprint)
         try:
-            part_of = PartOf(plan=self.plan, rows=None, told={})
+            part_of = PartOf(plan=self.plan)
             run = self.collect_one(self.directory.run(checkpoint).root, settings_of(self.config, checkpoint), part_of)
         except StoreError:
             raise

@@ -133,8 +133,8 @@ class Tokenizers:
             self.first = {"checkpoint": checkpoint.name, "fingerprint": fingerprint}
         if fingerprint != self.first["fingerprint"]:
             raise ValueError(
-                f"the tokenizers of {self.first['checkpoint']} and {checkpoint.name} differ, so their routing cannot be "
-                "compared token by token: sweep over checkpoints with one tokenizer (--revisions)"
+                f"the tokenizers of {self.first['checkpoint']} and {checkpoint.name} differ, so their routing cannot "
+                "be compared token by token: name checkpoints with one tokenizer by --revisions"
             )
 
     @functools.cached_property

@@ -103,6 +103,6 @@ def hint(root: str | os.PathLike[str]) -> str:
         return ""
     runs = [directory.run(each).root for each in directory.checkpoints()]
     return (
-        f"{directory.root} is a sweep of {len(runs)} checkpoints, which query, sql, report and status take; give one of "
-        f"its runs, for example {runs[-1]}"
+        f"it is a sweep of {len(runs)} checkpoints, which query, sql, report and status take; name one of its runs, for "
+        f"example {runs[-1]}"
     )
