@@ -19,8 +19,8 @@ class Sweep:
 
     Each checkpoint gets a run of its own, OUT/CHECKPOINT, one after the other. `collector query OUT NAME` then answers
     with the rows of all checkpoints, and `collector report OUT` draws curves over training. --model is a repository of
-    the hub whose branches or tags are checkpoints, or a folder with a folder for each. The next checkpoint is downloaded
-    while one is collected. To resume, and to try again what failed, repeat the same command; more --revisions add
+    the hub whose branches or tags are checkpoints, or a folder with a folder for each. While one is collected, the next
+    is downloaded. To resume, and to try again what failed, repeat the same command; more --revisions add
     checkpoints.
     """
 

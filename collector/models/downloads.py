@@ -127,9 +127,8 @@ def tokenizer_fingerprint(config: ModelConfig, *, template: bool = False) -> str
     told: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         # How texts are cut and padded is the collector's own choice.
-        told |= {
-            key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")
-        }
+        parts = json.loads(backend.to_str())
+        told |= {name: part for name, part in parts.items() if name not in ("truncation", "padding")}
     if template:
         told["chat_template"] = tokenizer.chat_template
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

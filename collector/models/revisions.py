@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int | None:
-        """Optimizer steps, as the name says (`step5000-tokens21B`, `checkpoint-500`, `iter_0540`); None if it doesn't."""
+        """Optimizer steps, as `step5000-tokens21B`, `checkpoint-500` and `iter_0540` say; None if the name doesn't."""
         found = _STEP.search(self.name)
         if found is None:
             return int(self.name) if self.name.isdecimal() else None
@@ -122,9 +122,7 @@ def _select(found: list[Checkpoint], wanted: Sequence[str], model: str) -> list[
     names = [checkpoint.name for checkpoint in sorted(found, key=lambda checkpoint: checkpoint.order)]
     taken = set() if wanted else {checkpoint.name for checkpoint in found if checkpoint.step is not None}
     for pattern in wanted:
-        matching = (
-            fnmatch.filter(names, pattern) if set(pattern) & set("*?[") else [pattern] if pattern in names else []
-        )
+        matching = [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]
         if not matching:
             raise ValueError(f"--model {model} has no checkpoint {pattern!r}; {_there_are(names, pattern)}")
         taken.update(matching)

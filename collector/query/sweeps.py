@@ -85,9 +85,7 @@ class Sweep:
         if not find_query(name).of_two_runs:
             return self._gather(self.runs, lambda run: self._open(run).query(name, **params).to_arrow_table())
         if len(self.runs) < 2:
-            raise ValueError(
-                f"{name} compares earlier checkpoints with the last: {self.root} has one complete run only"
-            )
+            raise ValueError(f"{name} compares checkpoints with the last, and only {self.last.name} is complete")
         return self._gather(self.runs[:-1], lambda run: self._beside_last(run).query(name, **params).to_arrow_table())
 
     def intervals(self, name: str, **options: object) -> duckdb.DuckDBPyRelation:

@@ -103,6 +103,6 @@ def hint(root: str | os.PathLike[str]) -> str:
         return ""
     runs = [directory.run(each).root for each in directory.checkpoints()]
     return (
-        f"it is a sweep of {len(runs)} checkpoints, which query, sql, report and status take; name one of its runs, for "
-        f"example {runs[-1]}"
+        f"it is a sweep of {len(runs)} checkpoints, which query, sql, report and status take; name one of its runs, "
+        f"for example {runs[-1]}"
     )
