@@ -55,7 +55,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write a run's figures as one self-contained HTML page, and as files for a paper; of a sweep, curves over training.
+    """Write a run's figures, or a sweep's curves over training, as one self-contained HTML page and for a paper.
 
     Every figure comes with its query, the command line that reproduces its numbers, and its data as CSV.
     """
@@ -96,9 +96,7 @@ class Report:
             elif self.compare is None:
                 written = report.write_sweep(self.run_, self.out, **shown)
             else:
-                raise ValueError(
-                    f"{self.run_} is a sweep, whose runs are compared with its last one: leave out --compare"
-                )
+                raise ValueError(f"{self.run_} is a sweep, compared with its own last run: leave out --compare")
         sys.stdout.writelines(f"{path}\n" for path in written)
         return 0
 

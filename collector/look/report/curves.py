@@ -1,10 +1,10 @@
-"""Draws curves over depth or training, loads, and bars with words as Vega-Lite specifications with Altair. See `charts`."""
+"""Draws curves over depth or training, loads, and bars with words, as Vega-Lite specifications. See `charts`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
@@ -33,7 +33,7 @@ class Across:
     column: str
     title: str | None = None
     values: Sequence[float] | Sequence[str] = ()
-    """All values, in order, if the axis is one of numbers or of given names; otherwise it is one of few whole numbers."""
+    """All values, in order, of an axis of numbers or of names; without them the axis is one of few whole numbers."""
 
     def encode(self) -> alt.X:
         """Returns the encoding. Numbers of very different size are on a logarithmic axis, which is linear up to 0."""
@@ -43,9 +43,8 @@ class Across:
                          axis=alt.Axis(labelAngle=-90 if self.values else 0, labelOverlap=True))  # fmt: skip
         positive = [float(value) for value in self.values if float(value) > 0]
         wide = bool(positive) and positive[-1] > _WIDE * positive[0]
-        scale = (
-            alt.Scale(type="symlog", constant=positive[0], nice=False) if wide else alt.Scale(zero=False, nice=False)
-        )
+        kind: dict[str, Any] = {"type": "symlog", "constant": positive[0]} if wide else {"zero": False}
+        scale = alt.Scale(nice=False, **kind)
         ticks = alt.Axis(values=list(self.values), format="~s", labelOverlap="greedy", labelFlush=False)
         return alt.X(f"{self.column}:Q", title=self.title, scale=scale, axis=ticks)
 

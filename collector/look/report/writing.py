@@ -92,6 +92,11 @@ def _sides(root: str, compare: str | None) -> list[Side]:
 
 
 def subject_of(sides: Sequence[Side], coloured: Sequence[str] | None, resamples: int) -> Subject:
+    """Decides what a report of these runs shows.
+
+    Raises:
+        ValueError: the first run lacks a label, or more labels are to be coloured than there are colours.
+    """
     by_tokens = [row[0] for row in sides[0].run.sql("select label from labels order by tokens desc, label").fetchall()]
     if unknown := [label for label in coloured or () if label not in by_tokens]:
         raise ValueError(
@@ -114,6 +119,11 @@ def _routers(run: Run) -> list[Router]:
 
 
 def start_of(subject: Subject, layer: int | None) -> int:
+    """Returns the index of the router to show first.
+
+    Raises:
+        ValueError: the run has no such layer.
+    """
     if layer is None:
         return len(subject.routers) // 2
     layers = [number for _, number in subject.routers]
