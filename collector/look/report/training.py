@@ -49,13 +49,28 @@ def across(sweep: Sweep) -> curves.Across:
 
 def _fetch(
     subject: Subject, sweep: Sweep, query: str, columns: Sequence[str], *, where: str = "true", by_layer: bool = False,
-    resamples: int = 0, **params: object,
+    resamples: int = 0, first: str | None = None, **params: object,
 ) -> Table:  # fmt: skip
-    """Asks every run of the sweep; the table has one row per checkpoint and row of the query."""
+    """Asks every run of the sweep; the table has one row per checkpoint and row of the query.
+
+    Args:
+        subject: of the report.
+        sweep: the opened sweep.
+        query: its name.
+        columns: to keep, besides checkpoint, step, tokens, stack, layer and interval.
+        where: SQL condition of the rows to keep.
+        by_layer: see `Table`.
+        resamples: bootstrap samples for intervals; 0 for none.
+        first: an SQL order; of each label in each router of each checkpoint only the first row is kept.
+        **params: of the query.
+    """
     if resamples:
         answer = sweep.intervals(query, level=LEVEL, resamples=resamples, **params)
     else:
         answer = sweep.query(query, **params)
+    if first is not None:
+        own = f"row_number() over (partition by checkpoint, stack, layer, label order by {first})"
+        answer = answer.query("answer", f"from answer qualify {own} = 1 order by all")
     side = Side(name="sweep", root=sweep.root, run=subject.sides[0].run)
     return Table(
         query=query, params=params, sides=[side], columns=read_columns(answer, (*COLUMNS, *columns), where),
@@ -114,16 +129,27 @@ def _specialization(subject: Subject, sweep: Sweep) -> Figure:
 
 
 def _favourites(subject: Subject, sweep: Sweep) -> Figure:
+    common = {
+        "name": "favourites-over-training",
+        "section": SPECIALIZATION,
+        "title": "Each language's favourite expert",
+    }
+    if len(subject.labels) < 2:
+        return Figure(**common, text="There is one language only: nothing to compare.")
     rows = _fetch(
-        subject, sweep, "top_experts", ("metric", "label", "expert", "value", "baseline", "n"),
-        where=f"metric = 'topk' and {in_labels(subject.labels)}", by_layer=True, n=1,
+        subject, sweep, "domain_specialization", ("label", "expert", "value", "lift", "n"),
+        where=in_labels(subject.labels), by_layer=True, first="value desc, expert",
     )  # fmt: skip
+    count = len(rows)
+    rows = rows.having(
+        metric=["lift"] * count, domain_specialization=rows["value"], value=rows["lift"], baseline=[1.0] * count
+    )
     return Figure(
-        name="favourites-over-training", section=SPECIALIZATION, title="Each language's favourite expert",
-        text="Share of a language's picks that its most used expert gets. Times k it is that expert's domain "
-        "specialization. The favourite may change from one checkpoint to the next.",
-        draw=_label_curves(sweep, rows, "topk", "share of picks"), tables={"rows": rows},
-        notes=[f"{len(subject.labels)} languages, {span(rows['n'])} tokens of each. Dashed: experts chosen at random."],
+        **common, tables={"rows": rows},
+        text="How many times as often as languages do on average a language chooses the expert that it chooses most "
+        "(lift). 1: its favourite is everybody's. The favourite may change from one checkpoint to the next.",
+        draw=_label_curves(sweep, rows, "lift", "lift of the favourite expert"),
+        notes=[f"{len(subject.labels)} languages, {span(rows['n'])} tokens of each. Column value: lift."],
     )  # fmt: skip
 
 
