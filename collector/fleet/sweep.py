@@ -197,6 +197,6 @@ class Sweeping:
 
 
 def _place(commit: str) -> dict[str, Any]:
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub import constants
 
-    return {"node": socket.gethostname(), "cache": HF_HUB_CACHE, "commit": commit}
+    return {"node": socket.gethostname(), "cache": constants.HF_HUB_CACHE, "commit": commit}

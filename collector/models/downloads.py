@@ -88,11 +88,11 @@ def fetch(config: ModelConfig) -> None:
 
 def cached_weights(model: str, *, commit: str | None = None, revision: str | None = None) -> CachedRevisionInfo | None:
     """Returns what the cache holds of a model, by commit or by branch; None if no weights are among it."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return None
     for one in (one for repo in repositories if repo.repo_id == model for one in repo.revisions):
@@ -107,12 +107,12 @@ def delete_cached(model: str, revision: str, commit: str) -> int:
     Returns:
         The bytes that this made free.
     """
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
 
     held = cached_weights(model, revision=revision)
     if held is None or held.commit_hash != commit or held.refs != {revision}:
         return 0
-    strategy = scan_cache_dir().delete_revisions(commit)
+    strategy = scan_cache_dir(constants.HF_HUB_CACHE).delete_revisions(commit)
     strategy.execute()
     return strategy.expected_freed_size
 
@@ -124,11 +124,10 @@ def tokenizer_fingerprint(config: ModelConfig, *, template: bool = False) -> str
         ValueError: there is no tokenizer.
     """
     tokenizer = loading.load_tokenizer(config)
-    told: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        # How texts are cut and padded is the collector's own choice.
-        parts = json.loads(backend.to_str())
-        told |= {name: part for name, part in parts.items() if name not in ("truncation", "padding")}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    told: dict[str, Any] = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    for ours in ("truncation", "padding"):  # how texts are cut and padded is the collector's choice
+        told.pop(ours, None)
     if template:
         told["chat_template"] = tokenizer.chat_template
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -104,7 +104,6 @@ def _in_folder(config: ModelConfig) -> list[Checkpoint]:
 
 
 def _on_hub(config: ModelConfig) -> list[Checkpoint]:
-    from httpx import HTTPError
     from huggingface_hub import HfApi
 
     from collector.models.locations import telling_remedy
@@ -112,7 +111,9 @@ def _on_hub(config: ModelConfig) -> list[Checkpoint]:
     try:
         with telling_remedy(config, "the list of branches"):
             refs = HfApi().list_repo_refs(config.model)
-    except HTTPError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # of the HTTP library, and which that is depends on the version of huggingface_hub
         raise ValueError(f"cannot list the branches of --model {config.model!r}: {error}; check the network") from error
     commits = {ref.name: ref.target_commit for ref in (*refs.tags, *refs.branches)}
     return [Checkpoint(name=name, commit=commit) for name, commit in commits.items()]
