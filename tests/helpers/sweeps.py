@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, OlmoeConfig, OlmoeModel
+from transformers import OlmoeConfig, OlmoeModel
 
 from collector.config import DataConfig, ModelConfig
+from collector.data.corpus import read_sentences
 from collector.data.plan import PartOf
+from collector.demo.train import train_tokenizer
 from collector.fleet import driver
 from collector.fleet.sweep import Choice, Sweeping
-from collector.models.loading import DEMO_MODEL
 from collector.store.run_directory import RunDirectory
 from collector.store.sweep_directory import SweepDirectory
 from tests.helpers.runs import run_config
 
-TINY = {"vocab_size": 8192, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2,
+TINY = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2,
         "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}  # fmt: skip
 
 
 def write_checkpoints(folder: Path, names: Iterable[str]) -> Path:
-    """A folder with a random model for each name, each different, and the demo's tokenizer."""
+    """A folder with a random model for each name, each different, and a tokenizer of bytes and a few words."""
+    tokenizer = train_tokenizer([sentence.text for sentence in itertools.islice(read_sentences("heldout"), 50)], 300)
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
         OlmoeModel(OlmoeConfig(**TINY)).save_pretrained(folder / name)
-        AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return folder
 
 
