@@ -75,7 +75,7 @@ def fetch(config: ModelConfig) -> None:
     Raises:
         ValueError: they cannot be had; the message says why.
     """
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers import AutoConfig
 
     disable_progress_bars()  # they would run through the progress of the run

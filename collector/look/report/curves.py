@@ -32,16 +32,17 @@ class Across:
 
     column: str
     title: str | None = None
-    values: Sequence[float] | Sequence[str] = ()
-    """All values, in order, of an axis of numbers or of names; without them the axis is one of few whole numbers."""
+    values: Sequence[int] = ()
+    """All values, in order, of an axis of numbers."""
+    names: Sequence[str] = ()
+    """All names, in order, of an axis of names; with neither the axis is one of few whole numbers."""
 
     def encode(self) -> alt.X:
         """Returns the encoding. Numbers of very different size are on a logarithmic axis, which is linear up to 0."""
-        if not self.values or isinstance(self.values[0], str):
-            order = list(self.values) or "ascending"
-            return alt.X(f"{self.column}:O", title=self.title, sort=order,
-                         axis=alt.Axis(labelAngle=-90 if self.values else 0, labelOverlap=True))  # fmt: skip
-        positive = [float(value) for value in self.values if float(value) > 0]
+        if not self.values:
+            turned = alt.Axis(labelAngle=-90 if self.names else 0, labelOverlap=True)
+            return alt.X(f"{self.column}:O", title=self.title, sort=list(self.names) or "ascending", axis=turned)
+        positive = [value for value in self.values if value > 0]
         wide = bool(positive) and positive[-1] > _WIDE * positive[0]
         kind: dict[str, Any] = {"type": "symlog", "constant": positive[0]} if wide else {"zero": False}
         scale = alt.Scale(nice=False, **kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 SPECIALIZATION = "When languages get experts of their own"
 SATURATION = "When routing settles"
 LOAD = "How evenly experts are used"
+_ONE_LANGUAGE = "There is one language only: nothing to compare."
 _TOOLTIP = {"checkpoint": "N", "step": "Q", "tokens_seen": "Q", "layer": "O", "value": "Q", "baseline": "Q", "n": "Q"}
 
 
@@ -44,7 +46,7 @@ def across(sweep: Sweep) -> curves.Across:
         values = [getattr(run, column) for run in sweep.runs]
         if None not in values and len(set(values)) == len(values):
             return curves.Across(column=column, title=title, values=sorted(values))
-    return curves.Across(column="checkpoint", values=[run.name for run in sweep.runs])
+    return curves.Across(column="checkpoint", names=[run.name for run in sweep.runs])
 
 
 def _fetch(
@@ -70,7 +72,9 @@ def _fetch(
         answer = sweep.query(query, **params)
     if first is not None:
         own = f"row_number() over (partition by checkpoint, stack, layer, label order by {first})"
-        answer = answer.query("answer", f"from answer qualify {own} = 1 order by all")
+        chosen = answer.query("answer", f"from answer qualify {own} = 1 order by all")
+        assert chosen is not None, "a select has rows"
+        answer = chosen
     side = Side(name="sweep", root=sweep.root, run=subject.sides[0].run)
     return Table(
         query=query, params=params, sides=[side], columns=read_columns(answer, (*COLUMNS, *columns), where),
@@ -107,21 +111,21 @@ def _panel(rows: Table, metric: str, words: str, *columns: str) -> curves.Panel:
 
 def _specialization(subject: Subject, sweep: Sweep) -> Figure:
     metric = "normalized_mutual_information"
-    common = {"name": "specialization-over-training", "section": SPECIALIZATION, "title": "Specialization"}
-    text = (
-        "How much the choice of an expert says about the language: mutual information of both, as a share of the "
-        "languages' entropy. 0: all languages choose alike; 1: no two share an expert."
+    empty = Figure(
+        name="specialization-over-training", section=SPECIALIZATION, title="Specialization", text=_ONE_LANGUAGE
     )
     if len(subject.labels) < 2:
-        return Figure(**common, text="There is one language only: nothing to compare.")
+        return empty
     rows = _fetch(
         subject, sweep, "mutual_information", ("metric", "value", "bias", "n", "labels"),
         where=f"metric = '{metric}'", resamples=subject.resamples,
     )  # fmt: skip
     rows = rows.having(baseline=rows["bias"])
     interval = f" Bands: {LEVEL} % intervals, by a bootstrap over documents." if rows.resamples else ""
-    return Figure(
-        **common, text=text, tables={"rows": rows},
+    return dataclasses.replace(
+        empty, tables={"rows": rows},
+        text="How much the choice of an expert says about the language: mutual information of both, as a share of the "
+        "languages' entropy. 0: all languages choose alike; 1: no two share an expert.",
         draw=_layer_curves(subject, sweep, rows, {metric: "normalized mutual information"}),
         notes=[f"{span(rows['labels'])} languages, {span(rows['n'])} tokens. Dashed: what languages that say nothing "
                f"would give with as many independent tokens.{interval}"],
@@ -129,13 +133,12 @@ def _specialization(subject: Subject, sweep: Sweep) -> Figure:
 
 
 def _favourites(subject: Subject, sweep: Sweep) -> Figure:
-    common = {
-        "name": "favourites-over-training",
-        "section": SPECIALIZATION,
-        "title": "Each language's favourite expert",
-    }
+    empty = Figure(
+        name="favourites-over-training", section=SPECIALIZATION, title="Each language's favourite expert",
+        text=_ONE_LANGUAGE,
+    )  # fmt: skip
     if len(subject.labels) < 2:
-        return Figure(**common, text="There is one language only: nothing to compare.")
+        return empty
     rows = _fetch(
         subject, sweep, "domain_specialization", ("label", "expert", "value", "lift", "n"),
         where=in_labels(subject.labels), by_layer=True, first="value desc, expert",
@@ -144,8 +147,8 @@ def _favourites(subject: Subject, sweep: Sweep) -> Figure:
     rows = rows.having(
         metric=["lift"] * count, domain_specialization=rows["value"], value=rows["lift"], baseline=[1.0] * count
     )
-    return Figure(
-        **common, tables={"rows": rows},
+    return dataclasses.replace(
+        empty, tables={"rows": rows},
         text="How many times as often as languages do on average a language chooses the expert that it chooses most "
         "(lift). 1: its favourite is everybody's. The favourite may change from one checkpoint to the next.",
         draw=_label_curves(sweep, rows, "lift", "lift of the favourite expert"),
@@ -154,10 +157,10 @@ def _favourites(subject: Subject, sweep: Sweep) -> Figure:
 
 
 def _saturation(subject: Subject, sweep: Sweep) -> list[Figure]:
-    metric, common = "router_saturation", {"section": SATURATION}
+    metric = "router_saturation"
     title = f"Router saturation against {sweep.last.name}"
     if len(sweep.runs) < 2:
-        return [Figure(**common, name="saturation", title=title, text="There is one checkpoint only.")]
+        return [Figure(name="saturation", section=SATURATION, title=title, text="There is one checkpoint only.")]
     columns, words = ("metric", "value", "baseline", "n"), "share of experts in common"
     pooled = _fetch(subject, sweep, metric, columns, pooled=True)
     labelled = _fetch(
@@ -166,13 +169,14 @@ def _saturation(subject: Subject, sweep: Sweep) -> list[Figure]:
     note = f"{span(pooled['n'])} tokens. Dashed: two routers that choose at random."
     return [
         Figure(
-            **common, name="saturation", title=title, tables={"rows": pooled}, notes=[note],
+            section=SATURATION, name="saturation", title=title, tables={"rows": pooled}, notes=[note],
             text="Of the k experts that a token chooses, the share that it also chooses at the last checkpoint. 1: the "
             "routers choose as they will in the end.",
             draw=_layer_curves(subject, sweep, pooled, {metric: words}),
         ),
         Figure(
-            **common, name="saturation-by-language", title="Router saturation by language", tables={"rows": labelled},
+            section=SATURATION, name="saturation-by-language", title="Router saturation by language",
+            tables={"rows": labelled},
             text="The same for each language: whose experts are settled early, and whose late.",
             draw=_label_curves(sweep, labelled, metric, words),
             notes=[f"{len(subject.labels)} languages, {span(labelled['n'])} tokens of each."],
