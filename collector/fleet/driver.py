@@ -24,6 +24,7 @@ from collector.fleet.ray_fleet import RayFleet
 from collector.fleet.ray_metrics import Metrics
 from collector.query.warehouse import views_sql
 from collector.store.run_directory import PLAN, RUN, VIEWS, RunDirectory
+from collector.store.sweep_directory import SweepDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,6 +53,8 @@ def freeze_plan(
     """
     stored = run.read_or_none(PLAN)
     if stored is None:
+        if SweepDirectory(run.root).exists():
+            raise ValueError(f"{run.root} holds a sweep, which is no place for a run: choose another --out")
         plan = new_plan(config, say, part_of)
         if run.store.put_new(PLAN, plan.to_parquet()):
             return plan

@@ -67,49 +67,55 @@ def collect(
     def say(message: str) -> None:
         tell(message, as_json=launch.log_format == "json", event="sweep")
 
+    checkpoints = sweep_setup.list_checkpoints(SweepDirectory(root), model, choice, say)
     with driver.connected(launch) as grows:
         config = resolve(data=data, model=model, capture=capture, device=pick_device(launch, grows=grows))
 
         def collect_one(at: str, settings: RunConfig, part_of: PartOf) -> RunDirectory:
             return driver.collect_connected(at, settings, launch, grows=grows, part_of=part_of)
 
-        return Sweeping(root, config, choice, collect_one, say, max_rejected=launch.max_rejected).run()
+        return Sweeping(
+            root, config, checkpoints, collect_one, say, delete_after_use=choice.delete_after_use,
+            max_rejected=launch.max_rejected,
+        ).run()  # fmt: skip
 
 
 class Sweeping:
     """One launch of a sweep."""
 
     def __init__(
-        self, root: str, config: RunConfig, choice: Choice, collect_one: Collect, say: Callable[[str], None], *,
-        max_rejected: float = 1.0,
+        self, root: str, config: RunConfig, checkpoints: Sequence[Checkpoint], collect_one: Collect,
+        say: Callable[[str], None], *, delete_after_use: bool = False, max_rejected: float = 1.0,
     ) -> None:  # fmt: skip
         """Starts nothing yet.
 
         Args:
             root: the sweep's folder.
             config: the settings, without a checkpoint.
-            choice: which checkpoints.
+            checkpoints: in the order of training, see `sweep_setup.list_checkpoints`.
             collect_one: collects one run of these documents.
             say: called with what people should know.
+            delete_after_use: whether to delete what was downloaded once its run is complete.
             max_rejected: see `LaunchConfig`.
         """
-        self.directory, self.config, self.choice = SweepDirectory(root), config, choice
-        self.collect_one, self.say, self.max_rejected = collect_one, say, max_rejected
+        self.directory, self.config, self.checkpoints = SweepDirectory(root), config, checkpoints
+        self.collect_one, self.say = collect_one, say
+        self.delete_after_use, self.max_rejected = delete_after_use, max_rejected
         self.failed: list[str] = []
         """What failed in this launch, a line each."""
 
     def run(self) -> SweepDirectory:
         """Collects what is left to do; see `collect`."""
-        checkpoints = sweep_setup.list_checkpoints(self.directory, self.config, self.choice, self.say)
-        self.plan = sweep_setup.freeze_documents(self.directory, self.config, checkpoints[-1], self.say)
-        self.say(f"{self.directory.root}: {len(checkpoints)} checkpoints, {self.plan.documents:,} documents each")
-        self.tokenizers = sweep_setup.begin(self.directory, self.config, checkpoints)
-        todo = [each for each in checkpoints if not self._is_done(each)]
-        if len(todo) < len(checkpoints):
-            self.say(f"{len(checkpoints) - len(todo)} of them are complete")
+        count = len(self.checkpoints)
+        self.plan = sweep_setup.freeze_documents(self.directory, self.config, self.checkpoints[-1], self.say)
+        self.say(f"{self.directory.root}: {count} checkpoints, {self.plan.documents:,} documents each")
+        self.tokenizers = sweep_setup.begin(self.directory, self.config, self.checkpoints)
+        todo = [each for each in self.checkpoints if not self._is_done(each)]
+        if len(todo) < count:
+            self.say(f"{count - len(todo)} of them are complete")
         if todo:
             self._require_unchanged_sources()
-            self._work_off(todo, checkpoints)
+            self._work_off(todo)
         return self.directory
 
     def _require_unchanged_sources(self) -> None:
@@ -119,19 +125,20 @@ class Sweeping:
                 "Restore them, or begin another sweep"
             )
 
-    def _work_off(self, todo: Sequence[Checkpoint], checkpoints: Sequence[Checkpoint]) -> None:
+    def _work_off(self, todo: Sequence[Checkpoint]) -> None:
         downloads = None
         if not is_local(self.config.model.model):
             by_name = {each.name: each for each in todo}
             configs = [settings_of(self.config, each).model for each in todo]
             downloads = Downloads(configs, lambda config: self._note_download(by_name[config.revision or ""]))
         for checkpoint in todo:
-            self.say(f"checkpoint {checkpoints.index(checkpoint) + 1} of {len(checkpoints)}: {checkpoint.name}")
+            number = self.checkpoints.index(checkpoint) + 1
+            self.say(f"checkpoint {number} of {len(self.checkpoints)}: {checkpoint.name}")
             if error := self._failure(checkpoint, downloads):
                 self.failed.append(f"{checkpoint.name}: {error}")
                 self.directory.note("failures", checkpoint, {"error": error})
                 self.say(f"not collected: {self.failed[-1]}")
-                self._stop_if_in_vain(checkpoints, len(todo))
+                self._stop_if_in_vain(len(todo))
             else:
                 self.directory.forget("failures", checkpoint)
 
@@ -156,10 +163,10 @@ class Sweeping:
         left = len(self.plan.shards) - len(run.committed_shards())
         return f"{left} of {len(self.plan.shards)} shards are missing; collector status {run.root} says why"
 
-    def _stop_if_in_vain(self, checkpoints: Sequence[Checkpoint], todo: int) -> None:
+    def _stop_if_in_vain(self, todo: int) -> None:
         """Raises if checkpoints failed and none has been collected, now or before."""
         if len(self.failed) >= min(IN_VAIN, todo) and not any(
-            self.directory.run(each).committed_shards() for each in checkpoints
+            self.directory.run(each).committed_shards() for each in self.checkpoints
         ):
             raise ValueError(f"no checkpoint could be collected: {'; '.join(self.failed)}")
 
@@ -174,7 +181,7 @@ class Sweeping:
         skipped = Totals.of(self.directory.run(checkpoint)).skipped
         if said := complaint(skipped, self.plan.documents, self.max_rejected):
             raise ValueError(said)
-        if self.choice.delete_after_use:
+        if self.delete_after_use:
             self._delete_download(checkpoint)
         return True
 

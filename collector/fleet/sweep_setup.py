@@ -11,6 +11,7 @@ from collector.data import sources
 from collector.fleet import driver
 from collector.models.downloads import tokenizer_fingerprint
 from collector.models.revisions import find_checkpoints, is_local, of_checkpoint
+from collector.store.run_directory import PLAN
 from collector.store.sweep_directory import SWEEP_PLAN
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def require_series(model: ModelConfig, choice: Choice) -> None:
 
 
 def list_checkpoints(
-    directory: SweepDirectory, config: RunConfig, choice: Choice, say: Callable[[str], None]
+    directory: SweepDirectory, model: ModelConfig, choice: Choice, say: Callable[[str], None]
 ) -> list[Checkpoint]:
     """Returns the checkpoints that the sweep has and those that are chosen now, in the order of training.
 
@@ -62,7 +63,7 @@ def list_checkpoints(
     """
     known = directory.checkpoints() if directory.exists() else []
     try:
-        found = find_checkpoints(config.model, choice.revisions, choice.every)
+        found = find_checkpoints(model, choice.revisions, choice.every)
     except ValueError as error:
         if not known:
             raise
@@ -84,10 +85,12 @@ def freeze_documents(
         say: called with each warning about the documents.
 
     Raises:
-        ValueError: the sweep was begun with other settings; names what differs.
+        ValueError: the sweep was begun with other settings, and names what differs; or there is a run.
     """
     stored = directory.files.read_or_none(SWEEP_PLAN)
     if stored is None:
+        if directory.files.read_or_none(PLAN) is not None:
+            raise ValueError(f"{directory.root} holds a run, which is no place for a sweep: choose another --out")
         plan = driver.new_plan(settings_of(config, last), say)
         plan = dataclasses.replace(plan, config=config.to_dict())
         if directory.files.store.put_new(SWEEP_PLAN, plan.to_parquet()):

@@ -33,8 +33,8 @@ def status(directory: SweepDirectory) -> bool:
     for checkpoint, complete in zip(checkpoints, done, strict=True):
         table.add_row(*_row(directory, checkpoint, len(plan.shards), complete=complete))
     out.print(table)
-    failures = [(each, directory.noted("failures", each)) for each in checkpoints]
-    for checkpoint, failure in failures:
+    for checkpoint, complete in zip(checkpoints, done, strict=True):
+        failure = None if complete else directory.noted("failures", checkpoint)
         if failure is not None:
             out.print(f"{checkpoint.name} failed: {failure['error']}", markup=False, soft_wrap=True)
     if not all(done):

@@ -14,7 +14,7 @@ from collector.fleet import driver
 from collector.fleet.sweep import Choice, collect
 from collector.look import terminal_sweep
 from collector.models import downloads
-from collector.store.run_directory import PLAN, RUN, SUCCESS
+from collector.store.run_directory import PLAN, RUN, SUCCESS, RunDirectory
 from collector.store.sweep_directory import SweepDirectory
 from tests.helpers.hub import local_hub
 from tests.helpers.runs import collect_here, content, run_config, write_jsonl
@@ -181,6 +181,15 @@ def test_settings_without_sense_are_refused_before_ray_starts(tmp_path, model, c
                 launch=LaunchConfig())  # fmt: skip
 
 
+def test_a_run_is_no_place_for_a_sweep_nor_a_sweep_for_a_run(tmp_path, trained, texts):
+    sweep_here(tmp_path / "sweep", trained, texts, revisions=[NAMES[0]])
+    with pytest.raises(ValueError, match="holds a run, which is no place for a sweep"):
+        sweep_here(tmp_path / "sweep" / NAMES[0], trained, texts)
+    config = run_config(DataConfig(data=(str(texts),)), ModelConfig(model=str(trained / NAMES[0])))
+    with pytest.raises(ValueError, match="holds a sweep, which is no place for a run"):
+        driver.freeze_plan(RunDirectory(tmp_path / "sweep"), config)
+
+
 # ---- from the hub ----
 
 
@@ -233,6 +242,6 @@ def test_a_sweep_goes_on_without_the_hub_with_what_the_cache_has(tmp_path, train
 
 def finish_only(at, config, part_of):
     """Marks a run complete whose shards all are committed."""
-    run = driver.RunDirectory(at)
+    run = RunDirectory(at)
     driver.finish(run, driver.freeze_plan(run, config, part_of=part_of))
     return run

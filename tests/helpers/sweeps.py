@@ -16,6 +16,7 @@ from collector.data.plan import PartOf
 from collector.demo.train import train_tokenizer
 from collector.fleet import driver
 from collector.fleet.sweep import Choice, Sweeping
+from collector.fleet.sweep_setup import list_checkpoints
 from collector.store.run_directory import RunDirectory
 from collector.store.sweep_directory import SweepDirectory
 from tests.helpers.runs import run_config
@@ -45,17 +46,19 @@ def break_weights(checkpoint: Path) -> bytes:
 
 def sweeping(
     root: Path, model: Path | str, texts: Path, said: list[str] | None = None, *, collect_one: Any = None,
-    max_rejected: float = 1.0, limit: int | None = None, **choice: Any,
+    delete_after_use: bool = False, max_rejected: float = 1.0, limit: int | None = None, **choice: Any,
 ) -> Sweeping:  # fmt: skip
     """A launch of a sweep without Ray."""
 
     def collect_here(at: str, config: Any, part_of: PartOf) -> RunDirectory:
         return driver.collect_in_process(at, config, part_of=part_of, threads=1)
 
-    data = DataConfig(data=(str(texts),), docs_per_shard=8, limit=limit)
+    said = [] if said is None else said
+    data, settings = DataConfig(data=(str(texts),), docs_per_shard=8, limit=limit), ModelConfig(model=str(model))
     return Sweeping(
-        str(root), run_config(data, ModelConfig(model=str(model))), Choice(**choice), collect_one or collect_here,
-        [].append if said is None else said.append, max_rejected=max_rejected,
+        str(root), run_config(data, settings),
+        list_checkpoints(SweepDirectory(root), settings, Choice(**choice), said.append),
+        collect_one or collect_here, said.append, delete_after_use=delete_after_use, max_rejected=max_rejected,
     )  # fmt: skip
 
 
