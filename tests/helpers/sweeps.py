@@ -45,7 +45,7 @@ def break_weights(checkpoint: Path) -> bytes:
 
 
 def sweeping(
-    root: Path, model: Path | str, texts: Path, said: list[str] | None = None, *, collect_one: Any = None,
+    root: Path | str, model: Path | str, texts: Path, said: list[str] | None = None, *, collect_one: Any = None,
     delete_after_use: bool = False, max_rejected: float = 1.0, limit: int | None = None, **choice: Any,
 ) -> Sweeping:  # fmt: skip
     """A launch of a sweep without Ray."""
@@ -63,7 +63,7 @@ def sweeping(
 
 
 def sweep_here(
-    root: Path, model: Path | str, texts: Path, said: list[str] | None = None, **choice: Any
+    root: Path | str, model: Path | str, texts: Path, said: list[str] | None = None, **choice: Any
 ) -> SweepDirectory:
     """Runs or resumes a sweep in this process."""
     return sweeping(root, model, texts, said, **choice).run()
