@@ -10,7 +10,7 @@ from collector.data import plan as planning
 from collector.data import sources
 from collector.fleet import driver
 from collector.models.downloads import tokenizer_fingerprint
-from collector.models.revisions import find_checkpoints, is_local, of_checkpoint
+from collector.models.revisions import NoListError, find_checkpoints, is_local, of_checkpoint
 from collector.store.run_directory import PLAN
 from collector.store.sweep_directory import SWEEP_PLAN
 
@@ -64,7 +64,7 @@ def list_checkpoints(
     known = directory.checkpoints() if directory.exists() else []
     try:
         found = find_checkpoints(model, choice.revisions, choice.every)
-    except ValueError as error:
+    except NoListError as error:
         if not known:
             raise
         say(f"going on with the {len(known)} checkpoints that the sweep has: {error}")

@@ -28,6 +28,10 @@ _STAGE = re.compile(r"(?<![a-z])stage[-_]?(\d+)", re.IGNORECASE)
 _NAMED = 8
 
 
+class NoListError(ValueError):
+    """The hub does not say which branches there are."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """One checkpoint of a training run."""
@@ -85,8 +89,8 @@ def find_checkpoints(config: ModelConfig, wanted: Sequence[str] = (), every: int
         every: take every Nth, from the first on, and the last.
 
     Raises:
-        ValueError: the model is no such thing, the hub cannot be reached, there is no checkpoint of a name, or none
-            at all.
+        NoListError: the hub cannot be reached, or has no such repository.
+        ValueError: the model is no such thing, there is no checkpoint of a name, or none at all.
     """
     if config.model == DEMO:
         raise ValueError(
@@ -111,10 +115,12 @@ def _on_hub(config: ModelConfig) -> list[Checkpoint]:
     try:
         with telling_remedy(config, "the list of branches"):
             refs = HfApi().list_repo_refs(config.model)
-    except ValueError:
-        raise
+    except ValueError as error:
+        raise NoListError(str(error)) from error
     except Exception as error:  # of the HTTP library, and which that is depends on the version of huggingface_hub
-        raise ValueError(f"cannot list the branches of --model {config.model!r}: {error}; check the network") from error
+        raise NoListError(
+            f"cannot list the branches of --model {config.model!r}: {error}; check the network"
+        ) from error
     commits = {ref.name: ref.target_commit for ref in (*refs.tags, *refs.branches)}
     return [Checkpoint(name=name, commit=commit) for name, commit in commits.items()]
 

@@ -90,6 +90,8 @@ def test_the_same_command_goes_on_where_it_was_interrupted(tmp_path, trained, te
 def test_checkpoints_may_be_added_and_other_settings_are_refused(tmp_path, trained, texts):
     sweep = sweep_here(tmp_path / "sweep", trained, texts, revisions=["step2-*", "step40-*"])
     before = attempts(sweep)
+    with pytest.raises(ValueError, match="has no checkpoint 'step11'"):
+        sweep_here(tmp_path / "sweep", trained, texts, revisions=["step11"])
     with pytest.raises(ValueError, match="a sweep with other settings:\n  --limit was not given, is now 5\nGo on with"):
         sweep_here(tmp_path / "sweep", trained, texts, limit=5)
     sweep_here(tmp_path / "sweep", trained, texts, revisions=["step10-*"])
