@@ -118,9 +118,7 @@ def _on_hub(config: ModelConfig) -> list[Checkpoint]:
     except ValueError as error:
         raise NoListError(str(error)) from error
     except Exception as error:  # of the HTTP library, and which that is depends on the version of huggingface_hub
-        raise NoListError(
-            f"cannot list the branches of --model {config.model!r}: {error}; check the network"
-        ) from error
+        raise NoListError(f"cannot list branches of --model {config.model!r}: {error}; check the network") from error
     commits = {ref.name: ref.target_commit for ref in (*refs.tags, *refs.branches)}
     return [Checkpoint(name=name, commit=commit) for name, commit in commits.items()]
 
