@@ -1,10 +1,11 @@
 """Collects the routing of Mixture-of-Experts models over whole datasets, and answers questions about it in SQL.
 
-    from collector import open_run, open_runs
+    from collector import open_run, open_runs, open_sweep
 
     run = open_run("runs/demo")
     run.query("domain_specialization", layer=5).df()
     open_runs("runs/demo", "runs/demo-random").query("router_saturation").df()
+    open_sweep("runs/sweep-demo").query("mutual_information").df()
 
 Public are the names in `__all__`, `collector.config`, the command line, the files of a run and the SQL views over them.
 Everything else may change from one version to the next.
