@@ -10,13 +10,22 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 DEMO_LABELS := eng_Latn deu_Latn fra_Latn spa_Latn pol_Latn tur_Latn vie_Latn rus_Cyrl bul_Cyrl \
 	ukr_Cyrl ell_Grek arb_Arab heb_Hebr hin_Deva tha_Thai kor_Hang jpn_Jpan zho_Hani
 
-.PHONY: demo test chaos check docs format bench figure screenshots notebooks clean
+.PHONY: demo sweep-demo test chaos check docs format bench figure screenshots notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/collector collect --out runs/demo
 	$(BIN)/collector collect --out runs/demo-random --weights random
 	$(BIN)/collector show runs/demo --beside runs/demo-random --labels $(DEMO_LABELS)
 	$(BIN)/collector query runs/demo effective_experts --layer 4 --labels eng_Latn,kor_Hang
+
+# When does specialization appear? Trains a small model, keeps checkpoints, and draws curves over them.
+sweep-demo: $(INSTALLED)
+	test -e runs/checkpoints/training.json || $(BIN)/python -m collector.demo.train --out runs/checkpoints \
+		--steps 400 --rows 8 --warmup 20 --save-at 0 6 12 25 50 100 200 400 --no-evaluate
+	$(BIN)/collector sweep --model runs/checkpoints --per-label 20 --out runs/sweep-demo
+	$(BIN)/collector query runs/sweep-demo mutual_information --layer 4
+	$(BIN)/collector query runs/sweep-demo router_saturation --layer 4 --pooled true
+	$(BIN)/collector report runs/sweep-demo --out runs/sweep-demo.html --figures runs/sweep-figures --resamples 50
 
 test: $(INSTALLED)
 	@command -v chromium >/dev/null || echo 'No Chromium: tests of pages are skipped. Debian: apt-get install chromium'

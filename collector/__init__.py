@@ -1,10 +1,11 @@
 """Collects the routing of Mixture-of-Experts models over whole datasets, and answers questions about it in SQL.
 
-    from collector import open_run, open_runs
+    from collector import open_run, open_runs, open_sweep
 
     run = open_run("runs/demo")
     run.query("domain_specialization", layer=5).df()
     open_runs("runs/demo", "runs/demo-random").query("router_saturation").df()
+    open_sweep("runs/sweep-demo").query("mutual_information").df()
 
 Public are the names in `__all__`, `collector.config`, the command line, the files of a run and the SQL views over them.
 Everything else may change from one version to the next.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collector.query.comparison import open_runs
     from collector.query.document_counts import document_counts
     from collector.query.interventions import prepare_intervention
+    from collector.query.sweeps import open_sweep
     from collector.query.warehouse import committed_files, open_run
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "list_queries",
     "open_run",
     "open_runs",
+    "open_sweep",
     "prepare_intervention",
 ]
 
@@ -44,6 +47,7 @@ _FUNCTIONS = {
     "list_queries": "collector.query.catalog",
     "open_run": "collector.query.warehouse",
     "open_runs": "collector.query.comparison",
+    "open_sweep": "collector.query.sweeps",
     "prepare_intervention": "collector.query.interventions",
 }
 _MODULES = {"inference": "collector.query.inference"}

@@ -22,6 +22,7 @@ from collector.commands.look import Explore, Profile, Show, Trace
 from collector.commands.models import Models, Quantize
 from collector.commands.publish import Export, Report
 from collector.commands.query import Query, Sql, Views, split_query_params
+from collector.commands.sweep import Sweep
 from collector.commands.test import Test
 from collector.commands.upkeep import Gc, Map, Rollup, Verify, Weights
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect,
+    "sweep": Sweep,
     "query": Query,
     "test": Test,
     "sql": Sql,
@@ -73,7 +75,7 @@ def parse(arguments: list[str]) -> Any:
 def _complain(command: Any, message: str, event: str) -> None:
     """Writes one line to standard error, in the format of the run's other messages; if nobody reads it, nothing."""
     line = f"collector: {message}\n"
-    if isinstance(command, Collect) and command.launch.log_format == "json":
+    if isinstance(command, Collect | Sweep) and command.launch.log_format == "json":
         from collector.fleet.progress import json_line
 
         line = json_line(event, message=message)
@@ -113,7 +115,7 @@ def main() -> None:
         _complain(command, str(error), "error")
         status = 2
     except KeyboardInterrupt:
-        hint = "; the same command resumes the run" if isinstance(command, Collect) else ""
+        hint = "; the same command resumes the run" if isinstance(command, Collect | Sweep | Intervene) else ""
         _complain(command, f"interrupted{hint}", "interrupted")
         status = 130
     _flush()

@@ -19,7 +19,8 @@ from collector.upkeep.maps import make as make_map
 from collector.upkeep.weights import make as compare_weights
 from tests.helpers.browser import browser as browser
 from tests.helpers.browser import chromium as chromium
-from tests.helpers.runs import collect_here, run_config
+from tests.helpers.runs import collect_here, run_config, write_jsonl
+from tests.helpers.sweeps import sweep_here, write_checkpoints
 
 # Two threads of OpenMP wait for each other, awake, longer than tiny models compute: for these processes and their own.
 torch.set_num_threads(1)
@@ -63,6 +64,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Path) -> loading.LoadedModel:
     return loading.load(ModelConfig(model=str(tiny_folder)), "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep over three random checkpoints, the last without a step, with 24 documents in two labels."""
+    folder = tmp_path_factory.mktemp("sweep")
+    names = ("step2-tokens1M", "step10-tokens5M", "final")
+    model = write_checkpoints(folder / "trained", names)
+    sweep_here(folder / "sweep", model, write_jsonl(folder / "texts.jsonl", 24), revisions=["*"])
+    return folder / "sweep"
 
 
 @pytest.fixture(scope="module")

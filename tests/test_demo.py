@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from collector import open_run
+from collector.config import ModelConfig
 from collector.data.corpus import LABEL_OF_ISO, read_sentences
+from collector.demo import train
 from collector.models.loading import DEMO_MODEL
+from collector.models.revisions import Checkpoint, find_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +71,29 @@ def test_what_is_held_out_was_not_trained_on():
     trained = [sentence.text for sentence in read_sentences("train") if sentence.text not in heldout]
     assert len(heldout) > 5900
     assert len(trained) == json.loads((DEMO_MODEL / "training.json").read_text())["data"]["sentences"]
+
+
+def test_training_keeps_checkpoints_whose_names_tell_step_and_tokens(tmp_path):
+    config = train.TrainConfig(steps=3, rows=1, row_tokens=16, save_at=(0, 2), vocabulary=300)
+    texts = [sentence.text for sentence in itertools.islice(read_sentences("heldout"), 20)]
+    tokenizer = train.train_tokenizer(texts, config.vocabulary)
+    model = train.build_model(config, tokenizer)
+    before = model.lm_head.weight.detach().clone()
+    reached = []
+
+    def keep(step: int) -> None:
+        reached.append(step)
+        if step in config.save_at:
+            train.save(model, tokenizer, tmp_path / train.checkpoint_name(step, config))
+
+    train.train(model, tokenizer(texts)["input_ids"], config, keep)
+    assert reached == [0, 1, 2, 3]
+    assert model.lm_head.weight.dtype == torch.float32, "training goes on with what it had"
+    found = find_checkpoints(ModelConfig(model=str(tmp_path)))
+    assert [(each.step, each.tokens_seen) for each in found] == [(0, 0), (2, 0)]
+    with safe_open(tmp_path / found[0].name / "model.safetensors", "pt") as tensors:
+        assert torch.equal(tensors.get_tensor("model.embed_tokens.weight"), before.bfloat16())
+    name = train.checkpoint_name(200, train.TrainConfig(rows=8))
+    assert (Checkpoint(name=name).step, Checkpoint(name=name).tokens_seen) == (200, 410_000)
+    with pytest.raises(ValueError, match="--save-at takes steps from 0 to --steps 3, got 4"):
+        dataclasses.replace(config, save_at=(1, 4))

@@ -18,6 +18,7 @@ from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfi
 
 if TYPE_CHECKING:
     from collector.data.plan import PartOf
+    from collector.store.sweep_directory import SweepDirectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def _collect(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """Report a run's progress, the rows it skipped and the shards that failed."""
+    """Report a run's progress, the rows it skipped and the shards that failed; of a sweep, a row per checkpoint."""
 
     run_: RunPath
     """The run directory."""
@@ -149,9 +150,12 @@ class Status:
         from collector.fleet.rejected import complaint
         from collector.look import summary, terminal
         from collector.store.run_directory import RunDirectory
+        from collector.store.sweep_directory import SweepDirectory
         from collector.store.totals import Totals
 
-        run = RunDirectory(self.run_)
+        run, sweep = RunDirectory(self.run_), SweepDirectory(self.run_)
+        if sweep.exists():
+            return self._of_sweep(sweep)
         if self.summary:
             text, complete = summary.summarize(run)
             sys.stdout.write(text)
@@ -160,6 +164,14 @@ class Status:
         if said := complaint(Totals.of(run).skipped, terminal.read_plan(run).documents):
             raise ValueError(said)
         return 0 if complete else 1
+
+    def _of_sweep(self, sweep: SweepDirectory) -> int:
+        from collector.look import terminal_sweep
+
+        if self.summary or self.watch is not None:
+            raise ValueError(f"{self.run_} is a sweep: --summary and --watch take one of its runs, "
+                             f"for example {sweep.run(sweep.checkpoints()[-1]).root}")  # fmt: skip
+        return 0 if terminal_sweep.status(sweep) else 1
 
 
 def give_watch_its_seconds(arguments: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -114,13 +114,13 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write a run's figures as one self-contained HTML page, and as files for a paper.
+    """Write a run's figures, or a sweep's curves over training, as one self-contained HTML page and for a paper.
 
     Every figure comes with its query, the command line that reproduces its numbers, and its data as CSV.
     """
 
     run_: RunPath
-    """The run directory."""
+    """The run directory, or the folder of a sweep."""
     compare: str | None = None
     """Another run to compare with, for example of the same model with random weights."""
     out: Path = Path("report.html")
@@ -145,9 +145,17 @@ class Report:
         with _extra("report"):
             from collector.look import report
             from collector.query.warehouse import one_line_errors
+        from collector.store.sweep_directory import SweepDirectory
+
+        shown: dict[str, Any] = {"figures": self.figures, "layer": self.layer, "labels": self.labels,
+                                 "resamples": self.resamples}  # fmt: skip
         with one_line_errors():
-            written = report.write(self.run_, self.out, compare=self.compare, figures=self.figures, layer=self.layer,
-                                   labels=self.labels, resamples=self.resamples)  # fmt: skip
+            if not SweepDirectory(self.run_).exists():
+                written = report.write(self.run_, self.out, compare=self.compare, **shown)
+            elif self.compare is None:
+                written = report.write_sweep(self.run_, self.out, **shown)
+            else:
+                raise ValueError(f"{self.run_} is a sweep, compared with its own last run: leave out --compare")
         sys.stdout.writelines(f"{path}\n" for path in written)
         return 0
 

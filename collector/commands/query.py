@@ -21,11 +21,12 @@ _FLAGS = ("list", "format", "by", "beside", "interval", "column", "resamples", "
 class Query:
     """Answer a question about a run, or about two: `collector query RUN NAME [--beside OTHER] [--param value …]`.
 
-    `collector query --list` shows the question, parameters and columns of every query.
+    Of a sweep every complete checkpoint answers, in the order of training; queries that compare two runs compare each
+    with the last. `collector query --list` shows the question, parameters and columns of every query.
     """
 
     run_: RunPath = ""
-    """The run directory."""
+    """The run directory, or the folder of a sweep."""
     name: tyro.conf.Positional[str] = ""
     """Name of the query."""
     beside: str | None = None
@@ -52,6 +53,7 @@ class Query:
         """Runs the query, or lists all queries."""
         from collector.look import terminal
         from collector.query import warehouse
+        from collector.store.sweep_directory import SweepDirectory
 
         if self.list:
             return self._list()
@@ -59,7 +61,9 @@ class Query:
             raise ValueError("collector query takes RUN and NAME; collector query --list shows the names")
         params: dict[str, Any] = dict(self.params)
         with warehouse.one_line_errors():
-            if self.beside is not None:
+            if SweepDirectory(self.run_).exists():
+                self._over_training(params)
+            elif self.beside is not None:
                 self._compare(params)
             elif self.interval is not None:
                 self._resample(params)
@@ -68,6 +72,23 @@ class Query:
                 terminal.relation(run.query(self.name, **params), self.format)
                 sys.stderr.writelines(f"{remark}\n" for remark in run.remarks(self.name, **params))
         return 0
+
+    def _over_training(self, params: dict[str, Any]) -> None:
+        from collector.look import terminal
+        from collector.query.sweeps import open_sweep
+
+        if self.beside is not None:
+            raise ValueError(f"{self.run_} is a sweep, whose runs are compared with its last one: leave out --beside")
+        sweep = open_sweep(self.run_, by=self.by)
+        if self.interval is None:
+            rows = sweep.query(self.name, **params)
+        else:
+            rows = sweep.intervals(self.name, column=self.column, **self._draws(), **params)
+        sys.stderr.writelines(f"{remark}\n" for remark in sweep.remarks())
+        terminal.relation(rows, self.format)
+
+    def _draws(self) -> dict[str, Any]:
+        return {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
 
     def _compare(self, params: dict[str, Any]) -> None:
         from collector.look import terminal
@@ -84,9 +105,10 @@ class Query:
         from collector.look import terminal
         from collector.query import inference, warehouse
 
-        draws: dict[str, Any] = {"level": self.interval, "resamples": self.resamples, "seed": self.seed}
         run = warehouse.open_run(self.run_, by=self.by)
-        terminal.uncertain(inference.intervals(run, self.name, column=self.column, **draws, **params), self.format)
+        terminal.uncertain(
+            inference.intervals(run, self.name, column=self.column, **self._draws(), **params), self.format
+        )
 
     def _list(self) -> int:
         from collector.look import metrics_page, terminal
@@ -127,10 +149,11 @@ class Sql:
     """Run one read-only SQL statement over a run's views.
 
     The statement can read the run's committed files only. It has no access to other files, the network or settings.
+    Of a sweep it runs over every complete checkpoint, one after the other.
     """
 
     run_: RunPath
-    """The run directory."""
+    """The run directory, or the folder of a sweep."""
     statement: tyro.conf.Positional[str]
     """For example: select label, count(*) from documents group by all."""
     by: str = "label"
@@ -142,9 +165,12 @@ class Sql:
         """Runs the statement."""
         from collector.look import terminal
         from collector.query import warehouse
+        from collector.query.sweeps import open_sweep
+        from collector.store.sweep_directory import SweepDirectory
 
         with warehouse.one_line_errors():
-            terminal.relation(warehouse.open_run(self.run_, by=self.by).sql(self.statement), self.format)
+            opener = open_sweep if SweepDirectory(self.run_).exists() else warehouse.open_run
+            terminal.relation(opener(self.run_, by=self.by).sql(self.statement), self.format)
         return 0
 
 

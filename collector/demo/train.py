@@ -1,6 +1,7 @@
 """Trains the demo model: a small OLMoE over 60 languages, with its own tokenizer.
 
     python -m collector.demo.train --out collector/demo/model
+    python -m collector.demo.train --out runs/checkpoints --steps 400 --save-at 0 10 50 100 200 400
 
 `collector collect` uses this model by default. It is an OLMoE in every respect that routing depends
 on (softmax router, top-8 of 64 experts, weights not normalised), reduced to hidden size 64 and
@@ -15,6 +16,7 @@ eq. 4) and averaged; it is not pooled over layers.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -34,7 +36,7 @@ from collector.data.corpus import SOURCE, read_sentences
 from collector.models.loading import DEMO_MODEL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BOS, EOS, PAD = "<|bos|>", "<|endoftext|>", "<|pad|>"
 
@@ -65,6 +67,20 @@ class TrainConfig:
     """Entries of the tokenizer, special tokens included."""
     log_every: int = 50
     """Steps between log lines."""
+    save_at: tuple[int, ...] = ()
+    """Steps after which to write a checkpoint, too, to OUT/step100-tokens410K and so on; 0 is before the first."""
+    evaluate: bool = True
+    """Also compute the loss of every held-out sentence at the end."""
+
+    def __post_init__(self) -> None:
+        """Rejects checkpoints after the end."""
+        if late := [step for step in self.save_at if not 0 <= step <= self.steps]:
+            raise ValueError(f"--save-at takes steps from 0 to --steps {self.steps}, got {late[0]}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that a step sees."""
+        return self.rows * self.row_tokens
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -115,7 +131,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Olmo
 def packed_rows(documents: list[list[int]], config: TrainConfig) -> Iterator[torch.Tensor]:
     """Yields batches [rows, row_tokens] of packed documents without end, in a new order each epoch."""
     generator = torch.Generator().manual_seed(config.seed)
-    size = config.rows * config.row_tokens
+    size = config.tokens_per_step
     stream: list[int] = []
     while True:
         for index in torch.randperm(len(documents), generator=generator).tolist():
@@ -154,8 +170,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * min(1.0, (step + 1) / config.warmup, down)
 
 
-def train(model: OlmoeForCausalLM, documents: list[list[int]], config: TrainConfig) -> list[dict[str, float]]:
-    """Trains the model in place and returns the log, one entry per `log_every` steps."""
+def train(
+    model: OlmoeForCausalLM, documents: list[list[int]], config: TrainConfig, reached: Callable[[int], None]
+) -> list[dict[str, float]]:
+    """Trains the model in place, calls `reached` with every number of steps done, and returns the log.
+
+    The log has one entry per `log_every` steps.
+    """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -166,6 +187,7 @@ def train(model: OlmoeForCausalLM, documents: list[list[int]], config: TrainConf
     log: list[dict[str, float]] = []
     recent: list[tuple[float, float]] = []
     started = time.monotonic()
+    reached(0)
     for step, rows in zip(range(config.steps), packed_rows(documents, config), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -177,6 +199,7 @@ def train(model: OlmoeForCausalLM, documents: list[list[int]], config: TrainConf
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        reached(step + 1)
         recent.append((loss.item(), balance.item()))
         if (step + 1) % config.log_every == 0:
             mean_loss, mean_balance = (math.fsum(column) / len(recent) for column in zip(*recent, strict=True))
@@ -207,14 +230,18 @@ def heldout_loss(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 def save(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes the checkpoint in bfloat16 to keep it small, with a config that requests float32.
 
-    Most CPUs have no bfloat16 arithmetic, so float32 is several times faster on them.
+    Most CPUs have no bfloat16 arithmetic, so float32 is several times faster on them. The model stays as it is.
     """
-    model.bfloat16()
-    model.save_pretrained(out)
+    copy.deepcopy(model).bfloat16().save_pretrained(out)
     (out / "generation_config.json").unlink(missing_ok=True)
     settings = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}
     (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(out)
+
+
+def checkpoint_name(step: int, config: TrainConfig) -> str:
+    """Returns the name of a checkpoint, with step and tokens as on the hub: step100-tokens410K."""
+    return f"step{step}-tokens{round(step * config.tokens_per_step / 1000)}K"
 
 
 def main(config: TrainConfig) -> None:
@@ -228,20 +255,26 @@ def main(config: TrainConfig) -> None:
     print(f"{len(texts)} sentences, {tokens} tokens, {config.steps} steps", flush=True)
     model = build_model(config, tokenizer)
     started = time.monotonic()
-    log = train(model, documents, config)
+
+    def save_if_wanted(step: int) -> None:
+        if step in config.save_at:
+            save(model, tokenizer, config.out / checkpoint_name(step, config))
+
+    log = train(model, documents, config, save_if_wanted)
     seconds = time.monotonic() - started
     save(model, tokenizer, config.out)
     record = {
         "command": "python -m collector.demo.train " + " ".join(sys.argv[1:]),
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "out"},
         "data": {"source": SOURCE, "sentences": len(texts), "tokens": tokens,
-                 "tokens_seen": config.steps * config.rows * config.row_tokens},
+                 "tokens_seen": config.steps * config.tokens_per_step},
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "log": log,
-        "heldout_loss": heldout_loss(model, tokenizer),
     }  # fmt: skip
+    if config.evaluate:
+        record["heldout_loss"] = heldout_loss(model, tokenizer)
     (config.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from collector.fleet.ray_fleet import RayFleet
 from collector.fleet.ray_metrics import Metrics
 from collector.query.warehouse import views_sql
 from collector.store.run_directory import PLAN, RUN, VIEWS, RunDirectory
+from collector.store.sweep_directory import SweepDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,13 +53,15 @@ def freeze_plan(
     """
     stored = run.read_or_none(PLAN)
     if stored is None:
-        plan = _new_plan(config, say, part_of)
+        if SweepDirectory(run.root).exists():
+            raise ValueError(f"{run.root} holds a sweep, which is no place for a run: choose another --out")
+        plan = new_plan(config, say, part_of)
         if run.store.put_new(PLAN, plan.to_parquet()):
             return plan
         stored = run.store.read(PLAN)
     plan = planning.Plan.from_parquet(stored)
     differences = planning.differences(plan.config, _settings(config, part_of))
-    if not differences and part_of is not None and _new_plan(config, say, part_of).hash != plan.hash:
+    if not differences and part_of is not None and new_plan(config, say, part_of).hash != plan.hash:
         differences = ["other documents were selected"]
     differences = differences or planning.check_sources(plan, config)
     if differences:
@@ -74,7 +77,7 @@ def _settings(config: RunConfig, part_of: PartOf | None) -> dict[str, Any]:
     return config.to_dict() | dict(part_of.told if part_of else {})
 
 
-def _new_plan(
+def new_plan(
     config: RunConfig, say: Callable[[str], None] = lambda _: None, part_of: PartOf | None = None
 ) -> Plan:  # fmt: skip
     """Plans a run, after a look at whether the model's tokenizer can read the documents."""
@@ -123,6 +126,14 @@ def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware
 
 
 @contextlib.contextmanager
+def connected(launch: LaunchConfig) -> Iterator[bool]:
+    """Joins a cluster or starts a local Ray, as `cluster` does, and makes SIGTERM end the work like Ctrl-C."""
+    # In this order: connecting makes Ray set a handler of its own.
+    with cluster(launch) as grows, _terminate_like_interrupt():
+        yield grows
+
+
+@contextlib.contextmanager
 def _terminate_like_interrupt() -> Iterator[None]:
     """Makes SIGTERM end the run like Ctrl-C: replicas stop, and the run can be resumed."""
 
@@ -157,19 +168,32 @@ def collect(
         ValueError: settings, data or model are not usable, or belong to another run than `root`.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the run can be resumed.
     """
-    run = RunDirectory(root)
-    # In this order: connecting makes Ray set a handler of its own.
-    with cluster(launch) as grows, _terminate_like_interrupt():
+    with connected(launch) as grows:
         config = resolve(data=data, model=model, capture=capture, device=pick_device(launch, grows=grows))
-        need, (least, _) = Need.of(launch, config.device), launch.replica_range()
-        require_room(need, alive_nodes(), least if grows else max(1, least))
-        warnings: list[str] = []
-        plan = freeze_plan(run, config, warnings.append, part_of)
-        tally = Tally(shards=len(plan.shards), documents=plan.documents)
-        with ProgressView(tally, as_json=launch.log_format == "json") as view:
-            for warning in warnings:
-                view.say(warning, event="warning")
-            work_off(Job(run=run, plan=plan, launch=launch), config, view, need=need, grows=grows)
+        return collect_connected(root, config, launch, grows=grows, part_of=part_of)
+
+
+def collect_connected(
+    root: str, config: RunConfig, launch: LaunchConfig, *, grows: bool = False, part_of: PartOf | None = None
+) -> RunDirectory:
+    """Runs or resumes a collection on the connected Ray; see `collect`.
+
+    Args:
+        root: the run directory.
+        config: what to record.
+        launch: where the replicas run.
+        grows: whether the cluster may get more nodes.
+        part_of: the documents, if they are those of another run.
+    """
+    run, need, (least, _) = RunDirectory(root), Need.of(launch, config.device), launch.replica_range()
+    require_room(need, alive_nodes(), least if grows else max(1, least))
+    warnings: list[str] = []
+    plan = freeze_plan(run, config, warnings.append, part_of)
+    tally = Tally(shards=len(plan.shards), documents=plan.documents)
+    with ProgressView(tally, as_json=launch.log_format == "json") as view:
+        for warning in warnings:
+            view.say(warning, event="warning")
+        work_off(Job(run=run, plan=plan, launch=launch), config, view, need=need, grows=grows)
     finish(run, plan)
     return run
 
@@ -226,7 +250,7 @@ def collect_in_process(
     """
     from collector.replica.replica import Replica
 
-    run, plan = RunDirectory(root), _new_plan(config, part_of=part_of)
+    run, plan = RunDirectory(root), new_plan(config, part_of=part_of)
     run.store.put_new(PLAN, plan.to_parquet())
     with contextlib.closing(Replica(root, config, plan.hash, loaded=loaded, threads=threads)) as replica:
         replica.write_vocabulary()

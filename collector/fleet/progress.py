@@ -238,6 +238,13 @@ class ProgressView:
         sys.stderr.flush()
 
 
+def tell(message: str, *, as_json: bool, event: str = "message", **fields: Any) -> None:
+    """Writes a message to standard error outside of any view; if it cannot be written, nothing."""
+    with Harmless("messages", lambda _: None):
+        sys.stderr.write(json_line(event, message=message, **fields) if as_json else f"{message}\n")
+        sys.stderr.flush()
+
+
 def json_line(event: str, **fields: Any) -> str:
     """An event as one line of JSON."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

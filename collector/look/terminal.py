@@ -20,6 +20,7 @@ from collector.fleet.rejected import told
 from collector.query.catalog import GROUPS
 from collector.store import throughput
 from collector.store.run_directory import PLAN, RUN, SUCCESS
+from collector.store.sweep_directory import hint as sweep_hint
 from collector.store.totals import Totals
 
 if TYPE_CHECKING:
@@ -111,9 +112,8 @@ def read_plan(run: RunDirectory) -> Plan:
     """
     stored = run.read_or_none(PLAN)
     if stored is None:
-        raise FileNotFoundError(
-            f"no run in {run.root}: there is no {PLAN}; collector collect --out {run.root} begins one"
-        )
+        told = sweep_hint(run.root) or f"there is no {PLAN}; collector collect --out {run.root} begins one"
+        raise FileNotFoundError(f"no run in {run.root}: {told}")
     return Plan.from_parquet(stored)
 
 

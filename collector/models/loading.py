@@ -10,6 +10,7 @@ device. `fingerprint` makes it possible to check that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from typing import TYPE_CHECKING, Any
@@ -327,9 +328,15 @@ def _readable(tokenizer: Any, token: str) -> str:
     if "\ufffd" not in text:
         # Some decoders drop the space at the start of a word.
         return " " + text if token[0] in "▁Ġ" and not text.startswith(" ") else text
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    byte_of = _byte_of()
     if all(character in byte_of for character in token):
         return "".join(f"<{byte_of[character]:02X}>" for character in token)
     return token
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """The byte that a character stands for in byte-level vocabularies."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -68,6 +68,19 @@ def _cached_adapter(config: ModelConfig) -> Path | None:
     return None
 
 
+def cached_commit(config: ModelConfig) -> str | None:
+    """Returns the commit that the cache holds of a model on the hub; None of a folder."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    location = resolve(config)
+    if Path(location).is_dir():
+        return None
+    found = try_to_load_from_cache(
+        location, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=config.revision or "main"
+    )
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def _refuse_adapter(config: ModelConfig, path: Path | None) -> None:
     if path is None or not path.is_file():
         return

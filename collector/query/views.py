@@ -23,6 +23,7 @@ from collector.query.rollup import files as rollups
 from collector.store import tables
 from collector.store.remote_files import RunFiles
 from collector.store.run_directory import MAPS, RUN, SUCCESS, VOCAB, WEIGHTS, ObjectStore, RunDirectory, weights_name
+from collector.store.sweep_directory import hint as sweep_hint
 
 if TYPE_CHECKING:
     import os
@@ -200,7 +201,8 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
     try:
         info = run.read_json(RUN)
     except FileNotFoundError as error:
-        message = f"no run at {run.root}: there is no {RUN}; name the folder that `collector collect` wrote"
+        told = sweep_hint(run.root) or f"there is no {RUN}; name the folder that `collector collect` wrote"
+        message = f"no run at {run.root}: {told}"
         raise FileNotFoundError(message) from error
     if any("stack" not in router for router in info["layers"]):
         raise ValueError(f"{run.root} was written by an earlier version, without a stack per router: collect it again")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collector.models import compute, footprint, loading
+from collector.models import compute, footprint, loading, locations
 from collector.store import tables
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def describe(loaded: LoadedModel, config: ModelConfig, recorders: Sequence[Recor
     card = {
         "model": {
             "id": config.model,
-            "revision": getattr(model.config, "_commit_hash", None) or config.revision,
+            "revision": locations.cached_commit(config) or config.revision,
             "class": type(model).__name__,
             "model_type": model.config.model_type,
             "weights": config.weights,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from collector.query.rollup.files import Covered
 from collector.store.run_directory import PART_FOLDERS, PLAN, ROLLUP
+from collector.store.sweep_directory import hint as sweep_hint
 
 if TYPE_CHECKING:
     from collector.store.run_directory import Entry, RunDirectory
@@ -56,7 +57,7 @@ def find(run: RunDirectory, older_than: float) -> list[Entry]:
         DamagedRecordError: a commit record cannot be read.
     """
     if run.read_or_none(PLAN) is None:
-        raise FileNotFoundError(f"no run at {run.root}: there is no {PLAN}")
+        raise FileNotFoundError(f"no run at {run.root}: {sweep_hint(run.root) or f'there is no {PLAN}'}")
     # Files first, records second: a part committed in between is then in both lists and stays. In the other order its
     # record would be missed, and committed data removed. A part that is listed here and committed only after the
     # records were read is younger than any age limit but 0.

@@ -19,6 +19,7 @@ from collector.fleet.ray_metrics import run_tag
 from collector.store.run_directory import SUCCESS, RunDirectory
 from tests.helpers.command_line import collector
 from tests.helpers.runs import write_jsonl
+from tests.helpers.sweeps import break_weights, write_checkpoints
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -116,6 +117,20 @@ def test_a_run_without_a_document_is_no_success_and_says_why(tmp_path, tiny_fold
     assert "and so is the rollup, but they hold no document" in collector("verify", str(out)).stdout
     report = collector("report", str(out), "--out", str(tmp_path / "report.html"))
     assert report.stderr == f"collector: {out} holds no document to report on: collector status {out} says why\n"
+
+
+def test_a_sweep_collects_checkpoints_on_one_ray(tmp_path):
+    model = write_checkpoints(tmp_path / "trained", ["checkpoint-5", "checkpoint-10", "checkpoint-50"])
+    break_weights(model / "checkpoint-5")
+    out, texts = tmp_path / "sweep", write_jsonl(tmp_path / "texts.jsonl", 10)
+    done = collector("sweep", "--out", str(out), "--model", str(model), "--data", str(texts), "--every", "2",
+                     "--cpus-per-replica", "1")  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "not collected: checkpoint-5: " in done.stderr
+    assert "checkpoint 2 of 2: checkpoint-50" in done.stderr
+    assert "1 of 2 checkpoints are complete, 10 documents planned for each" in done.stdout
+    assert (out / "checkpoint-50" / SUCCESS).exists()
+    assert not (out / "checkpoint-10").exists()
 
 
 def test_rejected_rows_up_to_the_share_are_a_success(tmp_path, tiny_folder):

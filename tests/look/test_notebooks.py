@@ -16,7 +16,7 @@ import torch
 from scipy.stats import spearmanr
 
 from collector import __main__ as cli
-from collector import open_run
+from collector import open_run, open_runs
 from collector.config import DataConfig, ModelConfig
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import collect_here, run_config
@@ -58,7 +58,7 @@ def script(capsys, name: str, *arguments: str) -> str:
 
 def test_the_index_tells_of_every_notebook():
     index = (NOTEBOOKS / "README.md").read_text()
-    assert len(NAMES) == 7
+    assert len(NAMES) == 8
     for path in NOTEBOOKS.glob("*.py"):
         assert f"[`{path.name}`]({path.name})" in index
 
@@ -213,6 +213,27 @@ def test_what_experts_cause_is_what_the_queries_say():
     ((experts,),) = singly.sql("select count(distinct arm) from arms").fetchall()
     assert experts == 64
     assert set(shown["agreement"].n) <= set(range(20, 65))
+
+
+def test_curves_over_training_are_the_answers_of_each_checkpoint(tiny_sweep):
+    shown = run("08_over_training", "--sweep", str(tiny_sweep))
+    sweep = shown["sweep"]
+    names = [each.name for each in sweep.runs]
+    layer = int(shown["layer"].value)
+    favourites = shown["favourites"].set_index(["checkpoint", "label"])
+    for each in sweep.runs:
+        opened = open_run(each.root)
+        given = opened.query("mutual_information").filter("metric = 'normalized_mutual_information'")
+        values = [value for (value,) in given.project("value").fetchall()]
+        assert shown["by_checkpoint"][each.name] == pytest.approx(np.mean(values))
+        top = (
+            opened.query("top_experts", layer=layer, n=1).filter("metric = 'topk'").project("label, expert").fetchall()
+        )
+        assert [favourites.expert[each.name, label] for label, _ in top] == [expert for _, expert in top]
+    pair = open_runs(sweep.runs[0].root, sweep.last.root).query("router_saturation", pooled=True)
+    first = np.mean([value for (value,) in pair.project("value").fetchall()])
+    assert shown["settled"][names[0]] == pytest.approx(first)
+    assert f"at {names[0]} {first:.0%}." in shown["answer"]
 
 
 # ---- as scripts ----

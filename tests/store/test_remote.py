@@ -27,7 +27,7 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from collector import open_runs
+from collector import open_runs, open_sweep
 from collector.config import DataConfig, ModelConfig
 from collector.query.rollup import files
 from collector.query.warehouse import open_run
@@ -38,6 +38,7 @@ from collector.upkeep import verify
 from tests.helpers.command_line import exit_status
 from tests.helpers.query_runs import assert_same, assert_same_rows, keyed
 from tests.helpers.runs import attempt, collect_here, run_config, write_jsonl
+from tests.helpers.sweeps import sweep_here, write_checkpoints
 
 BUCKET = "runs"
 pytestmark = pytest.mark.usefixtures("s3")
@@ -424,3 +425,16 @@ def test_a_bucket_that_vanishes_is_no_missing_file():
 
 def test_the_manifest_of_a_remote_run_is_its_records(run):
     assert [dataclasses.asdict(each) for each in run.commits()] == [dataclasses.asdict(each) for each in run.records()]
+
+
+def test_a_sweep_on_an_object_store_is_collected_and_asked_in_place(tmp_path):
+    model = write_checkpoints(tmp_path / "trained", ["step1", "step2"])
+    texts, url = write_jsonl(tmp_path / "texts.jsonl", 8), f"s3://{BUCKET}/sweep"
+    remote, local = sweep_here(url, model, texts), sweep_here(tmp_path / "sweep", model, texts)
+    assert all(map(remote.is_complete, remote.checkpoints()))
+    answers = [
+        open_sweep(each.root).query("router_saturation", layer=1).project("checkpoint, label, value").fetchall()
+        for each in (remote, local)
+    ]
+    assert answers[0] == answers[1] != []
+    assert open_sweep(url).last.root == f"{url}/step2"

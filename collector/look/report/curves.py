@@ -1,10 +1,10 @@
-"""Draws curves over depth, loads, and bars with words as Vega-Lite specifications with Altair. See `charts`."""
+"""Draws curves over depth or training, loads, and bars with words, as Vega-Lite specifications. See `charts`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
@@ -18,13 +18,41 @@ if TYPE_CHECKING:
 
 _NAME = 9
 """Width of a name in a legend, with its symbol, in multiples of the font size."""
+_WIDE = 20
+"""Largest ratio of numbers on a linear axis."""
+_PALE = 0.5
+"""Length of the ramp of colours that is too pale for curves, in multiples of the rest."""
 _TICKS = 5
 """Approximate number of ticks; axes end at a tick, so that the titles of panels align."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Across:
+    """The horizontal axis of curves."""
+
+    column: str
+    title: str | None = None
+    values: Sequence[int] = ()
+    """All values, in order, of an axis of numbers."""
+    names: Sequence[str] = ()
+    """All names, in order, of an axis of names; with neither the axis is one of few whole numbers."""
+
+    def encode(self) -> alt.X:
+        """Returns the encoding. Numbers of very different size are on a logarithmic axis, which is linear up to 0."""
+        if not self.values:
+            turned = alt.Axis(labelAngle=-90 if self.names else 0, labelOverlap=True)
+            return alt.X(f"{self.column}:O", title=self.title, sort=list(self.names) or "ascending", axis=turned)
+        positive = [value for value in self.values if value > 0]
+        wide = bool(positive) and positive[-1] > _WIDE * positive[0]
+        kind: dict[str, Any] = {"type": "symlog", "constant": positive[0]} if wide else {"zero": False}
+        scale = alt.Scale(nice=False, **kind)
+        ticks = alt.Axis(values=list(self.values), format="~s", labelOverlap="greedy", labelFlush=False)
+        return alt.X(f"{self.column}:Q", title=self.title, scale=scale, axis=ticks)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One metric over depth."""
+    """One metric of the vertical axis."""
 
     metric: str
     words: str
@@ -38,8 +66,8 @@ class Curves:
 
     series: str
     """Column that distinguishes curves by colour."""
-    main: str
-    """The run whose curves are also drawn faintly."""
+    main: str = ""
+    """The run whose curves are also drawn faintly; all if the rows are not by run."""
     tooltip: Mapping[str, str]
     """Type (N or Q) by column."""
     dash: bool = False
@@ -48,15 +76,21 @@ class Curves:
     """Columns of the lower and upper edge of a band around each coloured curve."""
     faint: bool = False
     """Draw the curves of the main run that are not `_coloured`."""
+    across: Across = Across(column="layer", title="layer")
+    """The horizontal axis."""
+    numbers: tuple[float, float] | None = None
+    """First and last number of the series, if it is one of numbers: colours then follow them."""
 
 
-def by_depth(layout: Layout, *, panels: Sequence[Panel], stacks: Sequence[str], curves: Curves) -> alt.VConcatChart:
-    """Draws curves over the layers: one panel per metric, and one row of panels per stack.
+def by_depth(
+    layout: Layout, *, panels: Sequence[Panel], stacks: Sequence[str | None], curves: Curves
+) -> alt.VConcatChart:
+    """Draws curves, usually over the layers: one panel per metric, and one row of panels per stack.
 
     Args:
         layout: sizes.
         panels: metrics, left to right.
-        stacks: of the run.
+        stacks: of the run; None for rows of a single router.
         curves: how they are drawn.
     """
     width = layout.column if len(panels) == 1 else layout.width / len(panels) - layout.row * 2.4
@@ -72,13 +106,9 @@ def by_depth(layout: Layout, *, panels: Sequence[Panel], stacks: Sequence[str], 
     return alt.vconcat(*rows)
 
 
-def _layers(layout: Layout, panel: Panel, stack: str, curves: Curves, columns: int) -> list[alt.Chart]:
-    where = f"datum.metric == '{panel.metric}' && datum.stack == '{stack}'"
-    base = (
-        alt.Chart(ROWS)
-        .transform_filter(where)
-        .encode(x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)))
-    )
+def _layers(layout: Layout, panel: Panel, stack: str | None, curves: Curves, columns: int) -> list[alt.Chart]:
+    where = f"datum.metric == '{panel.metric}'" + (f" && datum.stack == '{stack}'" if stack else "")
+    base = alt.Chart(ROWS).transform_filter(where).encode(x=curves.across.encode())
     scale = alt.Scale(domain=[panel.low, panel.high], zero=False, nice=_TICKS)
     y = alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=_TICKS))
     detail = [alt.Detail(f"{name}:N") for name in dict.fromkeys((curves.series, "run"))]
@@ -87,13 +117,13 @@ def _layers(layout: Layout, panel: Panel, stack: str, curves: Curves, columns: i
     layers = [chance.encode(y=alt.Y("min(baseline):Q", title=None, scale=scale))]
     coloured = base
     if curves.faint:
-        others = base.transform_filter(f"!datum.{COLOURED} && datum.run == {json.dumps(curves.main)}")
+        of_main = f" && datum.run == {json.dumps(curves.main)}" if curves.main else ""
+        others = base.transform_filter(f"!datum.{COLOURED}{of_main}")
         layers.append(
             others.mark_line(style="faint", aria=False).encode(y=y, detail=detail, tooltip=tooltip_of(curves.tooltip))
         )
         coloured = base.transform_filter(f"datum.{COLOURED}")
-    legend = alt.Legend(columns=columns, symbolType="stroke", symbolOpacity=1)
-    coloured = coloured.encode(color=alt.Color(f"{curves.series}:N", title=None, legend=legend))
+    coloured = coloured.encode(color=_colour(curves, columns))
     if curves.band:
         low, high = curves.band
         area = coloured.transform_filter(f"isValid(datum.{low})").mark_area(opacity=0.18, aria=False)
@@ -104,6 +134,17 @@ def _layers(layout: Layout, panel: Panel, stack: str, curves: Curves, columns: i
         runs = alt.Legend(symbolType="stroke")
         line = line.encode(strokeDash=alt.StrokeDash("run:N", title=None, legend=runs))
     return [*layers, line]
+
+
+def _colour(curves: Curves, columns: int) -> alt.Color:
+    if curves.numbers is None:
+        legend = alt.Legend(columns=columns, symbolType="stroke", symbolOpacity=1)
+        return alt.Color(f"{curves.series}:N", title=None, legend=legend)
+    first, last = curves.numbers
+    # The first colours of the ramp are those of empty cells.
+    scale = alt.Scale(domain=[first - _PALE * max(last - first, 1), last], nice=False)
+    ends = alt.Legend(values=sorted({first, (first + last) // 2, last}), format="d")
+    return alt.Color(f"{curves.series}:Q", title=curves.series, scale=scale, legend=ends)
 
 
 def loads(layout: Layout, *, high: float, compared: bool) -> alt.LayerChart | alt.FacetChart:

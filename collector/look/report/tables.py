@@ -127,17 +127,8 @@ def fetch(
         answer = (
             _with_intervals(side, query, resamples, params) if i == 0 and resamples else side.run.query(query, **params)
         )
-        kept = [
-            *(["stack"] if "stack" in answer.columns else []),
-            *(["layer"] if "layer" in answer.columns else []),
-            *columns,
-            *(name for name in INTERVAL if name in answer.columns),
-        ]
-        found = answer.filter(where).project(", ".join(f'"{name}"' for name in kept)).fetchnumpy()
-        count = len(found[columns[0]])
-        found.setdefault("layer", np.ma.masked_all(count))  # of a model as a whole
-        found.setdefault("stack", np.full(count, "decoder", object))
-        parts.append({"run": np.full(count, side.name, object), **found})
+        found = read_columns(answer, columns, where)
+        parts.append({"run": np.full(len(found["layer"]), side.name, object), **found})
     stacked = {
         name: np.ma.concatenate([part.get(name, np.ma.masked_all(len(part["run"]))) for part in parts])
         for name in parts[0]
@@ -145,6 +136,27 @@ def fetch(
     return Table(
         query=query, params=params, sides=sides, columns=stacked, by_layer=by_layer, resamples=resamples
     )  # fmt: skip
+
+
+def read_columns(answer: duckdb.DuckDBPyRelation, columns: Sequence[str], where: str = "true") -> dict[str, np.ndarray]:
+    """Returns columns of an answer, with stack, layer and the interval, as far as it has them.
+
+    Args:
+        answer: of a query.
+        columns: to keep.
+        where: SQL condition of the rows to keep.
+    """
+    kept = [
+        *(["stack"] if "stack" in answer.columns else []),
+        *(["layer"] if "layer" in answer.columns else []),
+        *columns,
+        *(name for name in INTERVAL if name in answer.columns),
+    ]
+    found = answer.filter(where).project(", ".join(f'"{name}"' for name in kept)).fetchnumpy()
+    count = len(found[columns[0]])
+    found.setdefault("layer", np.ma.masked_all(count))  # of a model as a whole
+    found.setdefault("stack", np.full(count, "decoder", object))
+    return found
 
 
 def _with_intervals(side: Side, query: str, resamples: int, params: Mapping[str, Any]) -> duckdb.DuckDBPyRelation:

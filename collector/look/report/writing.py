@@ -56,8 +56,8 @@ def write(
         ValueError: a run has no committed shard, or lacks the layer or a label.
     """
     sides = _sides(root, compare)
-    subject = _subject(sides, labels, resamples)
-    start = _start(subject, layer)
+    subject = subject_of(sides, labels, resamples)
+    start = start_of(subject, layer)
     drawn = [
         *languages.figures(subject), *experts.figures(subject), *vocabulary.figures(subject), *outputs.figures(subject),
         *interventions.figures(subject), *answers.figures(subject),
@@ -91,7 +91,12 @@ def _sides(root: str, compare: str | None) -> list[Side]:
     return [Side(name=name, root=each, run=run) for name, each, run in zip(names, roots, runs, strict=True)]
 
 
-def _subject(sides: Sequence[Side], coloured: Sequence[str] | None, resamples: int) -> Subject:
+def subject_of(sides: Sequence[Side], coloured: Sequence[str] | None, resamples: int) -> Subject:
+    """Decides what a report of these runs shows.
+
+    Raises:
+        ValueError: the first run lacks a label, or more labels are to be coloured than there are colours.
+    """
     by_tokens = [row[0] for row in sides[0].run.sql("select label from labels order by tokens desc, label").fetchall()]
     if unknown := [label for label in coloured or () if label not in by_tokens]:
         raise ValueError(
@@ -113,7 +118,12 @@ def _routers(run: Run) -> list[Router]:
     return [(one["stack"], one["layer"]) for one in run.info["layers"]]
 
 
-def _start(subject: Subject, layer: int | None) -> int:
+def start_of(subject: Subject, layer: int | None) -> int:
+    """Returns the index of the router to show first.
+
+    Raises:
+        ValueError: the run has no such layer.
+    """
     if layer is None:
         return len(subject.routers) // 2
     layers = [number for _, number in subject.routers]

@@ -31,6 +31,7 @@ from collector.store.run_directory import (
     RunDirectory,
     sha256_of,
 )
+from collector.store.sweep_directory import hint as sweep_hint
 from collector.upkeep.verify import tables
 from collector.upkeep.verify.reading import Card
 from collector.upkeep.verify.report import Report
@@ -58,7 +59,7 @@ def verify(run: RunDirectory, progress: Callable[[int, int], None] = lambda _don
     """
     stored = run.read_or_none(PLAN)
     if stored is None:
-        raise FileNotFoundError(f"no run at {run.root}: there is no {PLAN}")
+        raise FileNotFoundError(f"no run at {run.root}: {sweep_hint(run.root) or f'there is no {PLAN}'}")
     try:
         plan = Plan.from_parquet(stored)
     except (ValueError, KeyError, TypeError, OSError) as error:
