@@ -263,7 +263,7 @@ def test_a_run_without_a_commit_has_no_groups(tmp_path, by) -> None:
 
 
 def test_an_unknown_grouping_names_the_choices(folder) -> None:
-    with pytest.raises(ValueError, match="no grouping 'sauce'; runs are grouped by label, length, phase, position, role, "):
+    with pytest.raises(ValueError, match="no grouping 'sauce'; runs are grouped by label, length, phase, position, "):
         open_run(folder, by="sauce")
 
 
