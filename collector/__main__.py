@@ -18,6 +18,7 @@ import tyro
 
 from collector.commands.collect import Collect, Intervene, Status, give_watch_its_seconds
 from collector.commands.experts import Experts
+from collector.commands.importing import Import
 from collector.commands.look import Explore, Profile, Show, Trace
 from collector.commands.models import Models, Quantize
 from collector.commands.publish import Export, Report
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect,
     "sweep": Sweep,
+    "import": Import,
     "query": Query,
     "test": Test,
     "sql": Sql,
@@ -115,7 +117,8 @@ def main() -> None:
         _complain(command, str(error), "error")
         status = 2
     except KeyboardInterrupt:
-        hint = "; the same command resumes the run" if isinstance(command, Collect | Sweep | Intervene) else ""
+        resumes = isinstance(command, Collect | Sweep | Intervene | Import)
+        hint = "; the same command resumes the run" if resumes else ""
         _complain(command, f"interrupted{hint}", "interrupted")
         status = 130
     _flush()

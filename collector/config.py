@@ -25,6 +25,7 @@ Store = Literal["text", "probabilities", "logits", "token_effects"]
 Record = Literal["routing", "outputs", "loss", "similarity", "vocabulary", "effects"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stack = Literal["encoder", "decoder"]
+DumpKind = Literal["sglang", "vllm", "flame"]
 
 
 def _require_positive(name: str, value: float | None) -> None:
@@ -313,6 +314,52 @@ class LaunchConfig:
         if device == "cpu" and self.offload == "cpu":
             raise ValueError("--offload cpu is for weights that a GPU has no room for; on CPUs use --offload disk")
         return Spread(offload=self.offload, host_memory=self.host_memory)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """What is known of a dump of another program, and how it becomes a run."""
+
+    model: str
+    """Name of the model, for people: dumps do not tell it."""
+    experts: int | None = None
+    """Experts that the model's routers choose from, which responses do not tell. The recorder's map does; of flame it
+    is 64."""
+    top_k: int | None = None
+    """Experts that a router chooses per token, for returned routing of SGLang, which is a flat list."""
+    tokenizer: str | None = None
+    """The model's tokenizer: a model on the Hugging Face hub, or a local folder. Adds how tokens are spelled, and which
+    are special; without it none counts as special."""
+    label_column: str | None = None
+    """Field of a response with the label that queries group by; also `{lang}_{script}`, `@file` or `@folder`, as for
+    collect. By default `label`, where there is one. Documents without a label are `unlabelled`."""
+    id_column: str = "id"
+    """Field of a response with the document's own id. Without it the engine's id of the request, or FILE#ROW."""
+    tokens_per_document: int = 2048
+    """Tokens of a document of flame, which does not record where documents end."""
+    decode: Literal["leave-out", "alone"] = "leave-out"
+    """Tokens that SGLang's recorder saw in decoding, of which it is not known to which request they belong.
+    `alone` makes each a document of one token. Intervals and tests then take them for independent, which they are
+    not."""
+    lost: Literal["refuse", "drop"] = "refuse"
+    """Tokens without routing: an expert twice, as in the rows of zeros that engines return for tokens that they lost.
+    `drop` leaves them out; the other tokens keep their positions."""
+    docs_per_shard: int | None = None
+    """Documents per shard (default: 512, of flame as many as have 131,072 tokens). A shard is committed as a whole."""
+
+    def __post_init__(self) -> None:
+        """Rejects sizes that are none."""
+        for name in ("experts", "top_k", "tokens_per_document", "docs_per_shard"):
+            _require_positive(name, getattr(self, name))
+        if self.experts is not None and self.experts > 1 << 15:
+            raise ValueError(f"--experts takes a number up to 32768, got {self.experts}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what decides the content of the run, as JSON values.
+
+        `lost` does not: what was committed under `refuse` has no such token.
+        """
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "lost"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

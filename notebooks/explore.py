@@ -131,6 +131,8 @@ def _(asked, found, language, name, views, widget):
 def _(document, layer, name, page, read, refused, run, stack, views, widget):
     if document.value is None:
         widget.tokens = views.message(refused or "No document of this language meets the condition.")
+    elif run.lacks & {"weights", "entropy"}:
+        widget.tokens = views.message("Tokens are shown by weight and entropy, which this imported run does not have.")
     else:
         _place = {"shard": document.value.shard, "doc": document.value.doc}
         _trace = read(run, stack=stack.value, layer=layer.value, **_place)

@@ -44,6 +44,8 @@ class TokenTable:
     span_labels: tuple[str, ...] = ()
     labels: tuple[tuple[str, ...], ...] | None = None
     """[D] each document's labels; None if no recorder asks."""
+    places: NDArray[np.int64] | None = None
+    """[T] each token's place in its document, ascending; None if these are 0, 1, 2 …"""
     token_class: NDArray[np.str_] | None = None
     """[T] each token's class, as `--by token_class` names it; None if no recorder asks."""
     prompt_lengths: NDArray[np.int64] | None = None
@@ -64,6 +66,8 @@ class TokenTable:
     @property
     def position(self) -> NDArray[np.int64]:
         """[T] each token's place in its document, from 0."""
+        if self.places is not None:
+            return self.places
         return np.arange(len(self.ids)) - np.repeat(self.starts[:-1], self.lengths)
 
 

@@ -73,6 +73,7 @@ def table_schemas(info: Mapping[str, Any]) -> dict[str, pa.Schema]:
             text="text" in (config.get("store") or ()),
             target=bool(config.get("target_column")),
             generated=bool(config.get("generate")),
+            lacks=tables.lacking(info),
         ),
         REJECTS: tables.REJECTS_SCHEMA,
     }

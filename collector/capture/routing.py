@@ -10,7 +10,7 @@ import pyarrow as pa
 from collector.capture import routing_table
 from collector.capture.recorder import Hook, Recorder, Recording
 from collector.capture.routing_table import LayerRouting
-from collector.store.tables import Layer, recorded_layers
+from collector.store.tables import Layer, lacking, recorded_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class RoutingRecorder(Recorder):
     def schemas(cls, info: Mapping[str, Any]) -> dict[str, pa.Schema]:
         """See `Recorder.schemas`."""
         stored = info["config"].get("store") or ()
-        return {TABLE: routing_table.schema(recorded_layers(info), stored)}
+        return {TABLE: routing_table.schema(recorded_layers(info), stored, lacking(info))}
 
     def hooks(self) -> list[Hook]:
         """One per router."""
@@ -100,6 +100,7 @@ class ShardRouting(Recording):
         for layer, decision in zip(self.layers, kept, strict=True):
             slots = batch[layer.geometry.token_stack].slots
             layer.experts_tk[slots] = decision.experts_tk.numpy()
+            assert layer.weights_tk is not None, "a model's routers have weights"
             layer.weights_tk[slots] = decision.weights_tk.numpy()
             for name, values in zip(routing_table.STATISTICS, decision.statistics_3t.numpy(), strict=True):
                 layer.statistics[name][slots] = values

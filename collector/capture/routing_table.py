@@ -44,8 +44,14 @@ def expert_dtype(layers: Sequence[Layer]) -> np.dtype:
     return np.dtype(np.uint8 if max(layer.n_experts for layer in layers) <= 255 else np.uint16)
 
 
-def schema(layers: Sequence[Layer], stored: Sequence[str] = ()) -> pa.Schema:
-    """Schema of the routing table for these routers, with those of `PER_EXPERT` that are stored."""
+def schema(layers: Sequence[Layer], stored: Sequence[str] = (), lacks: Sequence[str] = ()) -> pa.Schema:
+    """Schema of the routing table for these routers.
+
+    Args:
+        layers: the routers.
+        stored: those of `PER_EXPERT` that are stored.
+        lacks: those of `weights` and `STATISTICS` that the source of an imported run did not have; they are null.
+    """
     k_max = max(layer.top_k for layer in layers)
     k_min = min(layer.top_k for layer in layers)
     expert = pa.from_numpy_dtype(expert_dtype(layers))
@@ -59,9 +65,9 @@ def schema(layers: Sequence[Layer], stored: Sequence[str] = ()) -> pa.Schema:
         pa.field("label", tables.NAME, nullable=False),
         pa.field("is_special", pa.bool_(), nullable=False),
         *(pa.field(f"e{i}", expert, nullable=i >= k_min) for i in range(k_max)),
-        *(pa.field(f"w{i}", pa.float32(), nullable=i >= k_min) for i in range(k_max)),
+        *(pa.field(f"w{i}", pa.float32(), nullable=i >= k_min or "weights" in lacks) for i in range(k_max)),
         *(pa.field(f"d{i}", pa.bool_(), nullable=i >= k_min or not all_limited) for i in range(k_limited)),
-        *(pa.field(name, pa.float32(), nullable=False) for name in STATISTICS),
+        *(pa.field(name, pa.float32(), nullable=name in lacks) for name in STATISTICS),
     ]
     per_expert = [pa.field(name, pa.list_(pa.float32()), nullable=False) for name in PER_EXPERT if name in stored]
     return pa.schema(fields + per_expert)
@@ -81,10 +87,10 @@ class LayerRouting:
     geometry: Layer
     experts_tk: NDArray[np.unsignedinteger]
     """[T, k] expert ids in the order of the weights."""
-    weights_tk: NDArray[np.float32]
-    """[T, k] weights that the model applied."""
+    weights_tk: NDArray[np.float32] | None
+    """[T, k] weights that the model applied; None if the source of an imported run did not have them."""
     statistics: dict[str, NDArray[np.float32]]
-    """`entropy` (nats), `topk_mass`, `margin`: [T] each."""
+    """`entropy` (nats), `topk_mass`, `margin`: [T] each; those that the source has."""
     dropped_tk: NDArray[np.bool_] | None = None
     """[T, k] whether a capacity limit kept the pick from its expert, where the router has one."""
     per_expert_te: dict[str, NDArray[np.float32]] = dataclasses.field(default_factory=dict)
@@ -117,7 +123,8 @@ class LayerRouting:
             raise ValueError(
                 f"{where}: tokens without a recorded expert, or expert ids beyond {self.geometry.n_experts}"
             )
-        for name, values in {"weights": self.weights_tk, **self.statistics, **self.per_expert_te}.items():
+        weights = {} if self.weights_tk is None else {"weights": self.weights_tk}
+        for name, values in {**weights, **self.statistics, **self.per_expert_te}.items():
             if not (finite := is_possible(name, values)).all():
                 raise ValueError(f"{where}: {name} not finite for {int((~finite).sum())} values (NaN router?)")
 
@@ -159,7 +166,8 @@ def rows(
     }
     for i in range(k):
         columns[f"e{i}"] = layer.experts_tk[:, i]
-        columns[f"w{i}"] = layer.weights_tk[:, i]
+        if layer.weights_tk is not None:
+            columns[f"w{i}"] = layer.weights_tk[:, i]
         if layer.dropped_tk is not None:
             columns[f"d{i}"] = layer.dropped_tk[:, i]
     for name, values_te in layer.per_expert_te.items():

@@ -100,6 +100,7 @@ class Query:
         rows = pair.query(self.name, **params)
         sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
         terminal.relation(rows, self.format)
+        sys.stderr.writelines(f"{remark}\n" for remark in pair.remarks(self.name, **params))
 
     def _resample(self, params: dict[str, Any]) -> None:
         from collector.look import terminal

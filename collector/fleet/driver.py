@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,8 @@ from collector.fleet.ray_actor import ReplicaActor, ReplicaSpec
 from collector.fleet.ray_cluster import alive_nodes, cluster, pick_device
 from collector.fleet.ray_fleet import RayFleet
 from collector.fleet.ray_metrics import Metrics
-from collector.query.warehouse import views_sql
-from collector.store.run_directory import PLAN, RUN, VIEWS, RunDirectory
+from collector.replica.completing import finish, record_card
+from collector.store.run_directory import PLAN, RUN, RunDirectory
 from collector.store.sweep_directory import SweepDirectory
 
 if TYPE_CHECKING:
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from collector.data.plan import PartOf, Plan
     from collector.fleet.ray_actor import Actor
     from collector.models.loading import LoadedModel
-
-FORMAT = 2
-"""Version of the run directory's layout."""
 
 
 def freeze_plan(
@@ -93,36 +89,6 @@ def new_plan(
     for warning in planning.label_warnings(found, config.data):
         say(warning)
     return planning.make_plan(config, found)
-
-
-def record_card(run: RunDirectory, plan: Plan, card: dict[str, Any], *, hardware: dict[str, Any] | None = None) -> None:
-    """Writes run.json from the first replica's card; every later card must agree with it.
-
-    Args:
-        run: the run directory.
-        plan: of the run.
-        card: the replica's description of its model.
-        hardware: the resources that the first launch reserves for a replica.
-
-    Raises:
-        ValueError: a replica holds another model than the run was begun with; names what differs.
-    """
-    described = {
-        "format": FORMAT,
-        "config": plan.config,
-        "plan_hash": plan.hash,
-        "plan": {"shards": len(plan.shards), "documents": plan.documents},
-        **card,
-        **({"hardware": hardware} if hardware else {}),
-    }
-    if run.store.put_new(RUN, json.dumps(described, indent=1).encode() + b"\n"):
-        return
-    recorded = run.read_json(RUN)
-    # What the run's first version did not say of its model cannot differ.
-    different = [key for key, said in card.items() if key in recorded and key != "versions" and recorded[key] != said]
-    if different:
-        details = "; ".join(f"{key}: {recorded.get(key)} -> {card[key]}" for key in different)
-        raise ValueError(f"{run.root} was begun with another model than this replica loaded ({details})")
 
 
 @contextlib.contextmanager
@@ -226,13 +192,6 @@ def work_off(
         fleet.stop()
         with dispatcher.observing:
             metrics(dispatcher, last=True)
-
-
-def finish(run: RunDirectory, plan: Plan) -> None:
-    """Marks the run complete if every shard of the plan is committed."""
-    if run.committed_shards() == {shard.shard for shard in plan.shards}:
-        run.store.put(VIEWS, views_sql(run).encode())
-        run.finish(plan.hash, len(plan.shards))
 
 
 def collect_in_process(

@@ -60,6 +60,14 @@ def _paragraph(
 ) -> str:
     model = card["model"]
     in_labels = f" in {len(labels)} languages or other labels" if labels else ""
+    if imported := card.get("imported"):
+        return (
+            f"We imported the routing decisions of {model['id']} that {imported['from']} recorded, for "
+            f"{totals.tokens:,} tokens of {totals.documents:,} documents{in_labels}: "
+            f"{terminal.routers(card['layers'])}, {totals.rows:,} rows in all. "
+            f"The source has no {', '.join(imported['lacks'])}. "
+            f"{totals.skipped.total():,} rows were skipped{_reasons(totals)}."
+        )
     cut = plan.config["max_length"]
     sentences = [
         f"We recorded the routing decisions of {model['id']} ({model['weights']} weights, {_held(card)}) for "
@@ -84,27 +92,53 @@ def facts(card: Mapping[str, Any], plan: Plan, totals: Totals, labels: Mapping[s
         totals: of its commit records.
         labels: documents by label.
     """
-    model, versions = card["model"], card["versions"]
+    versions = card["versions"]
     rows = [
-        ("model", model["id"]),
-        ("revision", model["revision"] or "–"),
-        ("weights", f"{model['weights']}, fingerprint {model['fingerprint']}"),
-        ("quantization", _held(card)),
+        *(_imported(card) if "imported" in card else _model(card)),
         ("routers", terminal.routers(card["layers"])),
         ("documents", f"{totals.documents:,}"),
         ("tokens", f"{totals.tokens:,}"),
         ("labels", _counts(labels)),
         ("interventions", _interventions(plan.config)),
         ("generation", _generation(plan.config)),
-        ("maximum length", f"{plan.config['max_length']} tokens, {totals.truncated:,} documents truncated"),
+        ("maximum length", "" if "imported" in card else _longest(plan, totals)),
         ("skipped rows", f"{totals.skipped.total():,}{_reasons(totals)}"),
-        ("replica-hours", f"{totals.replica_hours:.2f}, padding efficiency {totals.padding_efficiency:.3f}"),
-        ("compute", throughput.described(card, totals)),
-        ("hardware", _hardware(card, plan, totals)),
+        *(() if "imported" in card else _course(card, plan, totals)),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("plan", f"{plan.hash} ({len(plan.shards):,} shards)"),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _model(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    model = card["model"]
+    return [
+        ("model", model["id"]),
+        ("revision", model["revision"] or "–"),
+        ("weights", f"{model['weights']}, fingerprint {model['fingerprint']}"),
+        ("quantization", _held(card)),
+    ]
+
+
+def _imported(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    imported = card["imported"]
+    return [
+        ("model", card["model"]["id"]),
+        ("imported from", imported["from"]),
+        ("without", ", ".join(imported["lacks"])),
+    ]
+
+
+def _longest(plan: Plan, totals: Totals) -> str:
+    return f"{plan.config['max_length']} tokens, {totals.truncated:,} documents truncated"
+
+
+def _course(card: Mapping[str, Any], plan: Plan, totals: Totals) -> list[tuple[str, str]]:
+    return [
+        ("replica-hours", f"{totals.replica_hours:.2f}, padding efficiency {totals.padding_efficiency:.3f}"),
+        ("compute", throughput.described(card, totals)),
+        ("hardware", _hardware(card, plan, totals)),
+    ]
 
 
 def _interventions(config: Mapping[str, Any]) -> str:

@@ -130,8 +130,8 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
     ]
     size = f"{totals.bytes / 1e6:,.1f} MB"
     if totals.tokens:
-        facts.append(("tokens", f"{totals.tokens:,} ({totals.rows:,} recorded rows), "
-                                f"padding efficiency {totals.padding_efficiency:.3f}"))  # fmt: skip
+        padding = f", padding efficiency {totals.padding_efficiency:.3f}" if totals.padded_tokens else ""
+        facts.append(("tokens", f"{totals.tokens:,} ({totals.rows:,} recorded rows){padding}"))
         size += f", {totals.bytes / totals.tokens:.0f} bytes/token"
     facts.append(("size", size))
     if time_shares := shares(totals.seconds):
@@ -149,7 +149,15 @@ def _facts(run: RunDirectory, plan: Plan, totals: Totals) -> list[tuple[str, str
 def model(card: Mapping[str, Any]) -> str:
     """Describes the model of a run and how its weights were stored."""
     told = card["model"]
+    if imported := card.get("imported"):
+        return f"{told['id']} (imported from {imported['from']}, without {', '.join(imported['lacks'])})"
     return f"{told['id']} ({told['model_type']}, {told['weights']} weights, {card['memory']['summary']})"
+
+
+def origin(card: Mapping[str, Any]) -> str:
+    """Describes in two words where a run's routing is from."""
+    imported = card.get("imported")
+    return f"imported from {imported['from']}" if imported else f"{card['model']['weights']} weights"
 
 
 def routers(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -176,7 +184,7 @@ def top_experts_by_layer(run: Run, labels: Sequence[str] | None, beside: Run | N
     title = "Top expert and its domain specialization (share of a language's tokens that choose it)"
     caption = f"baseline k/E = {', '.join(f'{b:.3f}' for b in sorted(baselines))}"
     if beside:
-        caption += f"; behind the bar: {beside.info['model']['weights']} weights"
+        caption += f"; behind the bar: {origin(beside.info)}"
     several = len({stack for stack, _ in routers}) > 1
     heads = [f"{stack} layer {layer}" if several else f"layer {layer}" for stack, layer in routers]
     table = Table("label", *heads, title=title, caption=caption, box=None)

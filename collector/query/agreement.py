@@ -3,6 +3,7 @@
 Texts agree if the vocabularies are the same, both runs have the same documents under the same labels, and each document
 has the same tokens: as many, special at the same positions, and with the same ids. If a run stores no ids, or a
 permutation of them that the other does not share, vocabulary and ids are reported as unchecked, not as different.
+An imported run lacks tokens that the engine did not tell of: the tokens that both runs have must be the same ones.
 Documents are compared by a digest of their tokens, so memory grows with the number of documents, not of tokens.
 
 Routers agree if both runs recorded the same ones; with `geometry`, they also need the same numbers of experts and of
@@ -61,6 +62,24 @@ where ours.shard = $shard and ours.doc = $doc and theirs.shard = $other_shard an
     and list_contains($stacks, stack)
     and (ours.is_special != theirs.is_special or ($ids and ours.token_id is distinct from theirs.token_id))
 order by stack, position limit 1
+"""
+
+
+_COMMON_TOKENS = """
+select aligned_tokens.doc_id, label, aligned_tokens.stack, aligned_tokens.position, ours.token_id, theirs.token_id,
+    count(*) over ()
+from aligned_tokens
+inner join tokens as ours using (shard, tok)
+inner join documents using (shard, doc)
+inner join other.tokens as theirs on other_shard = theirs.shard and other_tok = theirs.tok
+where ours.token_id is distinct from theirs.token_id
+    and list_contains($stacks, aligned_tokens.stack)
+    and ($labels is null or list_contains($labels, label))
+order by shard, tok limit 1
+"""
+_UNMATCHED = """
+select (select count(*) from tokens) - count(*), (select count(*) from other.tokens) - count(*)
+from aligned_tokens
 """
 
 
@@ -147,11 +166,33 @@ def uncomparable(run: Run, other: Run, names: tuple[str, str]) -> tuple[str, ...
     return ()
 
 
+def unmatched(run: Run, other: Run, names: tuple[str, str]) -> tuple[str, ...]:
+    """Describes what an imported run leaves uncompared: the tokens of one run alone, and its vocabulary.
+
+    Args:
+        run: the first run.
+        other: the second run.
+        names: names of the two runs in messages.
+    """
+    if not _is_imported(run, other):
+        return ()
+    counts = _first(run, _UNMATCHED)
+    assert counts is not None, "counts have a row"
+    told = [f"{count:,} tokens that only {name} has" for count, name in zip(counts, names, strict=True) if count]
+    unspelled = [name for each, name in zip((run, other), names, strict=True) if "tokenizer" not in each.info]
+    return (*told, *(f"the vocabulary, for {name} was imported without --tokenizer" for name in unspelled))
+
+
+def _is_imported(*runs: Run) -> bool:
+    """Whether one of the runs may lack tokens of its texts, or their spelling."""
+    return any("imported" in run.info for run in runs)
+
+
 def _vocabulary(run: Run, other: Run, names: tuple[str, str], *, ids: bool) -> Iterator[str]:
     entries = [each.info.get("tokenizer", {}).get("entries") for each in (run, other)]
     if None not in entries and entries[0] != entries[1]:
         yield f"tokenizer: {entries[0]:,} entries in {names[0]} and {entries[1]:,} in {names[1]}"
-    elif ids and (row := _first(run, _VOCABULARY)):
+    elif ids and (not _is_imported(run, other) or None not in entries) and (row := _first(run, _VOCABULARY)):
         token_id, ours, theirs, count = row
         yield f"vocabulary: {count:,} entries, first id {token_id}, {ours!r} in {names[0]} and {theirs!r} in {names[1]}"
 
@@ -167,7 +208,16 @@ def _documents(run: Run, names: tuple[str, str], labels: Sequence[str] | None) -
 
 def _tokens(run: Run, other: Run, names: tuple[str, str], labels: Sequence[str] | None, *, ids: bool) -> Iterator[str]:
     recorded = [{one["stack"].partition(".")[0] for one in each.info["layers"]} for each in (run, other)]
-    chosen = {"stacks": sorted(recorded[0] & recorded[1]), "ids": ids}
+    chosen: dict[str, Any] = {"stacks": sorted(recorded[0] & recorded[1])}
+    if _is_imported(run, other):
+        if ids and (row := _first(run, _COMMON_TOKENS, labels=labels, **chosen)):
+            doc_id, label, stack, position, ours, theirs, count = row
+            yield (
+                f"tokens: {count:,} differ, first in {doc_id!r} ({label}) at {stack} position {position}: id {ours} in "
+                f"{names[0]} and {theirs} in {names[1]}"
+            )
+        return
+    chosen["ids"] = ids
     row = _first(run, _TOKENS, labels=labels, **chosen)
     if row is None:
         return

@@ -8,6 +8,8 @@ denominators, the source, the meaning of a row, the views it reads, parameters f
     -- Params:
     --   m integer >= 1 = null: size of the sets (default: the layer's k)
 
+What of it an imported run may lack, it says under `Needs:`, see `lacking`.
+
 Guarantees: a query binds exactly the parameters that its statement uses, each with a value of the
 declared type. `warehouse` checks labels and layers against a run.
 """
@@ -23,8 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
+from collector.query.lacking import read_needs
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from collector.query.lacking import Need
 
 Value = int | float | bool | str | list[str] | None
 GROUPS = {
@@ -100,6 +106,8 @@ class Query:
     """Parameters of an example on the demo run, as on a command line."""
     params: tuple[Param, ...]
     sql: str
+    needs: tuple[Need, ...] = ()
+    """What imported runs may lack, and for which parts of the answer it is needed."""
 
     @property
     def of_two_runs(self) -> bool:
@@ -200,6 +208,7 @@ def _read_query(path: Path) -> Query:
     params = tuple(_read_params(header.pop("params", "")))
     query = Query(
         name=path.stem, sql=sql, params=params, reads=split_names(header.pop("reads")),
+        needs=read_needs(header.pop("needs", "")),
         group=path.parent.name,
         **{key: header[key] for key in ("question", "formula", "source", "grain", "example")},
     )  # fmt: skip

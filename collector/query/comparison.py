@@ -19,7 +19,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from collector.query import locked_duckdb
-from collector.query.agreement import compare_routers, compare_texts, uncomparable
+from collector.query.agreement import compare_routers, compare_texts, uncomparable, unmatched
 from collector.query.catalog import COMPARISON, OTHER, Query, find_query, list_comparisons, list_queries, query_folder
 from collector.query.groupings import LABEL, find_grouping, in_order, read_views
 from collector.query.views import locate
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     import duckdb
 
+    from collector.query.lacking import LeftOut
+    from collector.query.views import Located
     from collector.query.warehouse import Run
 
 __all__ = ["Comparison", "list_comparisons", "list_queries", "open_runs"]
@@ -69,14 +71,27 @@ class Comparison:
         """
         query = find_query(name)
         values = self.run.bind(query, params)
+        missing = self._left_out(query, params)
         self._require_agreement(query, values)
         if query.of_two_runs:
-            return self.run.cursor().sql(query.sql, params=values)
-        return self._beside(query, params)
+            return self.run.answer(query, values, missing)
+        return self._beside(query, params, missing)
+
+    def remarks(self, name: str, **params: object) -> list[str]:
+        """Returns what of the query's answer is left out, and why; see `Run.remarks`."""
+        query = find_query(name)
+        missing = self._left_out(query, params)
+        told = [] if missing is None else missing.remarks
+        return [*dict.fromkeys([*told, *(self.run.remarks(name, **params) if query.of_two_runs else ())])]
 
     def unchecked(self) -> tuple[str, ...]:
         """Describes what cannot be compared of the two runs' texts, and why; empty if everything can be."""
-        return uncomparable(self.run, self.other, self.names)
+        return (*uncomparable(self.run, self.other, self.names), *unmatched(self.run, self.other, self.names))
+
+    def _left_out(self, query: Query, params: Mapping[str, object]) -> LeftOut | None:
+        """Returns what one of the runs cannot give, or both."""
+        ours, theirs = (run.left_out(query, run.bind(query, params)) for run in (self.run, self.other))
+        return theirs if ours is None else ours.joined(theirs)
 
     def _text_differences(self, labels: Sequence[str] | None) -> list[str]:
         key = None if labels is None else tuple(labels)
@@ -99,9 +114,11 @@ class Comparison:
         if differences:
             raise ValueError(f"{' and '.join(self.names)} cannot be compared: {'; '.join(differences)}")
 
-    def _beside(self, query: Query, params: Mapping[str, object]) -> duckdb.DuckDBPyRelation:
+    def _beside(
+        self, query: Query, params: Mapping[str, object], missing: LeftOut | None
+    ) -> duckdb.DuckDBPyRelation:  # fmt: skip
         cursor = self.run.cursor()
-        rows = [run.query(query.name, **params) for run in (self.run, self.other)]
+        rows = [run.answer(query, run.bind(query, params), missing) for run in (self.run, self.other)]
         columns = rows[0].columns
         for name, relation in zip(("ours", "theirs"), rows, strict=True):
             cursor.register(name, relation.to_arrow_table())
@@ -135,10 +152,14 @@ def open_runs(
     first = locate(root, by=by, rollup=rollup)
     second = locate(other, by=by, rollup=rollup, schema=OTHER, files_of=OtherRunFiles)
     connection = locked_duckdb.connect(first.paths | second.paths, (*first.mounts, *second.mounts))
-    connection.execute(f"create schema {OTHER};\n{first.script}\n{second.script}\n{_aligning_views()}")
+    connection.execute(f"create schema {OTHER};\n{first.script}\n{second.script}\n{_aligning_views(first, second)}")
     return Comparison(opened(first, connection), opened(second, connection), (os.fspath(root), os.fspath(other)))
 
 
-def _aligning_views() -> str:
-    views = in_order(read_views(query_folder() / COMPARISON / "views"))
+def _aligning_views(*runs: Located) -> str:
+    folder = query_folder() / COMPARISON / "views"
+    views = read_views(folder)
+    if any("imported" in run.info for run in runs):  # tokens may be missing between others
+        views |= read_views(folder / "with_gaps")
+    views = in_order(views)
     return "\n".join(f"create view {name} as\n{select};" for name, select in views.items())

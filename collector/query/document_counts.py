@@ -85,9 +85,10 @@ class DocumentCounts:
     picks_DE: NDArray[np.uint32]
     """How often each expert was chosen, dropped or not; a row sums to k times its tokens."""
     top1_DE: NDArray[np.uint32]
-    """For how many tokens each expert has the highest weight; a row sums to its tokens."""
+    """For how many tokens each expert has the highest weight; a row sums to its tokens. 0 where an imported run has no
+    weights."""
     weight_sum_DE: NDArray[np.float32]
-    """Sum of the weights that the model applied."""
+    """Sum of the weights that the model applied. NaN for the chosen where an imported run has no weights."""
     statistics: tuple[str, ...] = STATISTICS
     """Names of the columns of `statistics_DM`."""
     outputs_ODE: NDArray[np.float32] | None = None
@@ -185,7 +186,10 @@ def _dense(rows: pa.Table, *, stack: str, layer: int, n_experts: int, top_k: int
 
     def spread(name: str, dtype: type[np.uint32 | np.float32]) -> NDArray:
         counts = np.zeros(int(opens.sum()) * n_experts, dtype)
-        np.add.at(counts, cells, lists[name].flatten().to_numpy())
+        values = lists[name].flatten()
+        if values.null_count:  # of an imported run
+            values = values.fill_null(np.nan if pa.types.is_floating(values.type) else 0)
+        np.add.at(counts, cells, values.to_numpy())
         return counts.reshape(-1, n_experts)
 
     return DocumentCounts(

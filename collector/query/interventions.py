@@ -75,6 +75,8 @@ def prepare_intervention(
         if number is not None and number < least:
             raise ValueError(f"--{name} takes a number from {least}, got {number}")
     run = open_run(root)
+    if imported := run.info.get("imported"):
+        raise ValueError(f"{root} was imported from {imported['from']}: it has no texts and no model to run again")
     plan = Plan.from_parquet(RunDirectory(root).store.read(PLAN))
     found = read_arms(run, arms, split=split)
     _check(run, found)

@@ -46,8 +46,9 @@ class LabelCounts:
     """Counts of an opened run by label, in a separate schema next to that of its views."""
 
     def __init__(
-        self, connection: duckdb.DuckDBPyConnection, layers: Sequence[Layer], views: Mapping[str, str], schema: str
-    ) -> None:
+        self, connection: duckdb.DuckDBPyConnection, layers: Sequence[Layer], views: Mapping[str, str], schema: str,
+        *, has_weights: bool = True,
+    ) -> None:  # fmt: skip
         """Creates empty tables, and the views that read them.
 
         Args:
@@ -55,7 +56,9 @@ class LabelCounts:
             layers: the run's routers.
             views: selects of its derived views by name, each after those that it reads.
             schema: schema of the views.
+            has_weights: whether the run has weights; without them top1 and weight_sum are null.
         """
+        self._has_weights = has_weights
         self._connection, self._layers = connection, layers
         self._schema, self._own = schema, f"{schema}_counted"
         self._above = _readers(views)
@@ -81,7 +84,7 @@ class LabelCounts:
             return
         stack, layer = values.get("stack"), values.get("layer")
         asked = {one for one in self._layers if stack in (None, one.stack) and layer in (None, one.layer)}
-        weights = any(column in query.sql for column in _OF_WEIGHTS)
+        weights = self._has_weights and any(column in query.sql for column in _OF_WEIGHTS)
         with self._lock:
             self._count(asked - self._done[weights], weights=weights)
         cursor.execute(self._search())
@@ -156,6 +159,7 @@ class _Counts:
     def __init__(self, experts: int) -> None:
         self.nobody = experts
         """Placeholder expert for missing picks."""
+        self._weighed = False
         self._tokens: dict[int, int] = {}
         self._sums: dict[int, NDArray[np.float64]] = {}
         """Arrays [3, E + 1] of picks, top-1 and sums of weights by cell; counts are exact."""
@@ -168,6 +172,7 @@ class _Counts:
             experts_kt: k arrays, [T] experts.
             weights_kt: k arrays, [T] weights, or none.
         """
+        self._weighed = bool(weights_kt)
         first = cell_t.min()
         cell_t = cell_t - first  # rows come router by router, so the remainders are small
         tokens = np.bincount(cell_t)
@@ -194,15 +199,17 @@ class _Counts:
         return {"cell": np.array([*self._tokens], np.int64), "tokens": np.array([*self._tokens.values()], np.int64)}
 
     def picks(self) -> dict[str, NDArray]:
-        """Returns the columns of `label_counts`, with the cell in place of layer, label and is_special."""
+        """Returns the columns of `label_counts`, with the cell in place of layer, label and is_special.
+
+        Those of weights are left out if they were not counted.
+        """
         cells = np.array([*self._sums], np.int64)
         sums = np.array([*self._sums.values()]).reshape(-1, 3, self.nobody + 1)[:, :, : self.nobody]
         place, expert = np.nonzero(sums[:, 0])
         picks, top1, weight_sum = sums[place, :, expert].T
-        return {
-            "cell": cells[place], "expert": expert, "picks": picks.astype(np.int64), "top1": top1.astype(np.int64),
-            "weight_sum": weight_sum.copy(),
-        }  # fmt: skip
+        counts: dict[str, NDArray] = {"cell": cells[place], "expert": expert, "picks": picks.astype(np.int64)}
+        weighed = {"top1": top1.astype(np.int64), "weight_sum": weight_sum.copy()}
+        return counts | (weighed if self._weighed else {})
 
 
 def _highest(experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> NDArray:

@@ -100,6 +100,9 @@ def locate(
         absent["weights"] = f"which `collector weights {run.root}` makes from the model"
     if "maps" not in files:
         absent["maps"] = f"which `collector map {run.root} --layer …` makes from what --record similarity keeps"
+    if imported := info.get("imported"):
+        told = f"which runs of `collector collect` can have; this one was imported from {imported['from']}"
+        absent = dict.fromkeys(absent, told)
     sizes = {path: size for paths in files.values() for path, size in paths.items()}
     mounts: tuple[RunFiles, ...] = ()
     if isinstance(run.store, ObjectStore):
@@ -133,6 +136,11 @@ def _check_grouping(grouping: Grouping | None, info: dict[str, Any], files: Mapp
             raise ValueError(
                 f"--by {grouping.name} needs the column {column} of {relation}, which a run of an earlier version "
                 "does not have: collect it again"
+            )
+        if not column and not files[relation] and "imported" in info:
+            raise ValueError(
+                f"--by {grouping.name} needs {' and '.join(grouping.needs)}, which this run does not have: import it "
+                "with --tokenizer"
             )
         if not column and not files[relation]:
             raise ValueError(
@@ -245,7 +253,7 @@ def _committed_files(
         for table in files.keys() & commit.files.keys():
             files[table][commit.files[table].path] = commit.files[table].bytes
     weights = {entry.name: entry.size for entry in run.store.entries(WEIGHTS)}
-    if "model" in info and (name := weights_name(info)) in weights:
+    if (name := weights_name(info)) in weights:
         files["weights"] = {name: weights[name]}
     if maps := {entry.name: entry.size for entry in run.store.entries(MAPS)}:
         files["maps"] = maps

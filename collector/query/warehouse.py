@@ -20,6 +20,7 @@ from collector.query import locked_duckdb
 from collector.query.catalog import Query, Value, find_query, list_queries, remarks_of
 from collector.query.groupings import LABEL
 from collector.query.label_counts import LabelCounts, counts_tokens
+from collector.query.lacking import left_out
 from collector.query.locked_duckdb import one_line_errors
 from collector.query.placements import relation as placements
 from collector.query.views import committed_files, literal, locate, locate_shard, views_sql
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from collector.query.lacking import LeftOut
     from collector.query.views import Located
 
 __all__ = ["Query", "Run", "committed_files", "list_queries", "one_line_errors", "open_run", "views_sql"]
@@ -89,12 +91,28 @@ class Run:
         query = find_query(name)
         if query.of_two_runs:
             raise ValueError(f"{name} compares two runs: name the other one with --beside, in Python with open_runs")
-        cursor, values = self.cursor(), self.bind(query, params)
+        values = self.bind(query, params)
+        return self.answer(query, values, self.left_out(query, values))
+
+    def answer(
+        self, query: Query, values: Mapping[str, Value], missing: LeftOut | None = None
+    ) -> duckdb.DuckDBPyRelation:  # fmt: skip
+        """Runs a query with bound values, and leaves out what the run cannot give; see `query`."""
+        cursor = self.cursor()
         if self._label_counts is not None:
             self._label_counts.provide(cursor, query, values)
         if placements.NAME in query.reads:
             cursor.register(placements.NAME, placements.rows(cursor, tables.recorded_layers(self.info), values))
-        return cursor.sql(query.sql, params=values)
+        answer = cursor.sql(query.sql, params=values)
+        return answer if missing is None else missing.taken_from(answer)
+
+    def left_out(self, query: Query, values: Mapping[str, Value]) -> LeftOut | None:
+        """Returns what of the query's answer this run, an imported one, cannot give; None if it gives all.
+
+        Raises:
+            ValueError: it can give nothing.
+        """
+        return left_out(query, values, self.lacks, self.info.get("imported", {}).get("from", ""))
 
     def remarks(self, name: str, **params: object) -> list[str]:
         """Returns why the query's answer with these parameters has no row or value, or which of several it shows.
@@ -103,12 +121,15 @@ class Run:
             name: of the query.
             **params: as for `query`.
         """
-        select = remarks_of(name)
+        select, query = remarks_of(name), find_query(name)
+        values = self.bind(query, params)
+        missing = self.left_out(query, values)
+        told = [] if missing is None else [*missing.remarks]
         if select is None:
-            return []
-        values, used = self.bind(find_query(name), params), duckdb.extract_statements(select)[0].named_parameters
+            return told
+        used = duckdb.extract_statements(select)[0].named_parameters
         rows = self.cursor().sql(select, params={key: values[key] for key in used}).fetchall()
-        return [remark for (remark,) in rows]
+        return [*told, *(remark for (remark,) in rows)]
 
     def bind(self, query: Query, params: Mapping[str, object]) -> dict[str, Value]:
         """Returns values for all parameters of a query, checked against this run.
@@ -134,6 +155,11 @@ class Run:
             return labels
         sets = "select distinct label_set from label_sets where list_contains($labels, label) order by label_set"
         return [*labels, *(name for (name,) in self.cursor().sql(sets, params={"labels": labels}).fetchall())]
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """What the source of an imported run did not have; empty for any other run."""
+        return frozenset(tables.lacking(self.info))
 
     def has(self, relation: str) -> bool:
         """Whether this run has what a relation reads, which depends on what was recorded."""
@@ -235,7 +261,10 @@ def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
     """Returns a located run as a `Run`, in a DuckDB in which its script has been executed."""
     counts = None
     if counts_tokens(located.views):
-        counts = LabelCounts(connection, tables.recorded_layers(located.info), located.views, located.schema)
+        counts = LabelCounts(
+            connection, tables.recorded_layers(located.info), located.views, located.schema,
+            has_weights="weights" not in tables.lacking(located.info),
+        )  # fmt: skip
     return Run(
         connection, located.info, complete=located.complete, by=located.by, schema=located.schema,
         several_labels=located.several_labels, label_counts=counts, absent=located.absent,

@@ -53,7 +53,7 @@ def describe(loaded: LoadedModel, config: ModelConfig, recorders: Sequence[Recor
         card |= recorder.card()
     return card | {
         "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer)},
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -79,8 +79,8 @@ def vocabulary(tokenizer: Any) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _versions() -> dict[str, str]:
-    """Versions of the installed packages that decide the numbers."""
+def versions() -> dict[str, str]:
+    """Returns versions of the installed packages that decide the numbers."""
     found = {"python": platform.python_version()}
     for name in ("moe-routing-collector", "torch", "transformers", "tokenizers", "bitsandbytes", "pyarrow"):
         try:

@@ -52,6 +52,7 @@ class PartWriter:
         """
         self.run = run
         self.documents_schema = documents
+        self._has_characters = not documents.field("characters").nullable
         self.token_ids = token_ids
         self.hashed_ids = hashed_ids
         self.added_fields = added_fields
@@ -132,7 +133,7 @@ class PartWriter:
             "parallel_id": [document.parallel_id for document in documents],
             "tokens": table.lengths,
             "target_tokens": text.tokens["decoder"].lengths if len(text.tokens) > 1 else [None] * len(documents),
-            "characters": text.characters,
+            "characters": text.characters if self._has_characters else [None] * len(documents),
             "truncated": text.truncated,
             "prompt_tokens": table.prompt_lengths,
             "stopped": table.stopped,

@@ -68,8 +68,9 @@ def _commit_name(shard: int) -> str:
 
 
 def weights_name(info: Mapping[str, Any]) -> str:
-    """The file of `collector weights` for the model of a run.json."""
-    return f"{WEIGHTS}/{info['model']['fingerprint'][:16]}.parquet"
+    """The file of `collector weights` for the model of a run.json; empty if it does not tell which model that is."""
+    fingerprint = info.get("model", {}).get("fingerprint", "")
+    return fingerprint and f"{WEIGHTS}/{fingerprint[:16]}.parquet"
 
 
 def sha256_of(path: Path) -> str:

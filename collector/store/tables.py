@@ -101,12 +101,14 @@ MAPS_SCHEMA = pa.schema(
 """A pick's output as a point of a map; `trustworthiness` is that of the whole map."""
 
 
-def documents_schema(*, text: bool, target: bool = False, generated: bool = False) -> pa.Schema:
+def documents_schema(
+    *, text: bool, target: bool = False, generated: bool = False, lacks: Sequence[str] = ()
+) -> pa.Schema:  # fmt: skip
     """Schema of the documents table, with the text (and that of the target or answer) only when it was asked for.
 
     `tokens` and `characters` are those of the text, with what the model wrote; `target_tokens` are the decoder's of an
     encoder–decoder model, null where no decoder was run. Of what a model wrote, `prompt_tokens` says where it begins,
-    and `stopped` whether a stop token ended it.
+    and `stopped` whether a stop token ended it. `characters` are null in a run that lacks them.
     """
     fields = [
         pa.field("shard", pa.uint32(), nullable=False),
@@ -117,7 +119,7 @@ def documents_schema(*, text: bool, target: bool = False, generated: bool = Fals
         pa.field("parallel_id", pa.string()),
         pa.field("tokens", pa.uint32(), nullable=False),
         pa.field("target_tokens", pa.uint32()),
-        pa.field("characters", pa.uint32(), nullable=False),
+        pa.field("characters", pa.uint32(), nullable="characters" in lacks),
         pa.field("truncated", pa.bool_(), nullable=False),
     ]
     if generated:
@@ -151,6 +153,11 @@ class Layer:
     def name(self) -> str:
         """Its name in messages."""
         return f"{self.stack} layer {self.layer}"
+
+
+def lacking(info: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the source of an imported run did not have, by name: `weights`, `entropy` …; nothing of any other run."""
+    return tuple(info.get("imported", {}).get("lacks", ()))
 
 
 def recorded_layers(info: Mapping[str, Any]) -> tuple[Layer, ...]:

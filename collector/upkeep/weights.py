@@ -65,6 +65,10 @@ def make(
         ValueError: the model cannot be loaded, is not that of the run, or its experts are not known.
     """
     info = run.read_json(RUN)
+    if "imported" in info:
+        raise ValueError(
+            f"{run.root} was imported from {info['imported']['from']}: there is no model whose weights to read"
+        )
     config = section(ModelConfig, info["config"], compile=False)
     model = (loaded or loading.load(config, device)).model
     if (found := loading.fingerprint(model)) != info["model"]["fingerprint"]:

@@ -9,10 +9,12 @@
 --   largest_specialization_change  the largest of these. Baseline 0.
 --   same_top_expert                1 where D's most chosen expert is the same (ties: the lower id), else 0.
 --     Baseline 1/E.
+--   Deciles need the gaps of the first run: where it was imported without them, there are none.
 --   With $pooled these three are the mean (the largest: the largest) over labels of equal weight.
 -- Source: the measures of this package; DS as in OLMoE, arXiv 2409.02060, section 5.
 -- Grain: metric, stack, layer, label (null if pooled), decile. n = tokens.
 -- Reads: aligned_decisions, assignments, other.assignments, label_sets, layers
+-- Needs: weights for metric top1_flips
 -- Example: --layer 4 --pooled true
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -8,6 +8,8 @@
 -- Source: Shannon entropy; router_entropy, topk_mass and margin are recorded while the model runs.
 -- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
 -- Reads: label_statistics, layers
+-- Needs: entropy for metric router_entropy; weights for metric weight_entropy; topk_mass for metric
+--   topk_mass; margin for metric margin
 -- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -7,6 +7,8 @@
 -- Source: Hyndman and Fan 1996, "Sample Quantiles in Statistical Packages", definition 7.
 -- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
 -- Reads: decisions, layers
+-- Needs: entropy for metric router_entropy; weights for metric weight_entropy; topk_mass for metric
+--   topk_mass; margin for metric margin
 -- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -12,6 +12,8 @@
 -- Source: Hyndman and Fan 1996, "Sample Quantiles in Statistical Packages", definition 1.
 -- Grain: metric, stack, layer, label. n = the values: N_D times E or k.
 -- Reads: decisions, layers
+-- Needs: logits for metric logit, chosen_logit; probabilities for metric probability, chosen_probability;
+--   weights for metric weight
 -- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -15,6 +15,7 @@
 -- Source: standard definitions; the loss is that of Switch Transformers, arXiv 2101.03961, section 2.2.
 -- Grain: metric, stack, layer, label (null if pooled). n = N, tokens, but for document_union.
 -- Reads: assignments, decisions, document_counts, layers
+-- Needs: probabilities for metric load_balance_loss
 -- Example: --layer 4 --pooled true
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -10,6 +10,7 @@
 --   these sentences; documents of a label that share a parallel_id are one. Time grows with the square of
 --   the labels.
 -- Reads: token_decisions, layers
+-- Needs: probabilities for metric routing_divergence; weights for metric topk_routing_divergence
 -- Example: --layer 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

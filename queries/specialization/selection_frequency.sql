@@ -9,6 +9,7 @@
 --   gate score of ESFT, arXiv 2407.01906.
 -- Grain: metric, stack, layer, label, expert; every expert of the layer, 0 when never chosen. n = N_D.
 -- Reads: assignments
+-- Needs: weights for metric top1_frequency, weighted_share
 -- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -6,6 +6,7 @@
 -- Grain: metric, stack, layer, label, rank from 1 to $n; experts that were never chosen are left out.
 --   n = N_D.
 -- Reads: assignments
+-- Needs: weights for metric top1
 -- Example: --layer 4 --labels kor_Hang --n 3
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -9,6 +9,7 @@
 -- Grain: metric, stack, layer, expert (null in the rows of a layer); every expert. n = token ids, tokens =
 --   their occurrences, all labels together. No rows where the run dropped the ids of its tokens.
 -- Reads: token_decisions, experts, layers
+-- Needs: weights for metric layer_top1, expert_top1
 -- Example: --layer 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -29,18 +30,8 @@ assigned as (
         stack,
         layer,
         token_id,
-        unnest(experts) as expert,
-        1 as picks,
-        0 as top1
-    from chosen
-    union all
-    select
-        stack,
-        layer,
-        token_id,
-        expert,
-        0 as picks,
-        1 as top1
+        expert as top_expert,
+        unnest(experts)::integer as expert
     from chosen
 ),
 
@@ -50,26 +41,37 @@ counted as (
         layer,
         token_id,
         expert,
-        sum(picks) as picks,
-        sum(top1) as top1
+        count(*) as picks,
+        count_if(expert = top_expert) as top1
     from assigned
     where expert is not null
     group by stack, layer, token_id, expert
 ),
 
-favourites as (
+occurring as (
     select
         stack,
         layer,
         token_id,
-        sum(top1) as tokens,
-        max(picks) / sum(top1) as topk_share,
-        max(top1) / sum(top1) as top1_share,
-        arg_max(expert, (picks, -expert)) as topk_expert,
-        arg_max(expert, (top1, -expert)) as top1_expert
-    from counted
+        count(*) as tokens
+    from chosen
     group by stack, layer, token_id
-    having sum(top1) >= $min_count
+    having count(*) >= $min_count
+),
+
+favourites as (
+    select
+        counted.stack,
+        counted.layer,
+        counted.token_id,
+        any_value(occurring.tokens) as tokens,
+        max(counted.picks) / any_value(occurring.tokens) as topk_share,
+        max(counted.top1) / any_value(occurring.tokens) as top1_share,
+        arg_max(counted.expert, (counted.picks, -counted.expert)) as topk_expert,
+        arg_max(counted.expert, (counted.top1, -counted.expert)) as top1_expert
+    from counted
+    inner join occurring using (stack, layer, token_id)
+    group by counted.stack, counted.layer, counted.token_id
 ),
 
 ranked as (

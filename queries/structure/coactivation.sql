@@ -8,6 +8,7 @@
 -- Grain: metric, stack, layer, expert (i), other_expert (j), both orders of each pair that was chosen
 --   together at all. n = N_i, tokens of all labels together.
 -- Reads: decisions, layers
+-- Needs: weights for mode released
 -- Example: --layer 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

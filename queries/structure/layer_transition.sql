@@ -6,6 +6,7 @@
 -- Grain: metric, stack, layer, expert, next_layer, next_expert, for pairs with any token. n = N_e; tokens of
 --   all labels together.
 -- Reads: decisions
+-- Needs: weights
 -- Example: --layer 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -8,6 +8,7 @@
 -- Source: Mixtral, arXiv 2401.04088, table 5.
 -- Grain: metric, stack, layer, label. n = pairs.
 -- Reads: token_decisions, label_sets, layers
+-- Needs: weights for metric top1_same
 -- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -14,6 +14,7 @@
 --   N_e for the aspects expert and context; count = N_ae. No tokens where the run dropped their ids, no
 --   contexts where it has no vocabulary.
 -- Reads: decisions, labelled_tokens, label_sets, shards
+-- Needs: weights for aspect context
 -- Example: --layer 4 --expert 55 --n 2
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -12,6 +12,8 @@
 --   tokens and characters are those of the documents that were not truncated. The text is what the encoder
 --   reads of an encoder-decoder model.
 -- Reads: labelled_tokens, label_sets
+-- Needs: characters for metric tokens_per_character, characters_per_token; characters for column
+--   characters
 -- Example: --labels eng_Latn,kor_Hang
 -- Params:
 --   labels varchar[] = null: only these labels (default: all)

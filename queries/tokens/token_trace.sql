@@ -7,6 +7,8 @@
 -- Grain: document, stack, position (from 0, special tokens counted), layer. The first document, by shard and
 --   place in it, that the parameters leave. token is null where the run has no vocabulary for the id.
 -- Reads: decisions, labelled_tokens
+-- Needs: weights for column expert, weights, weight_entropy; entropy for column router_entropy; topk_mass
+--   for column topk_mass; margin for column margin; logits for column top_logit
 -- Example: --layer 4 --labels kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

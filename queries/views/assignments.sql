@@ -1,6 +1,7 @@
 -- Question: How much of each label's text did each expert get?
 -- Formula: picks = N_eD, dropped or not; top1 = tokens whose highest-weight expert is e;
---   weight_sum = sum of w_e; tokens = N_D, the same in all rows of a group.
+--   weight_sum = sum of w_e; tokens = N_D, the same in all rows of a group. Where an imported run lacks
+--   weights, top1 and weight_sum are null for experts that were chosen.
 -- Grain: one row per (stack, layer, label, is_special, expert), with zeros for experts never chosen.
 -- Reads: label_tokens, label_counts, experts
 select
@@ -13,8 +14,8 @@ select
     experts.top_k,
     label_tokens.tokens,
     coalesce(label_counts.picks, 0) as picks,
-    coalesce(label_counts.top1, 0) as top1,
-    coalesce(label_counts.weight_sum, 0) as weight_sum
+    if(label_counts.picks is null, 0, label_counts.top1) as top1,
+    if(label_counts.picks is null, 0, label_counts.weight_sum) as weight_sum
 from label_tokens
 inner join experts using (stack, layer)
 left join label_counts

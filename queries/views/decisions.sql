@@ -5,7 +5,8 @@
 --   probabilities = p over all E experts, stored or the softmax of the stored logits, else null;
 --   has_probabilities = whether it is there, which is known before any file is read;
 --   weight_entropy = H(w / sum w) over the k weights, in nats; dropped_picks = how many of the k a capacity
---   limit kept from their expert, 0 without a limit.
+--   limit kept from their expert, 0 without a limit. An imported run may lack weights: expert, weights and
+--   weight_entropy are then null; so are router_entropy, topk_mass and margin where it lacks these.
 -- Grain: one row per (router, token): (shard, stack, layer, tok).
 -- Reads: routing
 with limited as (
@@ -41,6 +42,7 @@ summed as (
     select
         *,
         list_sum(weights)::double as weight_sum,
+        list_max(weights) as highest_weight,
         list_transform(
             stored_logits[1], lambda z: exp(z::double - list_max(stored_logits[1])::double)
         ) as exponentials
@@ -54,9 +56,10 @@ select
     tok,
     label,
     is_special,
-    experts[list_position(weights, list_max(weights))]::integer as expert,
+    -- a null has a position, too
+    if(highest_weight is null, null, experts[list_position(weights, highest_weight)])::integer as expert,
     experts,
-    weights,
+    if(highest_weight is null, null, weights) as weights,
     stored_logits[1] as logits,
     coalesce(
         stored[1],
@@ -64,8 +67,10 @@ select
     ) as probabilities,
     stored[1] is not null or stored_logits[1] is not null as has_probabilities,
     entropy as router_entropy,
-    list_sum(
-        list_transform(weights, lambda w: if(w > 0, -w / weight_sum * ln(w / weight_sum), 0))
+    if(
+        highest_weight is null,
+        null,
+        list_sum(list_transform(weights, lambda w: if(w > 0, -w / weight_sum * ln(w / weight_sum), 0)))
     ) as weight_entropy,
     topk_mass,
     margin,

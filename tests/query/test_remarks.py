@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from collector.query import catalog
-from collector.query.catalog import list_queries, query_folder
+from collector.query.catalog import list_comparisons, list_queries, query_folder
 from collector.query.warehouse import open_run
 from collector.store.tables import Layer
 from tests.helpers.command_line import exit_status
@@ -100,7 +100,7 @@ def test_a_run_that_dropped_its_token_ids(tmp_path, name: str) -> None:
 
 
 def test_remarks_are_of_queries_and_take_their_parameters() -> None:
-    names = {query.name: {param.name for param in query.params} for query in list_queries()}
+    names = {query.name: {param.name for param in query.params} for query in [*list_queries(), *list_comparisons()]}
     for path in (query_folder() / "remarks").glob("*.sql"):
         assert path.stem in names
         used = catalog.duckdb.extract_statements(path.read_text())[0].named_parameters

@@ -127,6 +127,8 @@ def _write_vllm_ascend(plan: PlacementPlan, folder: Path, run: Run) -> None:
 
 def _hidden_layers(run: Run, plan: PlacementPlan) -> int:
     """The model's number of layers in the stack."""
+    if depth := run.info["config"].get("geometry", {}).get("depth"):
+        return int(depth)  # of an engine's arrays, which have all layers
     of_stack = f"where stack = '{plan.layers[0].token_stack}'"
     layers = run.sql(f"select max(layer) from components {of_stack}").fetchall() if run.has("components") else [(None,)]
     if layers[0][0] is None:

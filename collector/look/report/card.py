@@ -85,8 +85,8 @@ def lead(card: Card, routers: Sequence[Any], labels: int) -> str:
     )
 
 
-def _count(number: int) -> str:
-    return f"{number:,}"
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
 
 
 def _ratio(number: float | None) -> str:

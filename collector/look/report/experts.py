@@ -25,7 +25,7 @@ EXPERTS = "What experts do"
 def figures(subject: Subject) -> list[Figure]:
     """Returns all figures of this module, in the order of the page."""
     return [
-        _decisiveness(subject),
+        *_decisiveness(subject),
         _effective(subject),
         _load(subject),
         _load_by_layer(subject),
@@ -36,10 +36,12 @@ def figures(subject: Subject) -> list[Figure]:
 # ---- decisiveness ----
 
 
-def _decisiveness(subject: Subject) -> Figure:
+def _decisiveness(subject: Subject) -> list[Figure]:
+    if any({"entropy", "topk_mass"} <= side.run.lacks for side in subject.sides):
+        return []  # an engine does not return them
     columns = ("metric", "label", "value", "baseline", "n")
     where = f"metric in ('router_entropy', 'topk_mass') and {in_labels(subject.labels)}"
-    return _by_label(
+    figure = _by_label(
         subject,
         fetch(subject.sides, "router_entropy", columns, where=where, resamples=subject.resamples),
         name="decisiveness",
@@ -48,6 +50,7 @@ def _decisiveness(subject: Subject) -> Figure:
         "over the tokens of each language. The dashed line is a router without preference.",
         panels={"router_entropy": "router entropy (nats)", "topk_mass": "top-k mass"},
     )
+    return [figure]
 
 
 def _effective(subject: Subject) -> Figure:
@@ -91,9 +94,9 @@ def _by_label(subject: Subject, rows: Table, *, name: str, title: str, text: str
 
 
 def panels_of(rows: Table, names: Mapping[str, str], *, zero: bool = True) -> list[curves.Panel]:
-    """Returns a panel per metric, with an axis that fits the values of all runs and layers."""
-    found = []
-    for metric, words in names.items():
+    """Returns a panel per metric that has any row, with an axis that fits the values of all runs and layers."""
+    found, there = [], set(rows["metric"].tolist())
+    for metric, words in ((metric, words) for metric, words in names.items() if metric in there):
         low, high = extent(rows, metric, "low", "high", zero=zero)
         found.append(curves.Panel(metric=metric, words=words, low=low, high=high))
     return found

@@ -129,7 +129,8 @@ def _top_experts(subject: Subject, trees: Mapping[Router, Tree]) -> Figure:
     columns = ("metric", "label", "rank", "expert", "value", "baseline", "n")
     rows = fetch(subject.sides, "top_experts", columns, where=in_labels(subject.labels), by_layer=True, n=RANKS)
     rows = rows.having(_row=places(rows, "label", {router: tree.leaves for router, tree in trees.items()}))
-    shares = {metric: (words, extent(rows, metric)[1]) for metric, words in _SHARES.items()}
+    there = set(rows["metric"].tolist())  # without weights no expert has the highest one
+    shares = {metric: (words, extent(rows, metric)[1]) for metric, words in _SHARES.items() if metric in there}
     beside = (
         f"For comparison {subject.sides[1].name}: favourites that all languages share are not specialization."
         if len(subject.sides) > 1

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from collector.look import terminal
 from collector.look.report import answers, card, experts, export, interventions, languages, outputs, page, vocabulary
 from collector.look.report.figure import Subject
 from collector.look.report.tables import Side
@@ -83,7 +84,7 @@ def _sides(root: str, compare: str | None) -> list[Side]:
     for each, run in zip(roots, runs, strict=True):
         if not run.sql("select label from labels limit 1").fetchall():
             raise ValueError(f"{each} holds no document to report on: collector status {each} says why")
-    names = [f"{run.info['model']['weights']} weights" for run in runs]
+    names = [terminal.origin(run.info) for run in runs]
     if len(set(names)) < len(names):
         names = [each.rstrip("/").rpartition("/")[2] for each in roots]
     if len(set(names)) < len(names):

@@ -100,6 +100,11 @@ def read(run: Run, **params: object) -> Trace:
     Raises:
         ValueError: the run has no such router or label, or the parameters select no token.
     """
+    if run.lacks & {"weights", "entropy"}:
+        raise ValueError(
+            "a trace shows each token's highest weight and the router's entropy, which this imported run does not "
+            "have; collector query RUN token_trace shows the experts"
+        )
     relation = run.query("token_trace", **{"include_special": True, **params}).project(", ".join(_COLUMNS))
     rows = [dict(zip(_COLUMNS, row, strict=True)) for row in relation.fetchall()]
     if not rows:

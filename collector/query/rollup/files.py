@@ -29,14 +29,18 @@ _LAYOUT = 1
 _STACK = pa.dictionary(pa.int32(), pa.string())
 
 
-def _required(fields: Iterable[tuple[str, pa.DataType]]) -> pa.Schema:
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields])
-
-
 STATISTICS = ("router_entropy", "weight_entropy", "topk_mass", "margin")
 """Columns of the view `decisions` that the rollup sums over tokens."""
+_MAY_LACK = {*STATISTICS, "top1", "weight_sum"}
+"""Columns that are null in the rollup of an imported run, if its source did not have them."""
+
+
+def _columns(fields: Iterable[tuple[str, pa.DataType]]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=name in _MAY_LACK) for name, kind in fields])
+
+
 SCHEMAS = {
-    DOCUMENTS: _required(
+    DOCUMENTS: _columns(
         [
             ("stack", _STACK), ("layer", pa.uint8()), ("shard", pa.uint32()), ("doc", pa.uint32()),
             ("is_special", pa.bool_()), ("tokens", pa.uint32()),
@@ -46,7 +50,7 @@ SCHEMAS = {
             ("weight_sums", pa.list_(pa.float32())),
         ]
     ),
-    LABELS: _required(
+    LABELS: _columns(
         [
             ("stack", _STACK), ("layer", pa.uint8()), ("label", pa.string()), ("is_special", pa.bool_()),
             ("expert", pa.int32()), ("picks", pa.int64()), ("top1", pa.int64()), ("weight_sum", pa.float64()),

@@ -60,11 +60,12 @@ def make(run: RunDirectory, progress: Callable[[int, int], None] = lambda _done,
         FileNotFoundError: there is no run, or a committed file is missing.
         DamagedRecordError: a commit record cannot be read.
     """
-    layers = tables.recorded_layers(run.read_json(RUN))
+    info = run.read_json(RUN)
+    layers, lacks = tables.recorded_layers(info), tables.lacking(info)
     covered, labels, of = Covered(), _Labels(), len(run.committed_shards())
     shards = tokens = 0
     pipeline = Pipeline(Stage(name="fetch", step=lambda commit: _fetch(run, commit)),
-                        Stage(name="count", step=lambda fetched: _count(fetched, layers)))  # fmt: skip
+                        Stage(name="count", step=lambda fetched: _count(fetched, layers, lacks)))  # fmt: skip
     with run.scratch() as scratch:
         paths = {relation: Path(scratch, relation) for relation in SCHEMAS}
         with contextlib.closing(pipeline), _Documents(paths[DOCUMENTS]) as documents:
@@ -97,7 +98,9 @@ def _fetch(run: RunDirectory, commit: Commit) -> _Fetched:
     return _Fetched(commit=commit, folder=folder, paths=paths)
 
 
-def _count(fetched: _Fetched, layers: Sequence[Layer]) -> tuple[Commit, NDArray, list[ShardCounts]]:
+def _count(
+    fetched: _Fetched, layers: Sequence[Layer], lacks: Sequence[str]
+) -> tuple[Commit, NDArray, list[ShardCounts]]:  # fmt: skip
     """Second stage: returns the commit, the label of each document, and the counts of each router."""
     with fetched.folder:
         tokens = pq.read_table(fetched.paths["tokens"], columns=["tok", "doc"])
@@ -107,7 +110,7 @@ def _count(fetched: _Fetched, layers: Sequence[Layer]) -> tuple[Commit, NDArray,
         label_d = np.empty(len(documents), object)
         label_d[documents["doc"].to_numpy()] = documents["label"].to_pylist()
         shard = fetched.commit.shard
-        counted = [counting.count(shard, layer, fetched.paths["routing"], doc_t) for layer in layers]
+        counted = [counting.count(shard, layer, fetched.paths["routing"], doc_t, lacks) for layer in layers]
     return fetched.commit, label_d, counted
 
 
@@ -153,7 +156,8 @@ class _Labels:
         names, label_g = np.unique(label_d[counts.doc_g].astype(str), return_inverse=True)
         cell_n = (2 * label_g + counts.is_special_g)[counts.group_n] * e + counts.expert_n
         size = 2 * len(names) * e
-        columns = [np.bincount(cell_n, each, size) for each in (counts.picks_n, counts.top1_n, counts.weight_sum_n)]
+        found = [counts.picks_n, counts.top1_n, counts.weight_sum_n]
+        columns = [np.full(size, np.nan) if each is None else np.bincount(cell_n, each, size) for each in found]
         sums = np.stack(columns, axis=1).reshape(len(names), 2, e, 3)
         for i, special in np.argwhere(sums[:, :, :, 0].any(axis=2)).tolist():
             key = (counts.layer, str(names[i]), bool(special))
@@ -167,7 +171,10 @@ class _Labels:
             for expert in np.flatnonzero(sums[:, 0]).tolist()
         )
         schema = SCHEMAS[LABELS]
-        arrays = [pa.array([row[i] for row in rows], kind) for i, kind in enumerate(schema.types)]
+        arrays = [
+            pa.array([None if row[i] != row[i] else row[i] for row in rows], kind)  # NaN: not known
+            for i, kind in enumerate(schema.types)
+        ]
         return pa.Table.from_arrays(arrays, schema=schema)
 
 

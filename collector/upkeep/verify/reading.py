@@ -40,6 +40,10 @@ class Card:
     schemas: Mapping[str, pa.Schema]
     """Schema by table."""
     drops_token_ids: bool
+    lacks: tuple[str, ...] = ()
+    """What the source of an imported run did not have; null in its tables."""
+    is_imported: bool = False
+    """Whether tokens may be missing between others, because an engine lost their routing."""
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> Card:
@@ -49,7 +53,10 @@ class Card:
             KeyError, TypeError: run.json was not written by a replica.
         """
         drops_token_ids = info["config"].get("token_ids") == "drop"
-        return cls(layers=tables.recorded_layers(info), schemas=table_schemas(info), drops_token_ids=drops_token_ids)
+        return cls(
+            layers=tables.recorded_layers(info), schemas=table_schemas(info), drops_token_ids=drops_token_ids,
+            lacks=tables.lacking(info), is_imported="imported" in info,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -166,5 +166,6 @@ def _same_values(found: pa.ChunkedArray, expected: pa.ChunkedArray) -> bool:
         same_lengths = pc.list_value_length(found).equals(pc.list_value_length(expected))
         return same_lengths and _same_values(pc.list_flatten(found), pc.list_flatten(expected))
     if pa.types.is_floating(found.type):
-        return bool(np.allclose(found.to_numpy(), expected.to_numpy(), rtol=_RELATIVE, atol=_RELATIVE))
+        numbers = (found.to_numpy(), expected.to_numpy())
+        return bool(np.allclose(*numbers, rtol=_RELATIVE, atol=_RELATIVE, equal_nan=True))  # NaN: null
     return found.equals(expected.cast(found.type))

@@ -17,7 +17,7 @@ from collector.capture.routing_table import PER_EXPERT, STATISTICS, is_possible
 from collector.upkeep.verify.reading import STACKS, Card, Documents, Tokens, codes, each_once, groups, numbers, told
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -39,7 +39,7 @@ def check_routing(path: Path, commit: Commit, card: Card, documents: Documents, 
             if router not in routers:
                 wrong[f"routing of {router[0]} layer {router[1]}, which the run does not record,"] += len(rows)
                 continue
-            _check_rows(rows, routers[router], documents, tokens, seen[router], wrong)
+            _check_rows(rows, routers[router], documents, tokens, seen[router], wrong, card)
     yield from told(wrong)
     if read < commit.rows:
         return
@@ -59,7 +59,7 @@ def _by_router(group: pa.Table) -> Iterator[tuple[tuple[str, int], pa.Table]]:
 
 def _check_rows(
     rows: pa.Table, layer: Layer, documents: Documents, tokens: Tokens, seen: NDArray[np.uint8],
-    wrong: Counter[str],
+    wrong: Counter[str], card: Card,
 ) -> None:  # fmt: skip
     """Counts invalid values of a router's rows in `wrong`, and the tokens that it has routed in `seen`."""
     tok = numbers(rows["tok"])
@@ -75,9 +75,11 @@ def _check_rows(
     wrong[f"{layer.name}: label is not its document's"] += int(label.sum())
     special = numbers(rows["is_special"]) != tokens.is_special[tok]
     wrong[f"{layer.name}: is_special is not its token's"] += int(special.sum())
-    _check_picks(rows, layer, wrong)
+    _check_picks(rows, layer, wrong, card.lacks)
     for name in STATISTICS:
         wrong[f"{layer.name}: {name} is not finite"] += int((~np.isfinite(numbers(rows[name]))).sum())
+        if name in card.lacks:
+            wrong[f"{layer.name}: {name} is set, and the run lacks it,"] += len(rows) - rows[name].null_count
     for name in PER_EXPERT:
         if name in rows.column_names:
             lengths = pc.list_value_length(rows[name]).to_numpy()
@@ -88,9 +90,9 @@ def _check_rows(
             wrong[f"{layer.name}: {name} are not finite"] += int((~is_possible(name, values)).sum())
 
 
-def _check_picks(rows: pa.Table, layer: Layer, wrong: Counter[str]) -> None:
+def _check_picks(rows: pa.Table, layer: Layer, wrong: Counter[str], lacks: Sequence[str]) -> None:
     """Checks that each token has k distinct experts of the router with finite weights, and nothing beyond the k."""
-    mine = [f"{letter}{i}" for letter in "ew" for i in range(layer.top_k)]
+    mine = [f"{letter}{i}" for letter in ("e" if "weights" in lacks else "ew") for i in range(layer.top_k)]
     mine += [f"d{i}" for i in range(layer.top_k) if layer.has_capacity]
     nulls = {name: rows[name].null_count for name in rows.column_names if name[0] in "ewd" and name[1:].isdigit()}
     wrong[f"{layer.name}: an expert, weight or drop is null"] += max(nulls[name] for name in mine)
@@ -102,6 +104,8 @@ def _check_picks(rows: pa.Table, layer: Layer, wrong: Counter[str]) -> None:
     wrong[f"{layer.name}: an expert id is not below {layer.n_experts}"] += _rows_with(experts_tk >= layer.n_experts)
     ordered = np.sort(experts_tk, axis=1)
     wrong[f"{layer.name}: an expert is chosen twice"] += _rows_with(ordered[:, 1:] == ordered[:, :-1])
+    if "weights" in lacks:
+        return
     weights_tk = np.stack([numbers(rows[f"w{i}"]) for i in range(layer.top_k)], axis=1)
     wrong[f"{layer.name}: a weight is not finite"] += _rows_with(~np.isfinite(weights_tk))
 

@@ -163,14 +163,18 @@ def _check_tokens(
     if not wrong.total():
         yield from each_once(seen, "tokens: tok")
         if (seen == 1).all():
-            yield from _check_lengths(stack, doc, position, documents)
+            yield from _check_lengths(stack, doc, position, documents, may_have_gaps=card.is_imported)
     return Tokens(stack=stack, doc=doc, is_special=special)
 
 
 def _check_lengths(
-    stack: NDArray[np.uint8], doc: NDArray[np.int64], position: NDArray[np.int64], documents: Documents
-) -> Problems:
-    """Checks that each document has as many tokens as its row says, at positions 0, 1, 2 …, in each stack."""
+    stack: NDArray[np.uint8], doc: NDArray[np.int64], position: NDArray[np.int64], documents: Documents, *,
+    may_have_gaps: bool,
+) -> Problems:  # fmt: skip
+    """Checks that each document has as many tokens as its row says, in each stack.
+
+    Their positions are 0, 1, 2 …, but for gaps, if there may be any; tokens come in the order of positions.
+    """
     expected = {STACKS[code]: documents.tokens for code in np.unique(stack)}
     if documents.target_tokens is not None:
         expected = {"encoder": documents.tokens, "decoder": documents.target_tokens}
@@ -183,6 +187,10 @@ def _check_lengths(
         if (different := np.flatnonzero(found != lengths)).size:
             one = different[0]
             yield f"document {one} has {found[one]:,} tokens of the {name} instead of {lengths[one]:,}"
+        elif may_have_gaps:
+            same = doc[inside][1:] == doc[inside][:-1]
+            if (same & (position[inside][1:] <= position[inside][:-1])).any():
+                yield f"tokens.position does not rise in a document of the {name}"
         elif (position[inside] >= lengths[doc[inside]]).any():
             yield f"tokens.position is beyond its document in the {name}"
         else:
