@@ -72,7 +72,7 @@ def table_schemas(info: Mapping[str, Any]) -> dict[str, pa.Schema]:
         "documents": tables.documents_schema(
             text="text" in (config.get("store") or ()),
             target=bool(config.get("target_column")),
-            generated=bool(config.get("generate")),
+            generated=tables.has_answers(info),
             lacks=tables.lacking(info),
         ),
         REJECTS: tables.REJECTS_SCHEMA,

@@ -20,7 +20,7 @@ from collector.capture.batches import TokenTable, special_ids
 from collector.capture.routing import ShardRouting
 from collector.capture.routing_table import LayerRouting
 from collector.capture.shard_text import ShardText
-from collector.data.dumps import Cut, Dump, Dumped, open_dump
+from collector.data.dumps import NO_PROMPTS, Cut, Dump, Dumped, open_dump
 from collector.data.plan import Plan, Shard, differences
 from collector.data.sources import BadRow, Document
 from collector.pipeline import Pipeline, Stage, Stopwatch
@@ -185,7 +185,8 @@ class Importer:
         self.layers = _layers(dump)
         self._special_ids = np.array(sorted(special_ids), np.int64)
         self._schema = routing_table.schema(self.layers, lacks=dump.lacks)
-        documents = tables.documents_schema(text=False, lacks=dump.lacks)
+        answered = NO_PROMPTS not in dump.lacks
+        documents = tables.documents_schema(text=False, generated=answered, lacks=dump.lacks)
         self._writer = PartWriter(run, documents=documents, token_ids="keep")
         self._pipeline = Pipeline(
             Stage(name="read", step=self._read), Stage(name="write", step=self._write), room=_IN_WORK
@@ -231,6 +232,7 @@ class Importer:
         return TokenTable(
             ids=ids, is_special=np.isin(ids, self._special_ids), starts=starts, truncated=np.zeros(len(found), bool),
             places=_joined([document.positions for document in found], np.zeros(0, np.int64)),
+            prompt_lengths=np.array([document.prompt_tokens for document in found], np.int64),
         )  # fmt: skip
 
     def _routing(self, found: Sequence[Dumped]) -> Iterator[LayerRouting]:

@@ -136,7 +136,7 @@ class PartWriter:
             "characters": text.characters if self._has_characters else [None] * len(documents),
             "truncated": text.truncated,
             "prompt_tokens": table.prompt_lengths,
-            "stopped": table.stopped,
+            "stopped": [None] * len(documents) if table.stopped is None else table.stopped,
             "text": [document.text for document in documents],
             "target": [document.target for document in documents],
             "answer": text.answers,

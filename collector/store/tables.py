@@ -108,7 +108,7 @@ def documents_schema(
 
     `tokens` and `characters` are those of the text, with what the model wrote; `target_tokens` are the decoder's of an
     encoder–decoder model, null where no decoder was run. Of what a model wrote, `prompt_tokens` says where it begins,
-    and `stopped` whether a stop token ended it. `characters` are null in a run that lacks them.
+    and `stopped` whether a stop token ended it. `characters` and `stopped` are null in a run that lacks them.
     """
     fields = [
         pa.field("shard", pa.uint32(), nullable=False),
@@ -124,7 +124,7 @@ def documents_schema(
     ]
     if generated:
         fields.append(pa.field("prompt_tokens", pa.uint32(), nullable=False))
-        fields.append(pa.field("stopped", pa.bool_(), nullable=False))
+        fields.append(pa.field("stopped", pa.bool_(), nullable="stopped" in lacks))
     texts = {"text": text, "target": text and target, "answer": text and generated}
     return pa.schema(fields + [pa.field(name, pa.string(), nullable=False) for name, wanted in texts.items() if wanted])
 
@@ -158,6 +158,12 @@ class Layer:
 def lacking(info: Mapping[str, Any]) -> tuple[str, ...]:
     """What the source of an imported run did not have, by name: `weights`, `entropy` …; nothing of any other run."""
     return tuple(info.get("imported", {}).get("lacks", ()))
+
+
+def has_answers(info: Mapping[str, Any]) -> bool:
+    """Whether the run's documents have parts that a model wrote."""
+    imported = "imported" in info and "prompt_tokens" not in lacking(info)
+    return imported or bool(info["config"].get("generate"))
 
 
 def recorded_layers(info: Mapping[str, Any]) -> tuple[Layer, ...]:

@@ -131,10 +131,11 @@ observations as (
             and routed.expert = written.expert
 ),
 
+-- threads add up in any order, and ties must stay ties
 compared as (
     select
-        observations.*,
-        losses.loss
+        observations.* replace (round(observations.x, 12) as x),
+        round(losses.loss, 12) as loss
     from observations
     inner join losses
         on

@@ -33,7 +33,7 @@ NAMES = [query.name for query in list_queries()]
 OF_IDS = {
     "conditional_mutual_information", "domain_specialization", "log_odds", "mutual_information", "reference_difference",
     "language_divergence", "language_overlap", "dropped_tokens", "effective_experts", "expert_load", "coactivation",
-    "expert_token_overlap", "position_profile", "expert_tokens", "plan_transfer",
+    "expert_token_overlap", "position_profile", "expert_tokens", "plan_transfer", "phase_divergence",
 }  # fmt: skip
 """Queries that ids answer alone."""
 IN_PART = {
@@ -59,7 +59,7 @@ def vllm_dump(folder: Path, shards: list[Shard]) -> Path:
                 token_ids=np.append(shard.ids[start:stop], 0),
             )  # fmt: skip
             parallel = shard.parallel_ids and shard.parallel_ids[doc]
-            records.append(dumps.vllm(document, 1, how="npy") | {"source": "synthetic", "parallel_id": parallel})
+            records.append(dumps.vllm(document, int(shard.prompts[doc]), how="npy") | {"source": "synthetic", "parallel_id": parallel})
     return dumps.write_lines(folder / "out.jsonl", records)
 
 

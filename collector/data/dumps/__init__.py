@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from collector.data.dumps.base import Cut, Dump, Dumped, Router
+from collector.data.dumps.base import NO_PROMPTS, Cut, Dump, Dumped, Router
 from collector.data.dumps.flame import Flame
 from collector.data.dumps.sglang import Recorder, SglangResponses, is_recorder
 from collector.data.dumps.vllm import VllmResponses
@@ -18,7 +18,7 @@ from collector.data.dumps.vllm import VllmResponses
 if TYPE_CHECKING:
     from collector.config import DumpKind, ImportConfig
 
-__all__ = ["Cut", "Dump", "Dumped", "Router", "open_dump"]
+__all__ = ["NO_PROMPTS", "Cut", "Dump", "Dumped", "Router", "open_dump"]
 
 
 def open_dump(location: str, kind: DumpKind, config: ImportConfig) -> Dump:

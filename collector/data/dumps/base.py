@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 UNLABELLED = "unlabelled"
 """Label of documents for which the dump has none."""
 LOST = "no token with routing"
-IDS_ONLY = ("weights", "entropy", "topk_mass", "margin", "probabilities", "logits", "characters")
+IDS_ONLY = ("weights", "entropy", "topk_mass", "margin", "probabilities", "logits", "characters", "stopped")
 """What a dump of expert ids and token ids does not have."""
+NO_PROMPTS = "prompt_tokens"
+"""What a dump does not have that does not tell prompts from answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class Dumped:
     """[T]"""
     positions: NDArray[np.int64]
     """[T] places of the tokens in the text, ascending; with gaps where the engine lost tokens."""
+    prompt_tokens: int = 0
+    """The place where the answer begins, unless the dump has `NO_PROMPTS`."""
     experts: NDArray[np.integer]
     """[T, L, k] ids of the chosen; a router with fewer than k leaves the rest unspecified."""
     probabilities: NDArray[np.floating] | None = None

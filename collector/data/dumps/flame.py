@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from collector.data.dumps.base import Cut, Dump, Dumped, Router
+from collector.data.dumps.base import NO_PROMPTS, Cut, Dump, Dumped, Router
 from collector.data.sources import BadRow, files
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _LAYER = re.compile(r"layer_(\d+)\.parquet")
 class Flame(Dump):
     """A checkpoint of FLAME-MoE-Traces."""
 
-    lacks: ClassVar[tuple[str, ...]] = ("entropy", "margin", "probabilities", "logits", "characters")
+    lacks: ClassVar[tuple[str, ...]] = ("entropy", "margin", "probabilities", "logits", "characters", NO_PROMPTS)
 
     def __init__(self, location: str, config: ImportConfig) -> None:
         super().__init__(location, config)

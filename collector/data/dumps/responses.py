@@ -47,6 +47,8 @@ class Sequence(NamedTuple):
 
     token_ids: NDArray[np.int64]
     """[T] of prompt and answer."""
+    prompt_tokens: int
+    """Tokens of the prompt."""
     first: int
     """Position of the first row of routing."""
     experts: NDArray[np.integer]
@@ -175,7 +177,7 @@ class Responses(Dump):
     def _document(
         self, record: Mapping[str, Any], output: Mapping[str, Any], source: Source, row: int, number: int | None
     ) -> Dumped:  # fmt: skip
-        token_ids, first, experts_tlk = self.sequence(record, output)
+        token_ids, prompt_tokens, first, experts_tlk = self.sequence(record, output)
         if experts_tlk.shape[1] != self.depth or experts_tlk.shape[2] != self.routers[0].top_k:
             raise UnusableError(OTHER_SHAPE)
         routed = [router.layer for router in self.routers]
@@ -190,7 +192,7 @@ class Responses(Dump):
             id=given if number is None else f"{given}:{number}", label=self._label(record, source.location),
             parallel_id=_text(record.get("parallel_id")), source=_text(record.get("source")) or source.name, row=row,
             token_ids=token_ids[first : first + len(experts_tlk)], positions=first + np.arange(len(experts_tlk)),
-            experts=experts_tlk[:, routed],
+            prompt_tokens=prompt_tokens, experts=experts_tlk[:, routed],
         )  # fmt: skip
 
     def _label(self, record: Mapping[str, Any], location: str) -> str:
@@ -254,7 +256,7 @@ def bytes_of(value: object) -> bytes:
 
 
 def of_sequence(
-    token_ids: NDArray[np.int64], first: int, experts_tlk: NDArray[np.integer]
+    token_ids: NDArray[np.int64], prompt_tokens: int, first: int, experts_tlk: NDArray[np.integer]
 ) -> Sequence:  # fmt: skip
     """Puts tokens and rows of routing together: all from `first` on, with the last token or without.
 
@@ -268,4 +270,4 @@ def of_sequence(
         raise UnusableError(OTHER_LENGTH)
     if len(experts_tlk) == tokens and not possible_layers(experts_tlk[-1:]).any():
         experts_tlk = experts_tlk[:-1]
-    return Sequence(token_ids, first, experts_tlk)
+    return Sequence(token_ids, prompt_tokens, first, experts_tlk)

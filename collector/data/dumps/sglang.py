@@ -20,11 +20,11 @@ import itertools
 import pickle
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from collector.data.dumps.base import Cut, Dump, Dumped, Router
+from collector.data.dumps.base import IDS_ONLY, NO_PROMPTS, Cut, Dump, Dumped, Router
 from collector.data.dumps.responses import (
     DOCS_PER_SHARD,
     NO_ROUTING,
@@ -76,13 +76,15 @@ class SglangResponses(Responses):
         meta = output.get("meta_info")
         if not isinstance(meta, dict):
             raise UnusableError(NO_ROUTING)
-        token_ids = np.concatenate([ids_of(record.get("input_ids")), ids_of(output.get("output_ids"))])
+        prompt = ids_of(record.get("input_ids"))
+        token_ids = np.concatenate([prompt, ids_of(output.get("output_ids"))])
         first = meta.get("routed_experts_start_len", record.get("routed_experts_start_len", 0)) or 0
         flat = bytes_of(meta.get("routed_experts"))
         rows = len(token_ids) - 1 - first if isinstance(first, int) and first >= 0 else 0
         if rows < 1 or not flat or len(flat) % (4 * rows * self.top_k):
             raise UnusableError(OTHER_SHAPE)
-        return of_sequence(token_ids, first, np.frombuffer(flat, "<i4").reshape(rows, -1, self.top_k))
+        experts_tlk = np.frombuffer(flat, "<i4").reshape(rows, -1, self.top_k)
+        return of_sequence(token_ids, len(prompt), first, experts_tlk)
 
     def own_id(self, record: Mapping[str, Any]) -> object:
         """See `Responses.own_id`."""
@@ -91,6 +93,8 @@ class SglangResponses(Responses):
 
 class Recorder(Dump):
     """Files of the recorder, one per rank; each rank's tokens are its own."""
+
+    lacks: ClassVar[tuple[str, ...]] = (*IDS_ONLY, NO_PROMPTS)
 
     def __init__(self, location: str, config: ImportConfig) -> None:
         super().__init__(location, config)

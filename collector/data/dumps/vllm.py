@@ -45,7 +45,8 @@ class VllmResponses(Responses):
 
     def sequence(self, record: Mapping[str, Any], output: Mapping[str, Any]) -> Sequence:
         """See `Responses.sequence`."""
-        token_ids = np.concatenate([ids_of(record.get("prompt_token_ids")), ids_of(output.get("token_ids"))])
+        prompt = ids_of(record.get("prompt_token_ids"))
+        token_ids = np.concatenate([prompt, ids_of(output.get("token_ids"))])
         of_prompt, of_answer = record.get("prompt_routed_experts"), output.get("routed_experts")
         parts = [_array(value) for value in (of_prompt, of_answer) if value is not None]
         if not parts:
@@ -53,7 +54,7 @@ class VllmResponses(Responses):
         parts = [part for part in parts if len(part)] or parts[:1]
         if len({part.shape[1:] for part in parts}) > 1:
             raise UnusableError(OTHER_SHAPE)
-        return of_sequence(token_ids, 0, np.concatenate(parts))
+        return of_sequence(token_ids, len(prompt), 0, np.concatenate(parts))
 
     def own_id(self, record: Mapping[str, Any]) -> object:
         """See `Responses.own_id`."""
