@@ -129,6 +129,8 @@ def _example(query: Query, pair: Comparison | None) -> str:
     command = f"```sh\ncollector query runs/small {query.name}{beside} {query.example}\n```\n"
     if pair is None:
         return command
+    if missing := [name for name in query.reads if not query.of_two_runs and not pair.run.has(name)]:
+        return f"{command.replace('runs/small', 'RUN')}\nThe runs of the examples have no `{missing[0]}`.\n"
     words = shlex.split(query.example)
     params = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
     result = (pair if query.of_two_runs else pair.run).query(query.name, **params)

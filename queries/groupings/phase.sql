@@ -1,7 +1,7 @@
 -- Question: Did the model read the token, or write it?
 -- Formula: prompt: it was given; generated: the model wrote it, with --generate.
 -- Groups: tokens
--- Reads: documents, phases
+-- Reads: phases
 -- Needs: documents.prompt_tokens
 select
     shard,

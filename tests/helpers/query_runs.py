@@ -23,7 +23,7 @@ VOCABULARY = 7
 STORED = st.sampled_from([(), ("probabilities",), ("logits",)])
 """What a run stores of all experts."""
 
-few_examples = settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+few_examples = settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 """The same in every run, bounded in time, and without shrinking, which would take minutes: failures are small."""
 
 documents = st.lists(st.tuples(st.sampled_from(LABELS), st.integers(1, 9)), min_size=1, max_size=6)

@@ -48,7 +48,7 @@ def test_a_folder_that_is_not_there_or_holds_no_model(tmp_path) -> None:
 
 
 def test_an_id_of_the_hub_that_cannot_be_reached(monkeypatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal("no-such-owner/no-such-model")
     assert "no-such-owner/no-such-model" in message
     assert "HF_TOKEN" not in message

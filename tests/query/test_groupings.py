@@ -17,7 +17,7 @@ from collector.models import loading
 from collector.models.loading import DEMO_MODEL
 from collector.query.catalog import query_folder, read_header
 from collector.query.document_counts import document_counts
-from collector.query.groupings import find_grouping
+from collector.query.groupings import find_grouping, read_views, reads_of
 from collector.query.rollup import making
 from collector.query.warehouse import list_queries, open_run
 from collector.store.run_directory import RunDirectory
@@ -28,6 +28,7 @@ from tests.helpers.reference import frequency
 from tests.helpers.reference.base import groups
 from tests.helpers.synthetic import Shard, random_shard, write_run
 
+VIEWS = read_views(query_folder() / "views")
 GROUPINGS = sorted(path.stem for path in (query_folder() / "groupings").glob("*.sql"))
 QUERIES = [query.name for query in list_queries()]
 VIEWS_OF_DOCUMENTS = {"label_outputs", "document_outputs", "document_effects"}
@@ -293,9 +294,9 @@ def test_headers_tell_everything() -> None:
         assert header["formula"]
         assert header["groups"] in ("documents", "tokens")
         assert grouping.of in ("document", "token")
-        assert {needed.partition(".")[0] for needed in grouping.needs} <= {
-            each.strip() for each in header["reads"].split(",")
-        }
+        reads = reads_of(grouping.sql)
+        reads += tuple(each for view in reads if view in VIEWS for each in reads_of(VIEWS[view]))
+        assert {needed.partition(".")[0] for needed in grouping.needs} <= {*reads}
 
 
 # ---- by command ----

@@ -387,9 +387,9 @@ def test_an_upload_in_parts_that_fails_is_aborted(s3, server, tmp_path):
 @pytest.mark.parametrize(
     ("root", "settings", "message"),
     [
-        ("s3://no-such-bucket/run", {}, "s3://no-such-bucket/run/plan.parquet: the bucket does not exist: create it"),
+        ("s3://no-such-bucket/run", {}, "s3://no-such-bucket/run/sweep.json: the bucket does not exist: create it"),
         ("s3://runs/run", {"AWS_ALLOW_HTTP": "false"}, "the endpoint is plain http: set AWS_ALLOW_HTTP=true"),
-        ("s3://runs/run", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "s3://runs/run/plan.parquet: the store does not"),
+        ("s3://runs/run", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "s3://runs/run/sweep.json: the store does not"),
         ("s3://runs/nothing", {}, "no run in s3://runs/nothing"),
         ("foo://runs/run", {}, "take a local path, s3://BUCKET/PATH"),
     ],
