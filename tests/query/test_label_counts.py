@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from collector.query import label_counts
 from collector.query.catalog import find_query, list_queries
@@ -52,7 +52,7 @@ def by_sql(run: Run, name: str, **params: object) -> list[tuple]:
     return run.cursor().sql(query.sql, params=run.bind(query, params)).fetchall()
 
 
-@few_examples
+@settings(few_examples, max_examples=5)  # each asks most queries four times
 @given(random_runs())
 def test_every_query_says_what_it_says_over_the_views(generated):
     with opened(*generated) as run:
