@@ -9,6 +9,7 @@ Ray; nothing changes after construction.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,7 +182,7 @@ class CaptureConfig:
 
     def _check_generation(self) -> None:
         _require_positive("generate", self.generate)
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature takes 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p takes a probability above 0, up to 1, got {self.top_p}")

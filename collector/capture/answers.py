@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,16 @@ def with_answers(text: ShardText, tokens: dict[str, TokenTable], tokenizer: Any)
     ]
     if any(document.messages for document in text.documents):
         table = _with_spans(table, own, text, tokenizer)
-    answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in own]
+    before = [table.ids[start : start + prompt].tolist()[-1:]
+              for start, prompt in zip(table.starts[:-1], table.prompt_lengths, strict=True)]  # fmt: skip
+    answers = [_words(last, answer, tokenizer) for last, answer in zip(before, own, strict=True)]
     return dataclasses.replace(text, tokens={stack: table}, answers=answers)
+
+
+def _words(last: list[int], answer: list[int], tokenizer: Any) -> str:
+    """Returns an answer in words, after the last token of its prompt: some decoders drop a space in front."""
+    alone, both = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (last, last + answer))
+    return both[len(alone) :] if both.startswith(alone) else tokenizer.decode(answer, skip_special_tokens=True)
 
 
 def _with_spans(table: TokenTable, own: Sequence[list[int]], text: ShardText, tokenizer: Any) -> TokenTable:
@@ -53,13 +62,17 @@ def _with_spans(table: TokenTable, own: Sequence[list[int]], text: ShardText, to
 
 
 def _thoughts(answer: list[int], prompt: str, tokenizer: Any) -> NDArray[np.bool_]:
-    """Returns which tokens of an answer lie in thoughts, by the middle of the characters that each adds to the text."""
+    """Returns which tokens of an answer lie in thoughts; one that ends a thought and goes on lies in it."""
     # What a template opens at the end of the prompt, the answer closes.
-    opened = prompt.rpartition("<think>")[1] if "</think>" not in prompt.rpartition("<think>")[2] else ""
-    whole = opened + tokenizer.decode(answer)
-    spans = answered_thoughts(whole)
-    if not spans:
-        return np.zeros(len(answer), bool)
-    ends = [len(opened) + len(tokenizer.decode(answer[:count])) for count in range(len(answer) + 1)]
-    middles = (np.array(ends[:-1]) + np.array(ends[1:])) / 2
-    return np.logical_or.reduce([(start <= middles) & (middles < end) for start, end in spans])
+    opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
+    is_thought = np.zeros(len(answer), bool)
+
+    def characters(count: int) -> int:
+        """Characters of the first tokens; one whose bytes are not all there yet does not count."""
+        return len(opened) + len(tokenizer.decode(answer[:count]).rstrip("\ufffd"))
+
+    counts = range(len(answer) + 1)
+    for start, end in answered_thoughts(opened + tokenizer.decode(answer)):
+        first, last = (bisect.bisect_left(counts, place, key=characters) for place in (start, end))
+        is_thought[first:last] = True
+    return is_thought

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ASSISTANT = "assistant"
 THINK = "think"
-_THOUGHT = re.compile(r"<think>(.+?)</think>", re.DOTALL)
-_UNFINISHED = re.compile(r"<think>(.+?)(?:</think>|\Z)", re.DOTALL)
+_THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_UNFINISHED = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 
 
 def require_tokenizer(tokenizer: Any, model: str, *, conversations: bool) -> None:
@@ -66,7 +66,10 @@ def put_into_words(
             yield row
             continue
         messages = _to_answer(row.messages) if to_answer else row.messages
-        text = _rendered(tokenizer, messages, begin=to_answer) if messages else None
+        if not messages:
+            yield BadRow(source=name, row=row.row, reason="conversation without a turn to answer")
+            continue
+        text = _rendered(tokenizer, messages, begin=to_answer)
         if text is None or not text.strip():
             yield BadRow(source=name, row=row.row, reason="chat template does not take the messages")
         else:
@@ -117,9 +120,10 @@ def _with_thoughts(text: str, spans: Iterable[TextSpan]) -> Iterator[TextSpan]:
     for span in spans:
         yield span
         for thought in _THOUGHT.finditer(text, span.start, span.end):
-            yield TextSpan(*thought.span(1), THINK)
+            if thought[1]:
+                yield TextSpan(*thought.span(1), THINK)
 
 
 def answered_thoughts(text: str) -> list[tuple[int, int]]:
     """Returns start and end of each thought in an answer, the last of which may be unfinished."""
-    return [thought.span(1) for thought in _UNFINISHED.finditer(text)]
+    return [thought.span(1) for thought in _UNFINISHED.finditer(text) if thought[1]]

@@ -53,10 +53,13 @@ def draw(logits_bv: torch.Tensor, number_b: torch.Tensor, *, temperature: float,
         temperature: logits are divided by it.
         top_p: the share of the probability that the tokens to draw from have together.
     """
-    probabilities_bv = (logits_bv.float() / temperature).softmax(-1)
+    # In float64, so that neither the smallest temperature nor a sum over the vocabulary decides by its rounding.
+    logits_bv = logits_bv.double()
+    probabilities_bv = ((logits_bv - logits_bv.amax(-1, keepdim=True)) / temperature).softmax(-1)
     sorted_bv, ids_bv = probabilities_bv.sort(dim=-1, descending=True, stable=True)
     up_to_bv = sorted_bv.cumsum(-1)
     kept_bv = up_to_bv - sorted_bv < top_p
+    kept_bv[:, 0] = True
     total_b1 = (sorted_bv * kept_bv).sum(-1, keepdim=True)
     below_bv = (up_to_bv <= number_b[:, None].to(up_to_bv) * total_b1) & kept_bv
     place_b1 = torch.minimum(below_bv.sum(-1, keepdim=True), kept_bv.sum(-1, keepdim=True) - 1)

@@ -160,6 +160,8 @@ def _generation(config: Mapping[str, Any]) -> str:
     if not config.get("generate"):
         return ""
     said = f"up to {config['generate']} tokens from each document"
+    if config["stop_at"]:
+        said += f", or to a token with {' or '.join(map(repr, config['stop_at']))}"
     if not config["temperature"]:
         return f"{said}, the most probable ones"
     drawn = f"{said}, drawn at temperature {config['temperature']:g}"

@@ -78,6 +78,11 @@ def prepare_intervention(
     if imported := run.info.get("imported"):
         raise ValueError(f"{root} was imported from {imported['from']}: it has no texts and no model to run again")
     plan = Plan.from_parquet(RunDirectory(root).store.read(PLAN))
+    if plan.config.get("generate"):
+        raise ValueError(
+            f"{root} has texts that its model wrote (--generate), and effects are measured on texts that it reads: "
+            "collect the finished texts as a run of their own, and intervene there"
+        )
     found = read_arms(run, arms, split=split)
     _check(run, found)
     said = [] if run.complete else [f"{root} is not complete: arms and controls come from what it has"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from collector.capture.answers import _thoughts
 from collector.capture.next_token import draw, random_numbers
 from collector.config import ModelConfig
 from collector.models import heads
@@ -106,3 +107,28 @@ def test_nothing_is_written_after_no_token_at_all(demo_model, head, prompts):
     assert (table.lengths - table.prompt_lengths).tolist() == [0, 3, 0]
     assert table.stopped.tolist() == [False, False, False]
     assert_same_routing(written, whole)
+
+
+def test_the_coldest_draw_is_the_most_probable_token():
+    logits = torch.tensor([[0.0, 30.0, 29.0]])
+    for settings in ({"temperature": 1e-40, "top_p": 1.0}, {"temperature": 1.0, "top_p": 1e-300}):
+        assert draw(logits, torch.tensor([0.9]), **settings).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "thought"),
+    [
+        ("- user\nHi\n", "<think>ab漢</think>ok", "ab漢"), ("- user\nHi\n", "<think>ab漢", "ab漢"),
+        ("- assistant\n<think>\n", "so it is</think>yes", "so it is"), ("- assistant\n<think>\n", "</think>yes", ""),
+        ("- user\nWhat does <think> mean?\n", "A tag.", ""),
+        ("- user\nHi\n", "<think></think>x <think>y</think>z", "y"),
+    ],
+)  # fmt: skip
+def test_the_tokens_of_a_thought_are_found(demo_model, prompt, answer, thought):
+    tokenizer = demo_model.tokenizer
+    ids = [*tokenizer(answer, add_special_tokens=False).input_ids]
+    found = _thoughts(ids, prompt, tokenizer)
+    inside = tokenizer.decode([token for token, is_thought in zip(ids, found, strict=True) if is_thought])
+    assert inside.startswith(thought)
+    assert len(inside) - len(thought) <= 2, "a token may end a thought and go on"
+    assert found.any() == bool(thought)

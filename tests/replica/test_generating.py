@@ -116,7 +116,7 @@ def test_a_conversation_is_answered(tmp_path, demo_model):
     assert document["text"] == "- user\nWho are you?.\n- assistant\n", "the answer in the data is left out"
     (commit,) = run.commits()
     assert {reason: skipped.count for reason, skipped in commit.skipped.items()} == {
-        "chat template does not take the messages": 1, "conversation to be answered is longer than --max-length": 1,
+        "conversation without a turn to answer": 1, "conversation to be answered is longer than --max-length": 1,
     }  # fmt: skip
     spans = open_run(run.root).sql(
         "select position >= prompt_tokens, span from tokens join documents using (shard, doc)"

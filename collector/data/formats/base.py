@@ -37,6 +37,7 @@ REASONS = (
     "span outside the text",
     "messages without role and content",
     "token ids out of range",
+    "conversation without a turn to answer",
     "chat template does not take the messages",
     BEYOND_VOCABULARY,
     PROMPT_TOO_LONG,
