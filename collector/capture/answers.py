@@ -30,15 +30,13 @@ def with_answers(text: ShardText, tokens: dict[str, TokenTable], tokenizer: Any)
     (stack,) = tokens
     table = tokens[stack]
     assert table.prompt_lengths is not None, "the model wrote on"
-    own = [
-        table.ids[start + prompt : end].tolist()
-        for start, prompt, end in zip(table.starts[:-1], table.prompt_lengths, table.starts[1:], strict=True)
-    ]
+    begins_d = table.starts[:-1] + table.prompt_lengths
+    own = [table.ids[begin:end].tolist() for begin, end in zip(begins_d, table.starts[1:], strict=True)]
+    before = [table.ids[max(begin - 1, start) : begin].tolist()
+              for start, begin in zip(table.starts[:-1], begins_d, strict=True)]  # fmt: skip
+    answers = [_words(last, answer, tokenizer) for last, answer in zip(before, own, strict=True)]
     if any(document.messages for document in text.documents):
         table = _with_spans(table, own, text, tokenizer)
-    before = [table.ids[start : start + prompt].tolist()[-1:]
-              for start, prompt in zip(table.starts[:-1], table.prompt_lengths, strict=True)]  # fmt: skip
-    answers = [_words(last, answer, tokenizer) for last, answer in zip(before, own, strict=True)]
     return dataclasses.replace(text, tokens={stack: table}, answers=answers)
 
 
