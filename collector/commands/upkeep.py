@@ -58,10 +58,12 @@ class Rollup:
     def run(self) -> int:
         """Makes the rollup, unless it is up to date."""
         from collector.query.rollup import files, making
+        from collector.query.views import read_info
         from collector.store.run_directory import RunDirectory
         from collector.upkeep import verify
 
         run = RunDirectory(self.run_)
+        read_info(run)
         if not self.again and (names := files.current(run)):
             sys.stdout.write(f"{' and '.join(names.values())}: already there, and up to date\n")
             return 0
@@ -91,10 +93,12 @@ class Weights:
 
     def run(self) -> int:
         """Makes the table, unless it is there."""
+        from collector.query.views import read_info
         from collector.store.run_directory import RunDirectory
         from collector.upkeep import verify, weights
 
         run = RunDirectory(self.run_)
+        read_info(run)
         if not self.again and (name := weights.current(run)):
             sys.stdout.write(f"{name}: already there\n")
             return 0

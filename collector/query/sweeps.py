@@ -122,6 +122,10 @@ class Sweep:
 
 def _marked(rows: pa.Table, run: SweptRun) -> pa.Table:
     """Returns the rows of a run after the columns that tell its checkpoint."""
+    if taken := [name for name in COLUMNS if name in rows.column_names]:
+        raise ValueError(
+            f"the answer of a sweep begins with {', '.join(COLUMNS)}: give your own {' and '.join(taken)} another name"
+        )
     kinds = (pa.string(), pa.int64(), pa.int64())
     told = (run.name, run.step, run.tokens_seen)
     columns = [pa.array([value] * rows.num_rows, kind) for value, kind in zip(told, kinds, strict=True)]

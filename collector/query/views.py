@@ -91,7 +91,7 @@ def locate(
         ValueError: for the same reasons as `open_run`.
     """
     grouping, run = find_grouping(by), RunDirectory(root)
-    info = _read_info(run)
+    info = read_info(run)
     files, several = _committed_files(run, info, rollup=rollup)
     several_labels = several and grouping is None  # a grouping gives each document, or token, one label
     _check_grouping(grouping, info, files)
@@ -182,7 +182,7 @@ def committed_files(root: str | os.PathLike[str], table: str) -> list[str]:
         ValueError: there is no such table.
     """
     run = RunDirectory(root)
-    files, _ = _committed_files(run, _read_info(run))
+    files, _ = _committed_files(run, read_info(run))
     if table not in files:
         raise ValueError(f"a run has no table {table!r}; it has {', '.join(files)}")
     return [run.store.location(path) for path in files[table]]
@@ -199,13 +199,19 @@ def views_sql(run_directory: RunDirectory, *, in_place: bool = False) -> str:
     prefix = _escape_glob(run_directory.store.location("").rstrip("/") + "/") if in_place else ""
     start = "" if in_place else " Inside its folder: duckdb -init views.sql"
     head = f"-- The views of this run, over its committed files.{start}\n\n"
-    info = _read_info(run_directory)
+    info = read_info(run_directory)
     views, _ = _derived_views(info)
     files, several = _committed_files(run_directory, info)
     return head + _script(files, info, views, prefix=prefix, several_labels=several)
 
 
-def _read_info(run: RunDirectory) -> dict[str, Any]:
+def read_info(run: RunDirectory) -> dict[str, Any]:
+    """Returns the content of run.json.
+
+    Raises:
+        FileNotFoundError: there is no run, and perhaps a sweep.
+        ValueError: it is in the layout of an earlier version.
+    """
     try:
         info = run.read_json(RUN)
     except FileNotFoundError as error:

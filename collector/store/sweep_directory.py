@@ -42,13 +42,19 @@ class SweepDirectory:
 
         Raises:
             FileNotFoundError: there is no sweep.
+            ValueError: the file is damaged.
         """
         try:
-            return self.files.read_json(SWEEP)
+            found = self.files.read_json(SWEEP)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"no sweep at {self.root}: there is no {SWEEP}; name the folder that `collector sweep` wrote"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{self.root}/{SWEEP} is damaged: {error}") from error
+        if not isinstance(found, dict) or not {"checkpoints", "tokenizer"} <= found.keys():
+            raise ValueError(f"{self.root}/{SWEEP} is damaged: it does not tell the checkpoints and their tokenizer")
+        return found
 
     def checkpoints(self) -> list[Checkpoint]:
         """Returns the checkpoints in the order of training.

@@ -75,6 +75,15 @@ def test_choices_of_the_server_are_outputs_and_each_is_a_document(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_completion_has_the_ids_of_its_prompt_in_each_choice(tmp_path):
+    record = dumps.vllm(ONE, 2)
+    own = {"prompt_token_ids": record.pop("prompt_token_ids")}
+    record["choices"] = [own | output for output in record.pop("outputs")]
+    (found,) = read(dumps.write_lines(tmp_path / "out.jsonl", [record]), "vllm")
+    assert told(found) == whole(ONE)
+    assert found.prompt_tokens == 2
+
+
 def test_a_row_of_zeros_for_the_last_token_is_none(tmp_path):
     record = dumps.vllm(ONE, 2, how="split")
     record["outputs"][0]["routed_experts"].append(np.zeros((2, 2), int).tolist())

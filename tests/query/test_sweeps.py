@@ -75,8 +75,14 @@ def test_what_runs_refuse_a_sweep_refuses(swept, tmp_path):
         swept.query("effective_experts", labels=["xx"])
     with pytest.raises(ValueError, match="no query 'mutual_informatio'; did you mean mutual_information"):
         swept.query("mutual_informatio")
+    with pytest.raises(ValueError, match="give your own checkpoint and step another name"):
+        swept.sql("select 1 as checkpoint, 2 as step")
     with pytest.raises(FileNotFoundError, match=r"no sweep at .*: there is no sweep.json"):
         open_sweep(tmp_path)
+    for content in ("{}", '{"format":1', "[]"):
+        (tmp_path / "sweep.json").write_text(content)
+        with pytest.raises(ValueError, match=r"sweep.json is damaged"):
+            open_sweep(tmp_path)
 
 
 def test_incomplete_runs_take_no_part_and_are_named(tiny_sweep, tmp_path):
@@ -121,7 +127,7 @@ def test_the_command_line_takes_a_sweep_where_it_takes_a_run(swept, tiny_sweep, 
     assert f"without {NAMES[1]}: not complete" in collector("query", str(own), "mutual_information").stderr
 
 
-@pytest.mark.parametrize("command", ["show", "verify", "views", "gc"])
+@pytest.mark.parametrize("command", ["show", "verify", "views", "gc", "rollup", "weights"])
 def test_what_takes_a_single_run_says_which_there_are(tiny_sweep, command):
     done = collector(command, str(tiny_sweep))
     assert done.returncode == 2

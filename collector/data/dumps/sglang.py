@@ -86,6 +86,12 @@ class SglangResponses(Responses):
         experts_tlk = np.frombuffer(flat, "<i4").reshape(rows, -1, self.top_k)
         return of_sequence(token_ids, len(prompt), first, experts_tlk)
 
+    def notes(self) -> list[str]:
+        """See `Dump.notes`."""
+        return [
+            f"read as {self.depth} layers of {self.top_k} experts a token: --top-k is wrong if the model has others"
+        ]
+
     def own_id(self, record: Mapping[str, Any]) -> object:
         """See `Responses.own_id`."""
         return record["meta_info"].get("id")

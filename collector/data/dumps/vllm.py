@@ -45,7 +45,8 @@ class VllmResponses(Responses):
 
     def sequence(self, record: Mapping[str, Any], output: Mapping[str, Any]) -> Sequence:
         """See `Responses.sequence`."""
-        prompt = ids_of(record.get("prompt_token_ids"))
+        own = output.get("prompt_token_ids")  # of a completion, which may answer several prompts
+        prompt = ids_of(record.get("prompt_token_ids") if own is None else own)
         token_ids = np.concatenate([prompt, ids_of(output.get("token_ids"))])
         of_prompt, of_answer = record.get("prompt_routed_experts"), output.get("routed_experts")
         parts = [_array(value) for value in (of_prompt, of_answer) if value is not None]
