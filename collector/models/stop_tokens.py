@@ -49,8 +49,9 @@ def _generation_config(config: ModelConfig) -> Any:
     """The end tokens of the checkpoint's generation_config.json, which base models do not load."""
     from transformers import GenerationConfig
 
+    location, revision = locations.resolve(config), config.revision or "main"
     try:
-        found = GenerationConfig.from_pretrained(locations.resolve(config), revision=config.revision or "main")
+        found = GenerationConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
     except OSError:  # few checkpoints have none
         return None
     return found.eos_token_id
