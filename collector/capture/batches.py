@@ -103,10 +103,11 @@ def tokenize(
     """
     meaning = "text_target" if as_target else "text"
     framed = np.zeros(len(texts), bool) if is_framed is None else np.asarray(is_framed, bool)
+    given = np.array([bool(own) for own in ids or [()] * len(texts)], bool)
     options = {"return_offsets_mapping": True} if spans and any(spans) else {}
     encoded: list[_Encoded] = [_Encoded()] * len(texts)
     for adds_special in (True, False):
-        documents = [d for d in np.flatnonzero(framed != adds_special).tolist() if not (ids and ids[d])]
+        documents = np.flatnonzero(~given & (framed != adds_special)).tolist()
         one_by_one = {"add_special_tokens": adds_special, **options}
         own = _encode(tokenizer, [texts[d] for d in documents], meaning, **one_by_one)
         for d, each in zip(documents, own, strict=True):
@@ -114,14 +115,14 @@ def tokenize(
             if is_cut:
                 (each,) = _encode(tokenizer, [texts[d]], meaning, truncation=True, max_length=max_length, **one_by_one)
             encoded[d] = dataclasses.replace(each, is_cut=is_cut)
-    for d, given in enumerate(ids or ()):
-        if given:
-            encoded[d] = _given(tokenizer, given, max_length)
+    for d in np.flatnonzero(given).tolist():
+        assert ids is not None, "it is given as ids"
+        encoded[d] = _Encoded.of_ids(ids[d], max_length)
     lengths = np.array([len(each.ids) for each in encoded], dtype=np.int64)
     flat_ids = _flat([each.ids for each in encoded])
     is_special = _flat([each.is_special for each in encoded]).astype(bool)
-    if framed.any():
-        is_special |= np.repeat(framed, lengths) & np.isin(flat_ids, special_ids(tokenizer))
+    if (framed | given).any():
+        is_special |= np.repeat(framed | given, lengths) & np.isin(flat_ids, special_ids(tokenizer))
     labels = tuple(dict.fromkeys(span.label for own in spans or () for span in own))
     placed = [_in_spans(each.offsets, own, labels, len(text))
               for each, own, text in zip(encoded, spans or ((),) * len(texts), texts, strict=True)]  # fmt: skip
@@ -165,12 +166,12 @@ class _Encoded:
     """First character of each token, and the one after its last; equal for special tokens."""
     is_cut: bool = False
 
-
-def _given(tokenizer: Any, ids: Sequence[int], max_length: int) -> _Encoded:
-    """A document that comes as token ids; no token lies in a span."""
-    kept = ids[:max_length]
-    is_special = np.isin(kept, special_ids(tokenizer)).astype(int).tolist()
-    return _Encoded(ids=kept, is_special=is_special, offsets=[(0, 0)] * len(kept), is_cut=len(ids) > max_length)
+    @classmethod
+    def of_ids(cls, ids: Sequence[int], max_length: int) -> _Encoded:
+        """A document that comes as token ids; no token lies in a span, and which are special is not known yet."""
+        kept = ids[:max_length]
+        zeros = [0] * len(kept)
+        return cls(ids=kept, is_special=zeros, offsets=[(0, 0)] * len(kept), is_cut=len(ids) > max_length)
 
 
 def _flat(parts: Sequence[Any]) -> NDArray[np.int64]:
