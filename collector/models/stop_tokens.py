@@ -9,14 +9,14 @@ import numpy as np
 from collector.models import loading, locations
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from collector.config import ModelConfig
 
 
-def stop_tokens(config: ModelConfig, loaded: loading.LoadedModel, texts: Iterable[str]) -> NDArray[np.int64]:
+def stop_tokens(config: ModelConfig, loaded: loading.LoadedModel, texts: Sequence[str]) -> NDArray[np.int64]:
     """Returns the ids that end a text: the model's own, and all whose text contains one of `texts`.
 
     The model's own are those of its generation config, its config and its tokenizer together: instruction-tuned models
@@ -26,10 +26,11 @@ def stop_tokens(config: ModelConfig, loaded: loading.LoadedModel, texts: Iterabl
         ValueError: no token contains one of the texts.
     """
     found = {int(token) for token in _own(config, loaded)}
+    pieces = loading.readable_vocabulary(loaded.tokenizer) if texts else []
     for text in texts:
         if not text:
             raise ValueError("--stop-at takes a text that ends the answer, got an empty one")
-        with_text = [number for number, piece, _ in loading.readable_vocabulary(loaded.tokenizer) if text in piece]
+        with_text = [number for number, piece, _ in pieces if text in piece]
         if not with_text:
             raise ValueError(
                 f"--stop-at {text!r}: no single token of the model contains it; name a shorter text, or the special "
