@@ -6,9 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from collector.look import terminal
-from collector.look.report import card, export, page, training
+from collector.look.report import card, page, training
 from collector.look.report.tables import Side
-from collector.look.report.writing import RESAMPLES, start_of, subject_of
+from collector.look.report.writing import RESAMPLES, save, start_of, subject_of
 from collector.query.sweeps import open_sweep
 from collector.query.warehouse import open_run
 
@@ -40,12 +40,7 @@ def write_sweep(
         subject, drawn, cards=[facts], labels=table, start=start, title="When specialization appears",
         lead=_lead(sweep, facts, last, len(table.rows)), warnings=_warnings(sweep),
     )  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
-    written = [out]
-    if figures:
-        written += export.write_figures(subject, drawn, figures, subject.routers[start])
-    return written
+    return save(text, out, subject, drawn, figures, start)
 
 
 def _card(sweep: Sweep, last: Side) -> card.Card:

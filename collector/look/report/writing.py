@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from collector.look import terminal
 from collector.look.report import answers, card, experts, export, interventions, languages, outputs, page, vocabulary
-from collector.look.report.figure import Subject
+from collector.look.report.figure import Figure, Subject
 from collector.look.report.tables import Side
 from collector.query.warehouse import open_run
 
@@ -70,8 +70,15 @@ def write(
         lead=card.lead(cards[0], sides[0].run.info["layers"], len(table.rows)),
         warnings=_warnings(cards, subject, len(table.rows)),
     )  # fmt: skip
+    return save(text, out, subject, drawn, figures, start)
+
+
+def save(
+    page_text: str, out: Path, subject: Subject, drawn: Sequence[Figure], figures: Path | None, start: int
+) -> list[Path]:  # fmt: skip
+    """Writes a page, and its figures if there is a folder for them; returns the written files."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    out.write_text(page_text, encoding="utf-8")
     written = [out]
     if figures:
         written += export.write_figures(subject, drawn, figures, subject.routers[start])
