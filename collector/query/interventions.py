@@ -78,11 +78,7 @@ def prepare_intervention(
     if imported := run.info.get("imported"):
         raise ValueError(f"{root} was imported from {imported['from']}: it has no texts and no model to run again")
     plan = Plan.from_parquet(RunDirectory(root).store.read(PLAN))
-    if plan.config.get("generate"):
-        raise ValueError(
-            f"{root} has texts that its model wrote (--generate), and effects are measured on texts that it reads: "
-            "collect the finished texts as a run of their own, and intervene there"
-        )
+    _require_given_texts(plan, root)
     found = read_arms(run, arms, split=split)
     _check(run, found)
     said = [] if run.complete else [f"{root} is not complete: arms and controls come from what it has"]
@@ -110,6 +106,14 @@ def prepare_intervention(
         ),
         said=said,
     )  # fmt: skip
+
+
+def _require_given_texts(plan: Plan, root: str | os.PathLike[str]) -> None:
+    if plan.config.get("generate"):
+        raise ValueError(
+            f"{root} has texts that its model wrote (--generate), and effects are measured on texts that it reads: "
+            "collect the finished texts as a run of their own, and intervene there"
+        )
 
 
 def _check(run: Run, arms: Sequence[Arm]) -> None:
