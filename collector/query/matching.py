@@ -17,7 +17,7 @@ compares decide which strata are shared.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from collector.query.catalog import LABEL_SUMS, label_level_names, query_folder
 from collector.query.groupings import LABEL, Grouping, find_grouping, reads_of
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from collector.query.catalog import Query, Value
-    from collector.query.warehouse import Run
 
 SEPARATOR = "\x1f"
 """Between a label and its stratum: the unit separator of ASCII."""
@@ -52,6 +51,19 @@ where layer is not distinct from (
 group by stack, label
 order by unmatched / sum(tokens) desc, label, stack
 """
+
+
+class Opened(Protocol):
+    """What is needed of `warehouse.Run`."""
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """Opens a connection that finds the run's views."""
+
+    def require(self, query: Query) -> None:
+        """Checks that the run has what a query reads."""
+
+    def answer(self, query: Query, values: Mapping[str, Value]) -> duckdb.DuckDBPyRelation:
+        """Runs a query."""
 
 
 def find_strata(match: str | Sequence[str] | None, by: str) -> list[Grouping]:
@@ -101,13 +113,12 @@ def crossed(by: Grouping | None, strata: Sequence[Grouping]) -> Grouping:
     )  # fmt: skip
 
 
-def compared(run: Run, query: Query, values: Mapping[str, Value]) -> list[str] | None:
+def compared(run: Opened, values: Mapping[str, Value]) -> list[str] | None:
     """Returns the labels that a query compares, None for all: those that it is asked about, and its reference.
 
     Args:
         run: the run.
-        query: a label-level query.
-        values: its parameters.
+        values: the query's parameters.
     """
     labels, reference = values.get("labels"), values.get("reference")
     if not isinstance(labels, list) or "reference" not in values:
@@ -121,7 +132,7 @@ def compared(run: Run, query: Query, values: Mapping[str, Value]) -> list[str] |
 class Matching:
     """Weighs the sums by label of a run so that all labels have the same mix of strata."""
 
-    def __init__(self, name: str, run: Run, strata: Run) -> None:
+    def __init__(self, name: str, run: Opened, strata: Opened) -> None:
         self.run = run
         """The run, with its labels."""
         self.name = name
@@ -190,5 +201,5 @@ class Matching:
 
     def _ask(self, sql: str, query: Query, values: Mapping[str, Value]) -> pa.Table:
         params = {name: values.get(name) for name in ("stack", "layer")}
-        params |= {"labels": compared(self.run, query, values), "include_special": values["include_special"]}
+        params |= {"labels": compared(self.run, values), "include_special": values["include_special"]}
         return self.strata.answer(dataclasses.replace(query, reads=reads_of(sql), sql=sql), params).to_arrow_table()

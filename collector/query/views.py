@@ -12,6 +12,7 @@ executes the script, and so can any other DuckDB.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 from collector.capture.recorders import table_names, table_schemas
@@ -121,11 +122,11 @@ def locate(
         prefix = run.store.location("").rstrip("/") + "/"
         paths = {prefix + path for path in sizes}
         paths |= {_escape_glob(path) for path in paths}
-    spelled = {"prefix": _escape_glob(prefix), "several_labels": several_labels}
+    write = functools.partial(_script, files, info, prefix=_escape_glob(prefix), several_labels=several_labels)
     located = Located(
         info=info, complete=run.read_or_none(SUCCESS) is not None, paths=frozenset(paths), mounts=mounts,
         views=views, absent=absent, by=by, several_labels=several_labels, schema=schema,
-        script=_script(files, info, views, schema=schema, **spelled),
+        script=write(views, schema=schema),
     )  # fmt: skip
     if not strata:
         return located
@@ -133,7 +134,7 @@ def locate(
     views, absent = _derived_views(info, pairs, rollup=rollups.DOCUMENTS in files)
     return dataclasses.replace(
         located,
-        script=f"{located.script}\ncreate schema {own};\n{_script(files, info, views, schema=own, **spelled)}",
+        script=f"{located.script}\ncreate schema {own};\n{write(views, schema=own)}",
         strata=dataclasses.replace(located, views=views, absent=absent, by=pairs.name, schema=own), match=pairs.name,
     )  # fmt: skip
 
@@ -144,9 +145,7 @@ def _check_grouping(grouping: Grouping, info: dict[str, Any], files: Mapping[str
     for needed in grouping.needs:
         relation, _, column = needed.partition(".")
         if column and needed not in _recorded(info) and relation != "tokens":
-            raise ValueError(
-                f"{named} needs what {option_for(needed)} keeps; this run was collected without"
-            )
+            raise ValueError(f"{named} needs what {option_for(needed)} keeps; this run was collected without")
         if column and needed not in _recorded(info):
             raise ValueError(
                 f"{named} needs the column {column} of {relation}, which a run of an earlier version "

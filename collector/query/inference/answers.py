@@ -130,9 +130,9 @@ def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
     sample_S, expert_E = np.arange(samples, dtype=np.int32), np.arange(experts, dtype=np.int32)
     assignments = _keys_of_labels(sums, experts) | {
         "expert": np.tile(expert_E, samples * labels),
-        "tokens": np.repeat(sums.tokens_SL.astype(np.int64), experts),
-        "picks": sums.picks_SLE.astype(np.int64).ravel(),
-        "top1": sums.top1_SLE.astype(np.int64).ravel(),
+        "tokens": np.repeat(np.rint(sums.tokens_SL).astype(np.int64), experts),
+        "picks": sums.picks_SLE.ravel(),
+        "top1": sums.top1_SLE.ravel(),
         "weight_sum": sums.weight_sum_SLE.ravel(),
     }
     statistics_M = sums.statistics_SLM.reshape(-1, len(counts.statistics)).T
@@ -146,7 +146,6 @@ def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
     }
     if sums.outputs_OSLE:
         put_out = {name: each.ravel() for name, each in zip(OUTPUTS, sums.outputs_OSLE, strict=True)}
-        put_out["picks"] = put_out["picks"].astype(np.int64)
         columns["label_outputs"] = assignments | put_out
     geometry = {"layer": counts.layer, "n_experts": counts.n_experts, "top_k": counts.top_k}
     sets = [(name, label) for name in sums.labels if LABEL_SEPARATOR in name for label in name.split(LABEL_SEPARATOR)]
