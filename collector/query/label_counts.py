@@ -5,7 +5,7 @@ The SQL of the two views defines the counts; statements other than queries still
 
 Guarantees: the counts equal those of the SQL, sums of weights up to the order of addition. A router is counted once,
 when a query first asks about it, and its weights when a query first reads them. Memory holds a batch of rows, and a few
-numbers per label, router and expert.
+numbers per label, router and expert; where labels are thousands, fewer routers are counted at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from collector.query.groupings import reads_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import duckdb
     from numpy.typing import NDArray
@@ -30,16 +30,22 @@ _COUNTED = ("label_tokens", "label_counts")
 _OF_WEIGHTS = ("top1", "weight_sum")
 """Columns that need the weights; a statement that names neither does without them."""
 _CELL = """
-((layer::uinteger * (len($names) + 1) + coalesce(list_position($names, label), 0)) * 2 + is_special::uinteger)::uinteger
+(((layer - $first)::uinteger * (len($names) + 1) + coalesce(place, 0)) * 2 + is_special::uinteger)::uinteger
 """
-"""Encodes layer, label (0: none) and whether a token is special as one number, the cell."""
+"""Encodes layer (from the first of them), label (0: none) and whether a token is special as one number, the cell."""
 _NAMED = """
-cell // 2 // (len($names) + 1) as layer, $names[cell // 2 % (len($names) + 1)] as label, cell % 2 = 1 as is_special,
-columns(* exclude (cell))
+cell // 2 // (len($names) + 1) + $first as layer, $names[cell // 2 % (len($names) + 1)] as label,
+cell % 2 = 1 as is_special, columns(* exclude (cell))
 """
 """Decodes a cell."""
+_PLACES = "(select unnest($names) as label, unnest(range(1, len($names) + 1))::uinteger as place)"
+"""The number of each label, by a join: a search in the list would take as long as there are labels, for every row."""
 _BATCH = 40_000
 """Rows of a batch, so that its arrays fit the processor's cache."""
+_ROWS_PER_LABEL = 40
+"""Rows of a batch for each label, so that adding up the cells of a batch costs less than counting its rows."""
+_NUMBERS = 2**25
+"""Numbers that a pass over the rows may hold (256 MB): one for each cell, expert and sum."""
 
 
 class LabelCounts:
@@ -95,16 +101,16 @@ class LabelCounts:
         cursor.execute(f"use {self._schema}")
         recorded = "select label from labels union select label_set from label_sets order by 1"
         names = [name for (name,) in cursor.execute(recorded).fetchall()]
-        for stack in sorted({layer.stack for layer in layers}):
-            own = [layer for layer in layers if layer.stack == stack]
-            counts = _count_stack(cursor, own, names, weights=weights)
+        for own in _passes(layers, labels=len(names), sums=3 if weights else 1):
+            stack, first = own[0].stack, own[0].layer
+            counts = _count_pass(cursor, own, names, weights=weights)
             cursor.execute("begin")
             for relation, columns in zip(_COUNTED, (counts.tokens(), counts.picks()), strict=True):
                 stale = f"delete from {self._own}.{relation} where stack = $stack and layer in ({_numbers(own)})"
                 cursor.execute(stale, {"stack": stack})
                 cursor.register("counted", columns)
                 named = f"insert into {self._own}.{relation} by name select $stack as stack, {_NAMED} from counted"
-                cursor.execute(named, {"stack": stack, "names": names})
+                cursor.execute(named, {"stack": stack, "first": first, "names": names})
             cursor.execute("commit")
         self._done[False] |= layers
         self._done[weights] |= layers
@@ -124,22 +130,41 @@ def _readers(views: Mapping[str, str]) -> list[str]:
     return readers
 
 
-def _count_stack(
+def _passes(layers: Iterable[Layer], *, labels: int, sums: int) -> list[list[Layer]]:
+    """Divides routers, in order, into those of a pass over the rows: of one stack, and no more than memory holds."""
+    passes: list[list[Layer]] = []
+    for layer in sorted(layers, key=lambda layer: (layer.stack, layer.layer)):
+        if passes and passes[-1][0].stack == layer.stack:
+            together = [*passes[-1], layer]
+            experts = max(each.n_experts for each in together)
+            if _cells(together, labels) * sums * (experts + 1) <= _NUMBERS:
+                passes[-1] = together
+                continue
+        passes.append([layer])
+    return passes
+
+
+def _cells(layers: Sequence[Layer], labels: int) -> int:
+    """Returns the number of cells of layers in order."""
+    return (layers[-1].layer - layers[0].layer + 1) * (labels + 1) * 2
+
+
+def _count_pass(
     cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], names: Sequence[str], *, weights: bool
 ) -> _Counts:
-    """Counts routers of one stack, in one pass over the rows."""
-    counts = _Counts(experts=max(layer.n_experts for layer in layers))
+    """Counts routers of one stack, in order, in one pass over the rows."""
+    counts = _Counts(_cells(layers, len(names)), experts=max(layer.n_experts for layer in layers), weighed=weights)
     top_k = max(layer.top_k for layer in layers)
     # A layer with fewer picks than others has nulls beyond them, which arrays cannot represent.
     least = min(layer.top_k for layer in layers)
     experts = [f"e{i}" if i < least else f"coalesce(e{i}::usmallint, {counts.nobody})" for i in range(top_k)]
     weighed = [f"w{i}" if i < least else f"coalesce(w{i}, '-infinity')" for i in range(top_k) if weights]
     rows = cursor.sql(
-        f"select {_CELL}, {', '.join(experts + weighed)} from routing "
+        f"select {_CELL}, {', '.join(experts + weighed)} from routing left join {_PLACES} using (label) "
         f"where stack = $stack and layer in ({_numbers(layers)})",
-        params={"stack": layers[0].stack, "names": names},
+        params={"stack": layers[0].stack, "first": layers[0].layer, "names": names},
     )
-    for batch in rows.to_arrow_reader(_BATCH):
+    for batch in rows.to_arrow_reader(max(_BATCH, _ROWS_PER_LABEL * len(names))):
         cell_t, *picked = map(np.from_dlpack, batch.columns)  # to_numpy would import pandas
         counts.add(cell_t, picked[:top_k], picked[top_k:])
     return counts
@@ -153,16 +178,16 @@ def _numbers(layers: Sequence[Layer]) -> str:
 class _Counts:
     """Counts by cell (see `_CELL`).
 
-    Axes: T rows of a batch, C cells of it, E experts plus one placeholder.
+    Axes: T rows of a batch, C cells of it, E experts plus one placeholder, S sums: picks, and with weights top-1 and
+    sums of weights.
     """
 
-    def __init__(self, experts: int) -> None:
+    def __init__(self, cells: int, experts: int, *, weighed: bool) -> None:
         self.nobody = experts
         """Placeholder expert for missing picks."""
-        self._weighed = False
-        self._tokens: dict[int, int] = {}
-        self._sums: dict[int, NDArray[np.float64]] = {}
-        """Arrays [3, E + 1] of picks, top-1 and sums of weights by cell; counts are exact."""
+        self._tokens = np.zeros(cells, np.int64)
+        self._sums = np.zeros((cells, 3 if weighed else 1, experts + 1))
+        """[cells, S, E + 1]; counts are exact. Cells that do not occur take no memory, for nothing touches them."""
 
     def add(self, cell_t: NDArray, experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> None:
         """Counts rows.
@@ -172,7 +197,6 @@ class _Counts:
             experts_kt: k arrays, [T] experts.
             weights_kt: k arrays, [T] weights, or none.
         """
-        self._weighed = bool(weights_kt)
         first = cell_t.min()
         cell_t = cell_t - first  # rows come router by router, so the remainders are small
         tokens = np.bincount(cell_t)
@@ -181,7 +205,7 @@ class _Counts:
         starts = np.zeros(len(tokens), np.int64)
         starts[cells] = np.arange(0, size, self.nobody + 1)
         start_t = starts[cell_t]
-        sums = np.zeros((3, size))
+        sums = np.zeros((self._sums.shape[1], size))
         for i, expert_t in enumerate(experts_kt):
             place_t = start_t + expert_t
             sums[0] += np.bincount(place_t, minlength=size)
@@ -189,27 +213,24 @@ class _Counts:
                 sums[2] += np.bincount(place_t, weights_kt[i], minlength=size)
         if weights_kt:
             sums[1] = np.bincount(start_t + _highest(experts_kt, weights_kt), minlength=size)
-        sums_c = sums.reshape(3, len(cells), -1).swapaxes(0, 1)
-        for cell, count, sums_3e in zip((cells + first).tolist(), tokens[cells].tolist(), sums_c, strict=True):
-            self._tokens[cell] = self._tokens.get(cell, 0) + count
-            self._sums[cell] = self._sums.get(cell, 0) + sums_3e
+        self._tokens[first + cells] += tokens[cells]
+        self._sums[first + cells] += sums.reshape(len(sums), len(cells), -1).swapaxes(0, 1)
 
     def tokens(self) -> dict[str, NDArray]:
         """Returns the columns of `label_tokens`, with the cell in place of layer, label and is_special."""
-        return {"cell": np.array([*self._tokens], np.int64), "tokens": np.array([*self._tokens.values()], np.int64)}
+        cells = np.flatnonzero(self._tokens)
+        return {"cell": cells, "tokens": self._tokens[cells]}
 
     def picks(self) -> dict[str, NDArray]:
         """Returns the columns of `label_counts`, with the cell in place of layer, label and is_special.
 
         Those of weights are left out if they were not counted.
         """
-        cells = np.array([*self._sums], np.int64)
-        sums = np.array([*self._sums.values()]).reshape(-1, 3, self.nobody + 1)[:, :, : self.nobody]
-        place, expert = np.nonzero(sums[:, 0])
-        picks, top1, weight_sum = sums[place, :, expert].T
-        counts: dict[str, NDArray] = {"cell": cells[place], "expert": expert, "picks": picks.astype(np.int64)}
-        weighed = {"top1": top1.astype(np.int64), "weight_sum": weight_sum.copy()}
-        return counts | (weighed if self._weighed else {})
+        cells = np.flatnonzero(self._tokens)
+        row, expert = np.nonzero(self._sums[cells, 0, : self.nobody])
+        picks, *weighed = (self._sums[cells[row], i, expert] for i in range(self._sums.shape[1]))
+        counts: dict[str, NDArray] = {"cell": cells[row], "expert": expert, "picks": picks.astype(np.int64)}
+        return counts | ({"top1": weighed[0].astype(np.int64), "weight_sum": weighed[1]} if weighed else {})
 
 
 def _highest(experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> NDArray:

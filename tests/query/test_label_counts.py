@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -36,13 +37,13 @@ def folder(tmp_path):
 def passes(monkeypatch) -> list[tuple[set, bool]]:
     """The passes over the rows: which routers, and whether with weights."""
     made = []
-    count = label_counts._count_stack
+    count = label_counts._count_pass
 
     def watched(cursor, layers, names, *, weights):
         made.append(({(layer.stack, layer.layer) for layer in layers}, weights))
         return count(cursor, layers, names, weights=weights)
 
-    monkeypatch.setattr(label_counts, "_count_stack", watched)
+    monkeypatch.setattr(label_counts, "_count_pass", watched)
     return made
 
 
@@ -78,6 +79,16 @@ def test_a_pick_of_weight_zero_and_of_negative_weight_counts(tmp_path):
     run = open_run(write_run(tmp_path / "run", [layer], [shard]))
     assert run.query("selection_frequency").fetchall() == by_sql(run, "selection_frequency")
     assert [row[5] for row in run.query("top_experts").fetchall() if row[0] == "top1"] == [1]
+
+
+def test_many_labels_are_counted_router_by_router(tmp_path, passes, monkeypatch):
+    monkeypatch.setattr(label_counts, "_NUMBERS", 1)
+    rng = np.random.default_rng(4)
+    layers = [LAYERS[0], dataclasses.replace(LAYERS[0], layer=255), LAYERS[2]]
+    shard = random_shard(rng, layers, [(f"label {i % 50}", 2) for i in range(60)], special=0.3)
+    run = open_run(write_run(tmp_path / "run", layers, [shard]))
+    assert_same_rows(run.query("selection_frequency").fetchall(), by_sql(run, "selection_frequency"))
+    assert [asked for asked, _ in passes] == [{("decoder", 0)}, {("decoder", 255)}, {("encoder", 1)}]
 
 
 def test_only_the_routers_that_are_asked_about_are_counted_and_only_once(folder, passes):
