@@ -54,7 +54,6 @@ class Query:
 
     def run(self) -> int:
         """Runs the query, or lists all queries."""
-        from collector.look import terminal
         from collector.query import warehouse
         from collector.store.sweep_directory import SweepDirectory
 
@@ -71,10 +70,27 @@ class Query:
             elif self.interval is not None:
                 self._resample(params)
             else:
-                run = warehouse.open_run(self.run_, by=self.by, match=self.match)
-                terminal.relation(run.query(self.name, **params), self.format)
-                sys.stderr.writelines(f"{remark}\n" for remark in run.remarks(self.name, **params))
+                self._ask(params)
         return 0
+
+    def _ask(self, params: dict[str, Any]) -> None:
+        import duckdb
+
+        from collector.look import terminal
+        from collector.query import inference, warehouse
+
+        run = warehouse.open_run(self.run_, by=self.by, match=self.match)
+        remarks: list[str] = []
+        if not warehouse.find_query(self.name).biased:
+            rows = run.query(self.name, **params)
+        elif inference.is_quick(run):
+            rows = duckdb.from_arrow(inference.corrected(run, self.name, **params))
+        else:
+            rows = run.query(self.name, **params)
+            remarks = [f"without `corrected`, the values less their bias: `collector rollup {self.run_}` counts documents "
+                       "once, which takes long here"]  # fmt: skip
+        terminal.relation(rows, self.format)
+        sys.stderr.writelines(f"{remark}\n" for remark in [*remarks, *run.remarks(self.name, **params)])
 
     def _over_training(self, params: dict[str, Any]) -> None:
         from collector.look import terminal
@@ -113,7 +129,7 @@ class Query:
         terminal.uncertain(
             inference.intervals(run, self.name, column=self.column, **self._draws(), **params), self.format
         )
-        sys.stderr.writelines(f"{remark}\n" for remark in run.remarks(self.name, **params))
+        sys.stderr.writelines(f"{remark}\n" for remark in run.matched(self.name, **params))
 
     def _list(self) -> int:
         from collector.look import metrics_page, terminal

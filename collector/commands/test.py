@@ -86,5 +86,5 @@ class Test:
         if run.matching is None:
             return []
         if self.split_half or self.sample_size_curve:
-            return run.remarks("domain_specialization", **where)
+            return run.matched("domain_specialization", **where)
         return run.matching.test_remarks(where | {"labels": None if self.labels is None else [*self.labels]})

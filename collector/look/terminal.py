@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40
 _WIDE = 200
-FEW_DOCUMENTS = 20
-"""Intervals from fewer documents are too uncertain to trust."""
 
 
 def console() -> Console:
@@ -290,6 +288,8 @@ def uncertain(table: pa.Table, style: str) -> None:
     """Writes intervals or tests like `relation`, and warns on standard error of rows from few documents."""
     import duckdb
     import pyarrow.compute as pc
+
+    from collector.query.warehouse import FEW_DOCUMENTS
 
     relation(duckdb.from_arrow(table), style)
     counted = "available" if "available" in table.column_names else "documents"  # of a curve: the sample size

@@ -84,8 +84,8 @@ class Comparison:
         told = [] if missing is None else [*missing.remarks]
         if query.of_two_runs:
             told += self.run.remarks(name, **params)
-        elif self.run.matching is not None:  # the other run has the same tokens
-            told += self.run.matching.remarks(query, self.run.bind(query, params))
+        else:  # the other run has the same tokens
+            told += self.run.matched(name, **params)
         return [*dict.fromkeys(told)]
 
     def unchecked(self) -> tuple[str, ...]:

@@ -195,10 +195,10 @@ class Matching:
             unmatched = [f"{row['unmatched'] / row['tokens']:.1%} of {row['label']}" for row in own if row["unmatched"]]
             more = f" and less of {len(unmatched) - _TOLD} more" if len(unmatched) > _TOLD else ""
             where = f" of the {stack}" if len({row["stack"] for row in rows}) > 1 else ""
+            none = f"; without a match: {', '.join(unmatched[:_TOLD])}{more}" if unmatched else ""
             told.append(
-                f"matched on {self.name}{where}: {len(own)} labels share {own[0]['shared']} of {own[0]['strata']} strata "
-                f"and count as {own[0]['matched']:,} tokens each; "
-                + (f"without a match: {', '.join(unmatched[:_TOLD])}{more}" if unmatched else "no token without a match")
+                f"matched on {self.name}{where}: {len(own)} labels share {own[0]['shared']} of {own[0]['strata']} "
+                f"strata and count as {own[0]['matched']:,} tokens each{none}"
             )
         return told
 

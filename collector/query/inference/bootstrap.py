@@ -97,10 +97,11 @@ def intervals(
 
 
 def sampled_values(
-    asked: SampledQuery, rows: pa.Table, counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None
-) -> NDArray[np.float64]:
-    """Returns a router's R rows in S bootstrap samples, [R, S]; `size` documents per label (default: as many)."""
-    samples = bootstrap(counts, resamples=resamples, seed=seed, size=size)
+    asked: SampledQuery, rows: pa.Table, counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None,
+    left_out: int = 0,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Returns a router's R rows in S bootstrap samples, [R, S]; for `size` and `left_out` see `bootstrap`."""
+    samples = bootstrap(counts, resamples=resamples, seed=seed, size=size, left_out=left_out)
     return np.concatenate([asked.values(rows, counts, sums) for sums in samples], axis=1)
 
 
