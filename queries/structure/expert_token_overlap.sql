@@ -15,36 +15,20 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   min_count integer >= 1 = 1: times that an expert must have received an id
-with chosen as (
+with picked as (
     select
         stack,
         layer,
         token_id,
-        experts
-    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
-    where
-        token_id is not null
-),
-
-picked as (
-    select
-        stack,
-        layer,
-        token_id,
-        unnest(experts) as expert
-    from chosen
+        unnest(experts) as expert,
+        unnest(picks) as picks
+    from token_counts('token_decisions', $stack, $layer, $labels, $include_special)
 ),
 
 received as (
-    select
-        stack,
-        layer,
-        expert,
-        token_id
+    select *
     from picked
-    where expert is not null
-    group by stack, layer, expert, token_id
-    having count(*) >= $min_count
+    where picks >= $min_count
 ),
 
 -- ids without gaps, so that sets are strings of bits, 4096 ids in each: pairs then cost words, not ids
