@@ -49,6 +49,10 @@ GROUPS = {
 COMPARISON = "comparison"
 OTHER = "other"
 """Schema of the second run's views, in queries of two runs."""
+LABEL_SUMS = frozenset({"assignments", "label_statistics", "label_outputs", "label_losses"})
+"""Views with sums over the tokens of each label."""
+_GIVEN = frozenset({"layers", "experts", "labels"})
+"""Views that label-level queries may read beside these sums."""
 
 _PARAM = re.compile(r"(?P<name>\w+) (?P<type>\S+?)(?: >= (?P<minimum>-?\d+))? = (?P<default>[^:]*): (?P<help>.*)")
 
@@ -114,6 +118,12 @@ class Query:
         """Whether it compares two runs."""
         return self.group == COMPARISON
 
+    @property
+    def is_label_level(self) -> bool:
+        """Whether its answer follows from sums over the tokens of each label (`LABEL_SUMS`), and only from these."""
+        reads = frozenset(self.reads)
+        return bool(reads & LABEL_SUMS) and reads <= LABEL_SUMS | _GIVEN
+
     def keys(self, columns: Sequence[str]) -> list[str]:
         """Returns those of the columns that identify a row: the ones with which the grain begins."""
         named = re.findall(r"(?<!\$)\b\w+", re.split(r"[;.]", self.grain)[0])
@@ -139,6 +149,11 @@ def list_queries() -> list[Query]:
 def list_comparisons() -> list[Query]:
     """Returns all queries of two runs, by name."""
     return [_read_query(path) for path in _paths() if path.parent.name == COMPARISON]
+
+
+def label_level_names() -> str:
+    """Returns the names of the label-level queries, separated by commas."""
+    return ", ".join(query.name for query in list_queries() if query.is_label_level)
 
 
 def find_query(name: str) -> Query:

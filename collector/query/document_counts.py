@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from collector.query.matching import SEPARATOR
 from collector.query.rollup import files as rollups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import duckdb
     from numpy.typing import NDArray
 
     from collector.query.warehouse import Run
@@ -36,7 +38,7 @@ _ROWS = f"""
 select shard, doc, label, tokens, {", ".join(STATISTICS)}, experts, picks, top1, weight_sums
 from document_counts
 where stack = $stack and layer = $layer
-    and ($labels is null or list_contains($labels, label))
+    and ($labels is null or list_contains($labels, split_part(label, chr(31), 1)))
     and ($include_special or not is_special)
 order by shard, doc, label, is_special
 """
@@ -44,14 +46,14 @@ _OUTPUT_ROWS = f"""
 select shard, doc, experts, {", ".join(OUTPUTS.values())}
 from document_outputs
 where stack = $stack and layer = $layer
-    and ($labels is null or list_contains($labels, label))
+    and ($labels is null or list_contains($labels, split_part(label, chr(31), 1)))
     and ($include_special or not is_special)
 """
 _LOSS_ROWS = """
 select shard, doc, label, stack, sum(tokens)::bigint as tokens, sum(nats) as nats, sum(whole_nats) as whole_nats,
     sum(characters)::double as characters
 from document_losses
-where ($labels is null or list_contains($labels, label))
+where ($labels is null or list_contains($labels, split_part(label, chr(31), 1)))
     and ($include_special or not is_special)
 group by shard, doc, label, stack
 order by shard, doc, label
@@ -64,7 +66,7 @@ class DocumentCounts:
 
     A document with several labels has one row, under its labels joined. If labels are groups of tokens (for example
     with `by="position"`), a document has a row for each group of its tokens: rows with the same `shard_D` and `doc_D`
-    belong together.
+    belong together. If labels are matched, it has a row for each of its strata, with the same label.
     """
 
     stack: str
@@ -93,10 +95,17 @@ class DocumentCounts:
     """Names of the columns of `statistics_DM`."""
     outputs_ODE: NDArray[np.float32] | None = None
     """Sums over what each expert put out, in the order of `OUTPUTS`, if they were asked for."""
+    strata: tuple[str, ...] = ()
+    """The G strata that labels are matched on, sorted; none if they are not."""
+    stratum_D: NDArray[np.int64] | None = None
+    """Index into `strata`, if labels are matched: a document then has a row for each stratum."""
+    expected_DE: NDArray[np.float64] | None = None
+    """Picks that the strata of each document's tokens let expect, if they were asked for (see `standardization`)."""
 
     def of(self, kept: NDArray[np.bool_]) -> DocumentCounts:
         """Returns the counts of some documents; `kept` is [D]."""
         rows = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rows = {name: values for name, values in rows.items() if values is not None}
         some = {name: values[kept] for name, values in rows.items() if name.endswith(("_D", "_DE", "_DM"))}
         outputs = None if self.outputs_ODE is None else self.outputs_ODE[:, kept]
         return dataclasses.replace(self, **some, outputs_ODE=outputs)
@@ -135,9 +144,9 @@ def document_counts(
             if rows.num_rows:
                 counts = _dense(rows, n_experts=router["n_experts"], top_k=router["top_k"], **where)
                 if outputs:
-                    of_experts = run.connection.cursor().sql(_OUTPUT_ROWS, params=params).to_arrow_table()
+                    of_experts = _counted(run).sql(_OUTPUT_ROWS, params=params).to_arrow_table()
                     counts = dataclasses.replace(counts, outputs_ODE=_outputs(counts, of_experts))
-                yield counts
+                yield counts if run.matching is None else _by_stratum(counts)
 
 
 def document_losses(
@@ -156,18 +165,41 @@ def document_losses(
     chosen = None if labels is None else list(labels)
     run.check(labels=chosen)
     params = {"labels": None if chosen is None else run.with_sets(chosen), "include_special": include_special}
-    rows = run.connection.cursor().sql(_LOSS_ROWS, params=params).to_arrow_table()
+    rows = _counted(run).sql(_LOSS_ROWS, params=params).to_arrow_table()
     if not rows.num_rows:
         return
     names, label = np.unique(rows["label"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
     none = np.zeros((rows.num_rows, 0))
-    yield DocumentCounts(
+    counts = DocumentCounts(
         stack=rows["stack"][0].as_py(), layer=0, n_experts=0, top_k=0, labels=tuple(names.tolist()), label_D=label,
         shard_D=rows["shard"].to_numpy().astype(np.int64), doc_D=rows["doc"].to_numpy().astype(np.int64),
         tokens_D=rows["tokens"].to_numpy(), statistics=LOSSES,
         statistics_DM=np.stack([rows[name].to_numpy() for name in LOSSES], axis=1),
         picks_DE=none.astype(np.uint32), top1_DE=none.astype(np.uint32), weight_sum_DE=none.astype(np.float32),
     )  # fmt: skip
+    yield counts if run.matching is None else _by_stratum(counts)
+
+
+def _counted(run: Run) -> duckdb.DuckDBPyConnection:
+    """Returns a cursor to the views that count documents: by stratum, if labels are matched."""
+    return run.cursor() if run.matching is None else run.matching.strata.cursor()
+
+
+def _by_stratum(counts: DocumentCounts) -> DocumentCounts:
+    """Divides labels into a label and a stratum."""
+    pairs = [name.split(SEPARATOR) for name in counts.labels]
+    labels, label = np.unique([label for label, _ in pairs], return_inverse=True)
+    strata, stratum = np.unique([stratum for _, stratum in pairs], return_inverse=True)
+    return dataclasses.replace(
+        counts, labels=tuple(labels.tolist()), label_D=label[counts.label_D], strata=tuple(strata.tolist()),
+        stratum_D=stratum[counts.label_D],
+    )  # fmt: skip
+
+
+def document_numbers(counts: DocumentCounts) -> NDArray[np.intp]:
+    """Returns the number of each row's document, from 0, of shape [D]."""
+    names = np.stack([counts.shard_D, counts.doc_D])
+    return np.unique(names, axis=1, return_inverse=True)[1].ravel()
 
 
 def _dense(rows: pa.Table, *, stack: str, layer: int, n_experts: int, top_k: int) -> DocumentCounts:

@@ -38,6 +38,8 @@ class Grouping:
     needs: tuple[str, ...]
     """Base relations that it requires."""
     sql: str
+    option: str = "--by"
+    """Option of the command line that chooses it."""
 
 
 def find_grouping(name: str) -> Grouping | None:
@@ -82,7 +84,7 @@ def derived_views(
         if missing := [need for need in split_names(header.get("needs", "")) if need and need not in recorded]:
             absent[name] = f"which needs what {option_for(missing[0])} keeps; this run was collected without"
         elif grouping is not None and grouping.of == "token" and header.get("groups") == "documents":
-            absent[name] = f"which sums over whole documents; --by {grouping.name} groups single tokens"
+            absent[name] = f"which sums over whole documents; {grouping.option} {grouping.name} groups single tokens"
     selects |= {} if grouping is None else {f"{grouping.of}_groups": grouping.sql}
     return in_order({name: select for name, select in selects.items() if name not in absent}), absent
 

@@ -12,6 +12,7 @@ executes the script, and so can any other DuckDB.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 from collector.capture.recorders import table_names, table_schemas
@@ -19,6 +20,7 @@ from collector.data.sources import LABEL_SEPARATOR
 from collector.models.edits import parse_arm, tell
 from collector.query.catalog import macros
 from collector.query.groupings import LABEL, derived_views, find_grouping, option_for
+from collector.query.matching import crossed, find_strata
 from collector.query.rollup import files as rollups
 from collector.store import tables
 from collector.store.remote_files import RunFiles
@@ -27,7 +29,7 @@ from collector.store.sweep_directory import hint as sweep_hint
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     import pyarrow as pa
@@ -65,13 +67,18 @@ class Located:
     schema: str
     """Schema of the views."""
     script: str
-    """SQL that creates the views."""
+    """SQL that creates the views, and those of the strata."""
+    strata: Located | None = None
+    """The same run, whose labels are a label and a stratum; None if labels are not matched."""
+    match: str = ""
+    """Names of the groupings that labels are matched on, separated by commas."""
 
 
 def locate(
     root: str | os.PathLike[str],
     *,
     by: str = LABEL,
+    match: str | Sequence[str] | None = None,
     rollup: bool = True,
     schema: str = "main",
     files_of: type[RunFiles] = RunFiles,
@@ -81,6 +88,7 @@ def locate(
     Args:
         root: the run directory.
         by: what `label` means, see `open_run`.
+        match: what labels are matched on, see `open_run`.
         rollup: whether to read counts from the run's rollup, see `open_run`.
         schema: schema of the views.
         files_of: class of the file system of a remote run.
@@ -90,11 +98,12 @@ def locate(
         StoreError: the object store refuses or does not answer.
         ValueError: for the same reasons as `open_run`.
     """
-    grouping, run = find_grouping(by), RunDirectory(root)
+    grouping, strata, run = find_grouping(by), find_strata(match, by), RunDirectory(root)
     info = read_info(run)
     files, several = _committed_files(run, info, rollup=rollup)
     several_labels = several and grouping is None  # a grouping gives each document, or token, one label
-    _check_grouping(grouping, info, files)
+    for one in (*([] if grouping is None else [grouping]), *strata):
+        _check_grouping(one, info, files)
     views, absent = _derived_views(info, grouping, rollup=rollups.DOCUMENTS in files)
     if "weights" not in files:
         absent["weights"] = f"which `collector weights {run.root}` makes from the model"
@@ -113,38 +122,43 @@ def locate(
         prefix = run.store.location("").rstrip("/") + "/"
         paths = {prefix + path for path in sizes}
         paths |= {_escape_glob(path) for path in paths}
-    return Located(
+    write = functools.partial(_script, files, info, prefix=_escape_glob(prefix), several_labels=several_labels)
+    located = Located(
         info=info, complete=run.read_or_none(SUCCESS) is not None, paths=frozenset(paths), mounts=mounts,
         views=views, absent=absent, by=by, several_labels=several_labels, schema=schema,
-        script=_script(
-            files, info, views, prefix=_escape_glob(prefix), schema=schema, several_labels=several_labels
-        ),
+        script=write(views, schema=schema),
+    )  # fmt: skip
+    if not strata:
+        return located
+    pairs, own = crossed(grouping, strata), f"{schema}_strata"
+    views, absent = _derived_views(info, pairs, rollup=rollups.DOCUMENTS in files)
+    return dataclasses.replace(
+        located,
+        script=f"{located.script}\ncreate schema {own};\n{write(views, schema=own)}",
+        strata=dataclasses.replace(located, views=views, absent=absent, by=pairs.name, schema=own), match=pairs.name,
     )  # fmt: skip
 
 
-def _check_grouping(grouping: Grouping | None, info: dict[str, Any], files: Mapping[str, Mapping[str, int]]) -> None:
+def _check_grouping(grouping: Grouping, info: dict[str, Any], files: Mapping[str, Mapping[str, int]]) -> None:
     """Rejects a grouping that reads a relation, or a column (`tokens.span`), that this run does not have."""
-    if grouping is None:
-        return
+    named = f"{grouping.option} {grouping.name}"
     for needed in grouping.needs:
         relation, _, column = needed.partition(".")
         if column and needed not in _recorded(info) and relation != "tokens":
-            raise ValueError(
-                f"--by {grouping.name} needs what {option_for(needed)} keeps; this run was collected without"
-            )
+            raise ValueError(f"{named} needs what {option_for(needed)} keeps; this run was collected without")
         if column and needed not in _recorded(info):
             raise ValueError(
-                f"--by {grouping.name} needs the column {column} of {relation}, which a run of an earlier version "
+                f"{named} needs the column {column} of {relation}, which a run of an earlier version "
                 "does not have: collect it again"
             )
         if not column and not files[relation] and "imported" in info:
             raise ValueError(
-                f"--by {grouping.name} needs {' and '.join(grouping.needs)}, which this run does not have: import it "
+                f"{named} needs {' and '.join(grouping.needs)}, which this run does not have: import it "
                 "with --tokenizer"
             )
         if not column and not files[relation]:
             raise ValueError(
-                f"--by {grouping.name} needs {' and '.join(grouping.needs)}, which this run does not have, because it "
+                f"{named} needs {' and '.join(grouping.needs)}, which this run does not have, because it "
                 f"was collected with --token-ids {info['config'].get('token_ids')}; a run with --token-ids keep has it"
             )
 

@@ -23,13 +23,14 @@ from collector.query.groupings import LABEL
 from collector.query.label_counts import LabelCounts, counts_tokens
 from collector.query.lacking import left_out
 from collector.query.locked_duckdb import one_line_errors
+from collector.query.matching import Matching
 from collector.query.placements import relation as placements
 from collector.query.views import committed_files, literal, locate, locate_shard, views_sql
 from collector.store import tables
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import pyarrow as pa
@@ -56,6 +57,8 @@ class Run:
         several_labels: bool = False,
         label_counts: LabelCounts | None = None,
         absent: Mapping[str, str] | None = None,
+        strata: Run | None = None,
+        match: str = "",
     ) -> None:
         self.connection = connection
         """In-memory DuckDB that holds the views."""
@@ -73,6 +76,8 @@ class Run:
         """Counts on demand; None if the views read a rollup."""
         self._absent = absent or {}
         """What views need that this run cannot have, by name."""
+        self.matching = None if strata is None else Matching(match, self, strata)
+        """Weighs labels alike in the strata that they share, if they are matched."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
         """Runs a query of `queries/`.
@@ -106,6 +111,8 @@ class Run:
         computed.provide(cursor, query, values, layers, has_weights="weights" not in self.lacks)
         if placements.NAME in query.reads:
             cursor.register(placements.NAME, placements.rows(cursor, layers, values))
+        if self.matching is not None:
+            self.matching.provide(cursor, query, values)
         answer = cursor.sql(query.sql, params=values)
         return answer if missing is None else missing.taken_from(answer)
 
@@ -128,6 +135,7 @@ class Run:
         values = self.bind(query, params)
         missing = self.left_out(query, values)
         told = [] if missing is None else [*missing.remarks]
+        told += [] if self.matching is None else self.matching.remarks(query, values)
         if select is None:
             return told
         used = duckdb.extract_statements(select)[0].named_parameters
@@ -141,9 +149,9 @@ class Run:
             ValueError: unknown parameter, a bad value, or a stack, layer or label that the run does not have; or the
                 query reads what the run did not record.
         """
-        for view in query.reads:
-            if view in self._absent:
-                raise ValueError(f"{query.name} reads {view}, {self._absent[view]}")
+        self.require(query)
+        if self.matching is not None:
+            self.matching.check(query)
         values = query.bind(params)
         self.check(stack=values.get("stack"), layer=values.get("layer"), labels=values.get("labels"))
         if values.get("arm") is not None:
@@ -151,6 +159,16 @@ class Run:
         if isinstance(labels := values.get("labels"), list):
             values["labels"] = self.with_sets(labels)
         return values
+
+    def require(self, query: Query) -> None:
+        """Checks that the run has what a query reads.
+
+        Raises:
+            ValueError: it does not; the message says what would give it.
+        """
+        for view in query.reads:
+            if view in self._absent:
+                raise ValueError(f"{query.name} reads {view}, {self._absent[view]}")
 
     def with_sets(self, labels: list[str]) -> list[str]:
         """Adds the sets of labels that have one of these in them, by which documents with several are recorded."""
@@ -236,7 +254,12 @@ class Run:
 
 
 def open_run(
-    root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True, memory_limit: str | None = None
+    root: str | os.PathLike[str],
+    *,
+    by: str = LABEL,
+    match: str | Sequence[str] | None = None,
+    rollup: bool = True,
+    memory_limit: str | None = None,
 ) -> Run:
     """Opens a run, complete or not, local or on an object store.
 
@@ -244,6 +267,8 @@ def open_run(
         root: the run directory: a path, or the URL that it was collected to.
         by: what `label` means in all views and queries: the recorded label, or a grouping of
             `queries/groupings/`: source, script, length, position, token_class, span, role or phase.
+        match: groupings, for example `position,token_class`: queries then compare labels within the strata that they
+            share, weighted alike, and only label-level queries are answered (see `matching`).
         rollup: whether to read counts from the run's rollup if there is a current one.
         memory_limit: maximum memory of DuckDB, for example 4GB (default: 80 % of the machine's memory); what does not
             fit spills to the folder for temporary files.
@@ -254,7 +279,7 @@ def open_run(
         ValueError: a commit record is damaged, the run is in the layout of an earlier version, or the grouping does
             not exist or needs data that this run does not have.
     """
-    located = locate(root, by=by, rollup=rollup)
+    located = locate(root, by=by, match=match, rollup=rollup)
     connection = locked_duckdb.connect(located.paths, located.mounts, memory_limit)
     connection.execute(located.script)
     return opened(located, connection)
@@ -270,7 +295,8 @@ def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
         )  # fmt: skip
     return Run(
         connection, located.info, complete=located.complete, by=located.by, schema=located.schema,
-        several_labels=located.several_labels, label_counts=counts, absent=located.absent,
+        several_labels=located.several_labels, label_counts=counts, absent=located.absent, match=located.match,
+        strata=None if located.strata is None else opened(located.strata, connection),
     )  # fmt: skip
 
 

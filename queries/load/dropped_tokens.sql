@@ -31,14 +31,14 @@ metrics as (
         'dropped_tokens' as metric,
         *,
         dropped_tokens / n as value,
-        dropped_tokens as count
+        dropped_tokens::bigint as count
     from located
     union all
     select
         'dropped_picks' as metric,
         *,
         dropped_picks / (top_k * n) as value,
-        dropped_picks as count
+        dropped_picks::bigint as count
     from located
 )
 

@@ -22,7 +22,7 @@ with load as (
         n_experts,
         top_k,
         sum(tokens)::bigint as tokens,
-        sum(picks)::bigint as picks
+        sum(picks)::double as picks
     from filtered('assignments', $stack, $layer, $labels, $include_special)
     group by stack, layer, expert, n_experts, top_k
 )
@@ -35,7 +35,7 @@ select
     picks / tokens as value,
     top_k / n_experts as baseline,
     tokens as n,
-    picks,
+    picks::bigint as picks,
     picks / tokens < $threshold as is_dead
 from load
 order by stack, layer, expert

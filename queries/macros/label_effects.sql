@@ -25,7 +25,7 @@ create or replace macro label_effects(
             layer,
             label,
             expert,
-            sum(picks)::bigint as picks,
+            sum(picks)::double as picks,
             sum(norm) as norm,
             sum(squared_norm) as squared_norm,
             sum(weighted_norm) as weighted_norm,

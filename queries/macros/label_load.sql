@@ -12,8 +12,8 @@ create or replace macro label_load(relation, of_stack, of_layer, of_labels, with
         n_experts,
         top_k,
         sum(tokens)::bigint as tokens,
-        sum(picks)::bigint as picks,
-        sum(top1)::bigint as top1,
+        sum(picks)::double as picks,
+        sum(top1)::double as top1,
         sum(weight_sum) as weight_sum,
         sum(picks) / sum(tokens) as frequency
     from by_label(relation, of_stack, of_layer, of_labels, with_special, false)

@@ -12,7 +12,7 @@ create or replace macro label_sums(relation, of_stack, of_layer, of_labels, with
         sum(weight_entropy) as weight_entropy,
         sum(topk_mass) as topk_mass,
         sum(margin) as margin,
-        sum(dropped_tokens)::bigint as dropped_tokens,
-        sum(dropped_picks)::bigint as dropped_picks
+        sum(dropped_tokens)::double as dropped_tokens,
+        sum(dropped_picks)::double as dropped_picks
     from by_label(relation, of_stack, of_layer, of_labels, with_special, false)
     group by stack, layer, label

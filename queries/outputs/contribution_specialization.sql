@@ -46,7 +46,7 @@ select
     c as value,
     1 / n_experts as baseline,
     tokens as n,
-    picks,
+    picks::bigint as picks,
     c / nullif(c_total, 0) as exclusivity,
     1 / label_count as exclusivity_baseline,
     c * label_count / nullif(c_total, 0) as lift

@@ -48,7 +48,7 @@ metrics as (
         *,
         contribution / nullif(picks, 0) as value,
         1 / top_k as baseline,
-        picks as n
+        picks::bigint as n
     from effects
     union all
     select
@@ -56,7 +56,7 @@ metrics as (
         *,
         weighted_norm / nullif(picks, 0) as value,
         all_weighted_norm / nullif(all_picks, 0) as baseline,
-        picks as n
+        picks::bigint as n
     from effects
     union all
     select
@@ -64,7 +64,7 @@ metrics as (
         *,
         norm / nullif(picks, 0) as value,
         all_norm / nullif(all_picks, 0) as baseline,
-        picks as n
+        picks::bigint as n
     from effects
     union all
     select
@@ -72,7 +72,7 @@ metrics as (
         *,
         squared_norm / nullif(picks, 0) as value,
         all_squared_norm / nullif(all_picks, 0) as baseline,
-        picks as n
+        picks::bigint as n
     from effects
     union all
     select

@@ -33,7 +33,7 @@ select
     frequency as value,
     top_k / n_experts as baseline,
     tokens as n,
-    picks,
+    picks::bigint as picks,
     frequency / nullif(frequency_total, 0) as exclusivity,
     1 / label_count as exclusivity_baseline,
     frequency * label_count / nullif(frequency_total, 0) as lift

@@ -69,7 +69,7 @@ select
     log_odds / sqrt(variance) as value,
     0 as baseline,
     tokens as n,
-    picks,
+    picks::bigint as picks,
     log_odds
 from measured
 order by stack, layer, label, expert

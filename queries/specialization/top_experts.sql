@@ -31,7 +31,7 @@ counts as (
     select
         'topk' as metric,
         *,
-        picks as count,
+        picks::bigint as count,
         top_k * tokens as total
     from load
 ),

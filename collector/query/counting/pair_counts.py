@@ -5,6 +5,7 @@ Memory: a batch of rows, and for each router a few numbers per pair of experts.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +56,7 @@ def _of_router(asked: Asked, router: Layer, *, adjacent: bool) -> pa.Table:
 def _by_weight(batch: Batch) -> Sequence[NDArray]:
     """Returns the experts by weight, highest first, those of equal weight in the model's own order."""
     weights_kt = batch.weights_kt
-    if all((higher >= lower).all() for higher, lower in zip(weights_kt, weights_kt[1:], strict=False)):
+    if all((higher >= lower).all() for higher, lower in itertools.pairwise(weights_kt)):
         return batch.experts_kt  # most models sort them
     order_kt = np.argsort(-np.stack(weights_kt), axis=0, kind="stable")
     return [*np.take_along_axis(np.stack(batch.experts_kt), order_kt, axis=0)]

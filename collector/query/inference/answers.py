@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from collector.data.sources import LABEL_SEPARATOR
 from collector.query import locked_duckdb
-from collector.query.catalog import find_query, list_queries, macros
+from collector.query.catalog import LABEL_SUMS, find_query, label_level_names, macros
 from collector.query.document_counts import LOSSES, OUTPUTS
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 KEYS = ("metric", "layer", "label", "label_a", "label_b", "expert")
 """Columns that identify the rows of a router's answer; each query has some of them."""
-_SAMPLED = {"assignments", "label_statistics", "label_outputs", "label_losses"}
-_GEOMETRY, _GIVEN = {"layers", "experts"}, {"labels"}
+_GIVEN = {"labels"}
+"""Views that are the same for all samples."""
 _EVERY_ROW: dict[str, dict[str, Value]] = {"top_experts": {"n": 2**31 - 1}}
 """Parameters with which a sample has every row of the run's answer: an expert may rank lower in a sample."""
 
@@ -50,11 +50,10 @@ def ask(run: Run, name: str, params: Mapping[str, object], column: str = "value"
             do) or has no such column; and for the same reasons as `Run.query`.
     """
     query = find_query(name)
-    if not _is_label_level(query):
-        others = ", ".join(each.name for each in list_queries() if _is_label_level(each))
+    if not query.is_label_level:
         raise ValueError(
             f"{name} reads {', '.join(query.reads)}, and samples of documents are known by the sums in "
-            f"{', '.join(sorted(_SAMPLED))} alone; queries that follow from these are {others}"
+            f"{', '.join(sorted(LABEL_SUMS))} alone; queries that follow from these are {label_level_names()}"
         )
     answer = run.query(name, **params).to_arrow_table()
     numbers = [field.name for field in answer.schema if field.name not in KEYS and _is_number(field.type)]
@@ -72,11 +71,6 @@ def _keys(rows: pa.Table) -> list[str]:
 
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)
-
-
-def _is_label_level(query: Query) -> bool:
-    reads = set(query.reads)
-    return bool(reads & _SAMPLED) and reads <= _SAMPLED | _GEOMETRY | _GIVEN
 
 
 class SampledQuery:
@@ -131,14 +125,14 @@ class SampledQuery:
 
 
 def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
-    """Returns those of `_SAMPLED` that are known, and `_GEOMETRY`, with the number of the sample as `stack`."""
+    """Returns those of `LABEL_SUMS` that are known, layers and experts, with the number of the sample as `stack`."""
     samples, labels, experts = sums.picks_SLE.shape
     sample_S, expert_E = np.arange(samples, dtype=np.int32), np.arange(experts, dtype=np.int32)
     assignments = _keys_of_labels(sums, experts) | {
         "expert": np.tile(expert_E, samples * labels),
-        "tokens": np.repeat(sums.tokens_SL.astype(np.int64), experts),
-        "picks": sums.picks_SLE.astype(np.int64).ravel(),
-        "top1": sums.top1_SLE.astype(np.int64).ravel(),
+        "tokens": np.repeat(np.rint(sums.tokens_SL).astype(np.int64), experts),
+        "picks": sums.picks_SLE.ravel(),
+        "top1": sums.top1_SLE.ravel(),
         "weight_sum": sums.weight_sum_SLE.ravel(),
     }
     statistics_M = sums.statistics_SLM.reshape(-1, len(counts.statistics)).T
@@ -152,7 +146,6 @@ def _tables(counts: DocumentCounts, sums: Sums) -> dict[str, pa.Table]:
     }
     if sums.outputs_OSLE:
         put_out = {name: each.ravel() for name, each in zip(OUTPUTS, sums.outputs_OSLE, strict=True)}
-        put_out["picks"] = put_out["picks"].astype(np.int64)
         columns["label_outputs"] = assignments | put_out
     geometry = {"layer": counts.layer, "n_experts": counts.n_experts, "top_k": counts.top_k}
     sets = [(name, label) for name in sums.labels if LABEL_SEPARATOR in name for label in name.split(LABEL_SEPARATOR)]

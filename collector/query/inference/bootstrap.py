@@ -28,7 +28,8 @@ from scipy import stats
 
 from collector.query.document_counts import document_counts, document_losses
 from collector.query.inference.answers import SampledQuery, ask
-from collector.query.inference.resampling import bootstrap, documents_of
+from collector.query.inference.resampling import bootstrap, lengths_of
+from collector.query.matching import compared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -116,8 +117,7 @@ def routers(
 ) -> Iterator[tuple[NDArray[np.intp], pa.Table, DocumentCounts]]:
     """Splits the answer by router: yields the indices of the router's rows, the rows, and its document counts."""
     values: dict[str, Any] = asked.query.bind(params)
-    # A query that reads `labels` may compare with a label that its parameter `labels` does not name.
-    labels = None if "labels" in asked.query.reads else values["labels"]
+    labels = compared(run, values)
     special = values["include_special"]
     if "label_losses" in asked.query.reads:  # of the whole model
         for counts in document_losses(run, labels=labels, include_special=special):
@@ -133,14 +133,12 @@ def routers(
 
 def fewest_documents(rows: pa.Table, counts: DocumentCounts) -> NDArray[np.int64]:
     """Returns the documents of each row's label with the fewest, of shape [R]; of all labels if rows name none."""
-    return _least(rows, {label: len(documents) for label, documents in documents_of(counts).items()})
+    return _least(rows, {label: len(tokens_N) for label, tokens_N in lengths_of(counts).items()})
 
 
 def effective_documents(rows: pa.Table, counts: DocumentCounts) -> NDArray[np.float64]:
     """Returns the effective number of documents, of shape [R]; equal to `fewest_documents` if lengths are equal."""
-    members = documents_of(counts).items()
-    tokens = {label: counts.tokens_D[documents].astype(np.float64) for label, documents in members}
-    return _least(rows, {label: n.sum() ** 2 / (n**2).sum() for label, n in tokens.items()})
+    return _least(rows, {label: n.sum() ** 2 / (n**2).sum() for label, n in lengths_of(counts).items()})
 
 
 def _least(rows: pa.Table, of_label: Mapping[str | None, float]) -> NDArray:

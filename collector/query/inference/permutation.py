@@ -28,6 +28,7 @@ import pyarrow as pa
 from scipy import sparse, stats
 
 from collector.query.inference.resampling import documents_of, memberships, portions, require_document_labels, strata_of
+from collector.query.inference.standardization import with_expected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -69,8 +70,9 @@ def specialization_test(
 
     Returns:
         One row per (stack, layer, label, expert), the most certain first: `value` the domain specialization, `pooled`
-        that of all documents together, `difference` and `lift` (value - pooled and value / pooled), `t`, `p`, `q`,
-        `significant` (q <= level), `n` the label's tokens and `documents`.
+        that of all documents together (if labels are matched, in the label's mix of strata), `difference` and `lift`
+        (value - pooled and value / pooled), `t`, `p`, `q`, `significant` (q <= level), `n` the label's tokens and
+        `documents`.
 
     Raises:
         ValueError: resamples or level are out of range, there are no tokens, a router has documents of one label only,
@@ -80,7 +82,8 @@ def specialization_test(
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     if not 0 < level < 1:
         raise ValueError(f"level is a false discovery rate between 0 and 1, got {level}")
-    tables = [_test_router(one, resamples, seed, alternative) for one in counts]
+    by_document = (one if one.stratum_D is None else with_expected(one) for one in counts)
+    tables = [_test_router(one, resamples, seed, alternative) for one in by_document]
     if not tables:
         raise ValueError("there is nothing to test: no router has a token to count")
     table = pa.concat_tables(tables)
@@ -117,8 +120,8 @@ def _test_router(counts: DocumentCounts, resamples: int, seed: int, alternative:
     picks_LE = np.array([counts.picks_DE[documents].sum(axis=0, dtype=np.int64) for documents in members.values()])
     t_LE, p_LE = p_values(counts, resamples=resamples, seed=seed, alternative=alternative)
     value_LE = picks_LE / tokens_L[:, None]
-    pooled_E = counts.picks_DE.sum(axis=0, dtype=np.int64) / counts.tokens_D.sum()
-    pooled_LE = np.broadcast_to(pooled_E, value_LE.shape)
+    expected_DE = expected_picks(counts)
+    pooled_LE = np.array([expected_DE[documents].sum(axis=0) for documents in members.values()]) / tokens_L[:, None]
     lift_LE = np.divide(value_LE, pooled_LE, out=np.full(value_LE.shape, np.nan), where=pooled_LE > 0)
     labels, experts = value_LE.shape
     columns = {
@@ -142,12 +145,18 @@ def _test_router(counts: DocumentCounts, resamples: int, seed: int, alternative:
 def moments(counts: DocumentCounts) -> NDArray[np.float64]:
     """Returns for each document tokens, tokens^2, and by expert r, r^2 and r * tokens, of shape [D, C].
 
-    r are its picks minus the pooled share of its tokens. They give the same differences as picks, and smaller sums.
+    r are its picks minus those expected of its tokens. They give the same differences as picks, and smaller sums.
     """
     tokens_D1 = counts.tokens_D[:, None].astype(np.float64)
-    pooled_E = counts.picks_DE.sum(axis=0, dtype=np.float64) / tokens_D1.sum()
-    r_DE = counts.picks_DE - tokens_D1 * pooled_E
+    r_DE = counts.picks_DE - expected_picks(counts)
     return np.concatenate([tokens_D1, tokens_D1**2, r_DE, r_DE**2, r_DE * tokens_D1], axis=1)
+
+
+def expected_picks(counts: DocumentCounts) -> NDArray[np.float64]:
+    """Returns the picks that the pooled share of each expert lets expect of a document, or its strata do, [D, E]."""
+    if counts.expected_DE is not None:
+        return counts.expected_DE
+    return counts.tokens_D[:, None] * (counts.picks_DE.sum(axis=0, dtype=np.float64) / counts.tokens_D.sum())
 
 
 def studentized(

@@ -19,9 +19,11 @@ import pyarrow as pa
 from scipy import stats
 
 from collector.data.sources import LABEL_SEPARATOR
+from collector.query.document_counts import document_numbers
 from collector.query.inference.resampling import (
-    documents_of,
     label_generators,
+    label_sums,
+    lengths_of,
     memberships,
     portions,
     require_document_labels,
@@ -70,47 +72,52 @@ def split_half(counts: Iterable[DocumentCounts], *, splits: int = 200, seed: int
 
 def _of_router(counts: DocumentCounts, splits: int, seed: int) -> Iterator[dict[str, object]]:
     require_document_labels(counts)
-    documents_by_label = documents_of(counts)
-    members = {label: documents for label, documents in documents_by_label.items() if len(documents) > 1}
+    lengths = {label: len(tokens_N) for label, tokens_N in lengths_of(counts).items()}
+    members = {label: documents for label, documents in lengths.items() if documents > 1}
     if not members:
         return
     strata = {name: each for name, each in strata_of(counts).items() if set(name.split(LABEL_SEPARATOR)) & set(members)}
-    labels, has_label_KL = memberships(strata)
-    has_label_KL = has_label_KL[:, [label in members for label in labels]]
-    halves = _halves(counts, strata, splits, seed)
     shares, differences = [], []
-    for tokens_SK1, picks_SKE in halves:
-        tokens_SL1, picks_SLE = (np.einsum("ske,kl->sle", each, has_label_KL) for each in (tokens_SK1, picks_SKE))
-        pooled_S1E = picks_SKE.sum(axis=1, keepdims=True) / tokens_SK1.sum(axis=1, keepdims=True)
-        shares.append(picks_SLE / tokens_SL1)
-        differences.append(shares[-1] - pooled_S1E)
-    fewest = min(map(len, members.values()))
+    for names, sums_SKC in _halves(counts, strata, splits, seed):
+        labels, has_label_KL = memberships(names)
+        sums_SLC = np.einsum("skc,kl->slc", sums_SKC, has_label_KL[:, [label in members for label in labels]])
+        pooled_SC = sums_SKC.sum(axis=1, keepdims=True)
+        shares.append(sums_SLC[:, :, 1:] / sums_SLC[:, :, :1])
+        differences.append(shares[-1] - pooled_SC[:, :, 1:] / pooled_SC[:, :, :1])
+    fewest = min(members.values())
     for metric, (first_SLE, second_SLE) in (("domain_specialization", shares), ("difference", differences)):
         where = {"metric": metric, "stack": counts.stack, "layer": counts.layer}
         yield where | {"label": None, "documents": fewest} | _agreement(first_SLE, second_SLE)
         for place, (label, documents) in enumerate(members.items()):
             agreement = _agreement(first_SLE[:, place], second_SLE[:, place])
-            yield where | {"label": label, "documents": len(documents)} | agreement
+            yield where | {"label": label, "documents": documents} | agreement
 
 
 def _halves(
     counts: DocumentCounts, strata: Mapping[str, NDArray[np.intp]], splits: int, seed: int
-) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Returns tokens [S, K, 1] and picks [S, K, E] of the two halves of each of K strata, in S splits."""
+) -> list[tuple[tuple[str, ...], NDArray[np.float64]]]:
+    """Returns labels, and tokens and picks of each, [S, K, 1 + E], of the two halves of all documents, in S splits."""
     values_DC = np.column_stack([counts.tokens_D, counts.picks_DE]).astype(np.float64)
-    first_SKC = np.empty((splits, len(strata), values_DC.shape[1]))
-    total_KC = np.array([values_DC[documents].sum(axis=0) for documents in strata.values()])
     several = any(LABEL_SEPARATOR in name for name in strata)
-    for place, (documents, rng) in enumerate(zip(strata.values(), label_generators(tuple(strata), seed), strict=True)):
-        # Where labels have documents in many small strata, the odd ones go to either half in turn.
-        most = len(documents) // 2 + (len(documents) % 2 if several and place % 2 else 0)
-        half_N = (np.arange(len(documents)) < most).astype(np.float64)
-        done = 0
-        for samples in portions(splits, len(documents)):
-            drawn_SN = rng.permuted(np.tile(half_N, (samples, 1)), axis=1)
-            first_SKC[done : done + samples, place] = drawn_SN @ values_DC[documents]
-            done += samples
-    return [(half_SKC[:, :, :1], half_SKC[:, :, 1:]) for half_SKC in (first_SKC, total_KC - first_SKC)]
+    # Rows of the same document go to the same half.
+    own = [np.unique(document_numbers(counts)[rows], return_inverse=True)[1] for rows in strata.values()]
+    documents = [int(numbers.max()) + 1 for numbers in own]
+    # Where labels have documents in many small strata, the odd ones go to either half in turn.
+    most = [n // 2 + (n % 2 if several and place % 2 else 0) for place, n in enumerate(documents)]
+    rngs = label_generators(tuple(strata), seed)
+    labels: tuple[str, ...] = ()
+    halves: tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]] = ([], [])
+    for samples in portions(splits, sum(map(len, own))):
+        first_SN = [
+            rng.permuted(np.tile(np.arange(n) < half, (samples, 1)), axis=1)
+            for rng, n, half in zip(rngs, documents, most, strict=True)
+        ]
+        for half, is_first in zip(halves, (True, False), strict=True):
+            rows_SN = ((each[:, numbers] == is_first).astype(np.float64)
+                       for each, numbers in zip(first_SN, own, strict=True))  # fmt: skip
+            labels, sums_SKC = label_sums(counts, strata, values_DC, rows_SN)
+            half.append(sums_SKC)
+    return [(labels, np.concatenate(half)) for half in halves]
 
 
 def _agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> dict[str, object]:

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from collector.data.sources import LABEL_SEPARATOR
+from collector.query.document_counts import document_numbers
+from collector.query.inference.standardization import matched, matched_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -84,6 +86,23 @@ def documents_of(counts: DocumentCounts) -> dict[str, NDArray[np.intp]]:
     return {label: np.sort(np.concatenate(parts)) for label, parts in sorted(members.items())}
 
 
+def lengths_of(counts: DocumentCounts) -> dict[str, NDArray[np.float64]]:
+    """Returns the tokens of each document that has any, by label, sorted; weighted, if labels are matched."""
+    members = documents_of(counts)
+    tokens_D = {label: counts.tokens_D[rows].astype(np.float64) for label, rows in members.items()}
+    if counts.stratum_D is None:
+        return tokens_D
+    strata = len(counts.strata)
+    places = {label: counts.stratum_D[rows] for label, rows in members.items()}
+    totals_LG = np.array([np.bincount(places[label], tokens_D[label], strata) for label in members])
+    lengths = {}
+    for (label, rows), weight_G in zip(members.items(), matched_weights(totals_LG[None])[0], strict=True):
+        document_D = np.unique(document_numbers(counts)[rows], return_inverse=True)[1]
+        tokens_N = np.bincount(document_D, tokens_D[label] * weight_G[places[label]])
+        lengths[label] = tokens_N[tokens_N > 0].astype(np.float64)
+    return lengths
+
+
 def memberships(strata: Iterable[str]) -> tuple[list[str], NDArray[np.float64]]:
     """Returns the single labels of strata, sorted, and whether each of the K strata has each of the L, [K, L]."""
     sets = [name.split(LABEL_SEPARATOR) for name in strata]
@@ -91,15 +110,11 @@ def memberships(strata: Iterable[str]) -> tuple[list[str], NDArray[np.float64]]:
     return labels, np.array([[float(label in each) for label in labels] for each in sets])
 
 
-def document_numbers(counts: DocumentCounts) -> NDArray[np.intp]:
-    """Returns the number of each row's document, from 0, of shape [D]."""
-    names_D2 = np.stack([counts.shard_D, counts.doc_D], axis=1)
-    return np.unique(names_D2, axis=0, return_inverse=True)[1].ravel()
-
-
 def has_token_labels(counts: DocumentCounts) -> bool:
     """Whether labels are groups of tokens, so that a document has several."""
-    return len(counts.label_D) > len(np.unique(document_numbers(counts)))
+    document_D = document_numbers(counts)
+    pairs = len(np.unique(document_D * len(counts.labels) + counts.label_D))
+    return pairs > len(np.unique(document_D))
 
 
 def require_document_labels(counts: DocumentCounts) -> None:
@@ -133,11 +148,48 @@ def draw(rng: np.random.Generator, documents: int, size: int, samples: int) -> N
     return np.bincount(drawn.ravel(), minlength=samples * documents).reshape(samples, documents).astype(np.float64)
 
 
+def label_sums(
+    counts: DocumentCounts,
+    members: Mapping[str, NDArray[np.intp]],
+    values_DC: NDArray[np.float64],
+    weights_SD: Iterable[NDArray[np.float64]],
+) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """Sums weighted rows of counts by label, [S, L, C].
+
+    Args:
+        counts: of one router.
+        members: its rows by recorded label.
+        values_DC: the numbers to sum.
+        weights_SD: for each of `members` the weights of its rows in S samples.
+
+    Returns:
+        The recorded labels and their sums. If labels are matched, the single labels, and their sums in the strata that
+        they share, weighted alike.
+    """
+    if counts.stratum_D is None:
+        sums = [weights @ values_DC[rows] for rows, weights in zip(members.values(), weights_SD, strict=True)]
+        return tuple(members), np.stack(sums, axis=1)
+    sums_KSGC = []
+    for rows, weights in zip(members.values(), weights_SD, strict=True):
+        sums_SGC = np.zeros((len(weights), len(counts.strata), values_DC.shape[1]))
+        for stratum in np.unique(counts.stratum_D[rows]).tolist():
+            own = counts.stratum_D[rows] == stratum
+            sums_SGC[:, stratum] = weights[:, own] @ values_DC[rows[own]]
+        sums_KSGC.append(sums_SGC)
+    labels, has_label_KL = memberships(members)
+    return tuple(labels), matched(np.einsum("ksgc,kl->slgc", np.array(sums_KSGC), has_label_KL))
+
+
+def rows_per_label(counts: DocumentCounts) -> int:
+    """Returns how many sums of each label `label_sums` holds: one for each stratum, if labels are matched."""
+    return max(1, len(counts.strata))
+
+
 def whole(counts: DocumentCounts) -> Sums:
     """Returns the sums of all documents, as one sample."""
-    members, values_DC = strata_of(counts), columns(counts)
-    sums_SLC = np.array([[values_DC[documents].sum(axis=0) for documents in members.values()]])
-    return Sums.of(counts, tuple(members), sums_SLC)
+    members = strata_of(counts)
+    ones = [np.ones((1, len(rows))) for rows in members.values()]
+    return Sums.of(counts, *label_sums(counts, members, columns(counts), ones))
 
 
 def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None) -> Iterator[Sums]:
@@ -156,17 +208,21 @@ def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | 
         The samples in portions.
     """
     members, values_DC = strata_of(counts), columns(counts)
-    labels, document_D = tuple(members), document_numbers(counts)
-    together = int(document_D.max()) + 1 if has_token_labels(counts) else 0
-    rngs = label_generators(("",) if together else labels, seed)
-    largest = max(together, size or 0, *map(len, members.values()))
-    for samples in portions(resamples, max(largest, len(labels) * counts.n_experts)):
-        sums_SLC = np.empty((samples, len(labels), values_DC.shape[1]))
-        drawn_SN = draw(rngs[0], together, size or together, samples) if together else None
-        for place, rows in enumerate(members.values()):
-            if drawn_SN is None:
-                weights_SN = draw(rngs[place], len(rows), size or len(rows), samples)
-            else:
-                weights_SN = drawn_SN[:, document_D[rows]]
-            np.matmul(weights_SN, values_DC[rows], out=sums_SLC[:, place])
-        yield Sums.of(counts, labels, sums_SLC)
+    together = has_token_labels(counts)
+    document_D = document_numbers(counts)
+    # Rows of the same document are drawn together: number the documents that are drawn from, by label or in all.
+    own = [document_D[rows] if together else np.unique(document_D[rows], return_inverse=True)[1]
+           for rows in members.values()]  # fmt: skip
+    documents = [int(document_D.max() if together else numbers.max()) + 1 for numbers in own]
+    rngs = label_generators(("",) if together else tuple(members), seed)
+    largest = max(size or 0, *documents, *map(len, own))
+    for samples in portions(resamples, max(largest, len(own) * counts.n_experts * rows_per_label(counts))):
+        if together:
+            drawn_SN = [draw(rngs[0], documents[0], size or documents[0], samples)] * len(own)
+        else:
+            drawn_SN = [draw(rng, n, size or n, samples) for rng, n in zip(rngs, documents, strict=True)]
+        weights = (
+            drawn if len(numbers) == drawn.shape[1] and not together else drawn[:, numbers]
+            for drawn, numbers in zip(drawn_SN, own, strict=True)
+        )
+        yield Sums.of(counts, *label_sums(counts, members, values_DC, weights))
