@@ -18,6 +18,7 @@ import duckdb
 from collector.models.edits import parse_arm
 from collector.query import locked_duckdb
 from collector.query.catalog import Query, Value, find_query, list_queries, remarks_of
+from collector.query.counting import macros as computed
 from collector.query.groupings import LABEL
 from collector.query.label_counts import LabelCounts, counts_tokens
 from collector.query.lacking import left_out
@@ -121,8 +122,10 @@ class Run:
         cursor = self.cursor()
         if self._label_counts is not None:
             self._label_counts.provide(cursor, query, values)
+        layers = tables.recorded_layers(self.info)
+        computed.provide(cursor, query, values, layers, has_weights="weights" not in self.lacks)
         if placements.NAME in query.reads:
-            cursor.register(placements.NAME, placements.rows(cursor, tables.recorded_layers(self.info), values))
+            cursor.register(placements.NAME, placements.rows(cursor, layers, values))
         if self.matching is not None:
             self.matching.provide(cursor, query, values)
         answer = cursor.sql(query.sql, params=values)
