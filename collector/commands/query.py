@@ -78,17 +78,19 @@ class Query:
 
         from collector.look import terminal
         from collector.query import inference, warehouse
+        from collector.query.catalog import find_query
 
         run = warehouse.open_run(self.run_, by=self.by, match=self.match)
         remarks: list[str] = []
-        if not warehouse.find_query(self.name).biased:
+        if not find_query(self.name).biased:
             rows = run.query(self.name, **params)
         elif inference.is_quick(run):
             rows = duckdb.from_arrow(inference.corrected(run, self.name, **params))
         else:
             rows = run.query(self.name, **params)
-            remarks = [f"without `corrected`, the values less their bias: `collector rollup {self.run_}` counts documents "
-                       "once, which takes long here"]  # fmt: skip
+            remarks = [
+                f"without the column `corrected`: it takes counts of documents, see `collector rollup {self.run_}`"
+            ]
         terminal.relation(rows, self.format)
         sys.stderr.writelines(f"{remark}\n" for remark in [*remarks, *run.remarks(self.name, **params)])
 

@@ -91,7 +91,7 @@ class Run:
         """What views need that this run cannot have, by name."""
         self.matching = None if strata is None else Matching(match, self, strata)
         """Weighs labels alike in the strata that they share, if they are matched."""
-        self.has_rollup = has_rollup if strata is None else strata.has_rollup
+        self.has_rollup: bool = has_rollup if strata is None else strata.has_rollup
         """Whether the views read counts of documents from a rollup."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
