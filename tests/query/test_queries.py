@@ -190,8 +190,11 @@ def test_every_query_has_a_case() -> None:
 
 
 @few_examples
-@given(random=random_runs(), include_special=st.booleans(), m=st.none() | st.integers(1, 14), n=st.integers(1, 14))
-def test_agrees_with_numpy_on_random_runs(random, include_special, m, n) -> None:
+@given(
+    random=random_runs(), include_special=st.booleans(), m=st.none() | st.integers(1, 14), n=st.integers(1, 14),
+    share=st.sampled_from(["0.25", "0.5", "0.8", "1"]),
+)  # fmt: skip
+def test_agrees_with_numpy_on_random_runs(random, include_special, m, n, share) -> None:
     layers, shards = random
     with opened(layers, shards) as run:
         found = list(groups(layers, shards, include_special=include_special))
@@ -199,6 +202,7 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, m, n) -> None
         assert_same(keyed(run, "selection_frequency", 5, **special), frequency.selection_frequency(found))
         assert_same(keyed(run, "domain_specialization", 5, **special), frequency.domain_specialization(found))
         assert_same(keyed(run, "language_overlap", 5, m=m, **special), frequency.language_overlap(found, m))
+        assert_same(keyed(run, "committee", 3, m=m, share=share, **special), frequency.committee(found, m, share))
         assert_same(keyed(run, "router_entropy", 4, **special), frequency.router_entropy(found))
         quantiles = frequency.router_entropy_quantiles(found)
         assert_same(keyed(run, "router_entropy_quantiles", 4, **special), quantiles)

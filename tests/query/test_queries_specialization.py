@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
-from tests.helpers.query_runs import LABELS, assert_same, few_examples, keyed, opened, random_runs
+from tests.helpers.query_runs import LABELS, VOCABULARY, assert_same, few_examples, keyed, opened, random_runs
 from tests.helpers.reference import specialization
 from tests.helpers.reference.base import decisions, groups
 from tests.helpers.synthetic import Shard, random_shard, write_run
@@ -25,8 +25,11 @@ LAYERS = (Layer(layer=0, n_experts=7, top_k=2), Layer(layer=3, n_experts=5, top_
 @given(
     random=random_runs(), include_special=st.booleans(), strength=st.sampled_from([0.1, 1.0, 50.0]),
     reference=st.sampled_from(LABELS), min_count=st.integers(1, 6), seed=st.integers(0, 9),
+    token_id=st.none() | st.integers(0, VOCABULARY - 1),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(random, include_special, strength, reference, min_count, seed) -> None:
+def test_agrees_with_numpy_on_random_runs(
+    random, include_special, strength, reference, min_count, seed, token_id
+) -> None:
     layers, shards = random
     found = list(groups(layers, shards, include_special=include_special))
     decided = decisions(layers, shards, include_special=include_special)
@@ -47,6 +50,11 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, strength, ref
         assert_same(
             keyed(run, "expert_tokens", 5, min_count=min_count, n=3, **special),
             specialization.expert_tokens(decided, min_count, 3),
+        )
+        assert_same(keyed(run, "label_npmi", 5, **special), specialization.label_npmi(found))
+        assert_same(
+            keyed(run, "token_npmi", 5, min_count=min_count, n=3, token_id=token_id, **special),
+            specialization.token_npmi(decided, min_count, 3, token_id),
         )
         assert_same(
             keyed(run, "conditional_mutual_information", 3, seed=seed, **special),
