@@ -7,7 +7,7 @@
 --     experts than it may choose. Only where the run stored probabilities or logits.
 -- Source: top-p routing, which chooses that many experts for a token: arXiv 2403.07652.
 -- Grain: metric, stack, layer, label (null if pooled). n = N_D; shares = what share of the tokens needs 1, 2,
---   … experts, as far as any token needs so many.
+--   … k experts. For probability_k they may sum to less than 1: the other tokens need more than k.
 -- Reads: decisions, layers
 -- Needs: weights for metric weight_k; probabilities for metric probability_k
 -- Example: --layer 4 --labels eng_Latn,kor_Hang
@@ -80,7 +80,6 @@ summed as (
         label,
         sum(experts * tokens) / sum(tokens) as value,
         sum(tokens)::bigint as n,
-        max(experts) as most,
         map(list(experts), list(tokens)) as tokens_of
     from counted
     group by metric, stack, layer, label
@@ -89,6 +88,7 @@ summed as (
 located as (
     select
         summed.*,
+        layers.top_k,
         if(summed.metric = 'weight_k', layers.top_k, layers.n_experts) as at_most
     from summed
     inner join layers using (stack, layer)
@@ -102,6 +102,6 @@ select
     value,
     ceil($mass * (1 - 1e-6) * at_most)::integer as baseline,
     n,
-    list_transform(range(1, most + 1), lambda needed: coalesce(tokens_of[needed], 0) / n) as shares
+    list_transform(range(1, top_k + 1), lambda needed: coalesce(tokens_of[needed], 0) / n) as shares
 from located
 order by metric, stack, layer, label

@@ -160,7 +160,7 @@ def dynamic_k(found: Sequence[Decision], *, pooled: bool, mass: float, probabili
             for metric, x_tn in parts.items():
                 needed = _needed(x_tn, mass)
                 (baseline,) = _needed(np.ones((1, x_tn.shape[1])), mass)
-                shares = (np.bincount(needed)[1:] / len(own)).tolist()
+                shares = [np.mean(needed == count) for count in range(1, one.top_k + 1)]
                 rows[metric, one.stack, one.layer, label] = (needed.mean(), baseline, len(own), shares)
     return rows
 
