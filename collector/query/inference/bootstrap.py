@@ -10,7 +10,7 @@ The interval of a row lies between two quantiles of its values in the samples, w
   size).
 - Bias: divergences, similarities and numbers of experts depend on the sample size, so each sample adds the bias of the
   answer a second time. If the bias (mean of the samples - value) exceeds what chance explains, the interval is shifted
-  back by twice the bias. Sets change in jumps, so `jaccard` and whole numbers are not shifted.
+  back by twice the bias. Sets change in jumps, so what follows from a single one and whole numbers are not shifted.
 
 Guarantees: the result has the query's rows, in its order and with all its columns; the same seed gives the same
 interval, whatever other labels or layers are requested. Memory: 8 bytes x rows of a router's answer x resamples.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _CHANCE = 3.0
 """A bias is corrected if it exceeds so many standard errors of the mean of the samples."""
-_SETS = {"jaccard"}
+_SETS = {"jaccard", "committee_size", "committee_mass"}
 """Metrics of sets, which change in jumps."""
 _LABELS = ("label", "label_a", "label_b", "reference")
 """Columns that name a label of the row."""
