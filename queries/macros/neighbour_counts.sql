@@ -50,8 +50,8 @@ create or replace macro neighbour_counts(relation, of_stack, of_layer, of_labels
         layer,
         label,
         count(*) as pairs,
-        count_if(is_same) as same_top1,
-        count_if(shared > 0) as any_shared,
+        count_if(is_same)::bigint as same_top1,
+        count_if(shared > 0)::bigint as any_shared,
         sum(shared)::bigint as shared
     from compared
     group by stack, layer, label

@@ -42,7 +42,8 @@ class Batch:
         top_t, highest_t = self.experts_kt[0], self.weights_kt[0]
         for expert_t, weight_t in zip(self.experts_kt[1:], self.weights_kt[1:], strict=True):
             higher_t = weight_t > highest_t
-            top_t, highest_t = np.where(higher_t, expert_t, top_t), np.where(higher_t, weight_t, highest_t)
+            if higher_t.any():  # never, where a model sorts them
+                top_t, highest_t = np.where(higher_t, expert_t, top_t), np.where(higher_t, weight_t, highest_t)
         return top_t
 
 
