@@ -92,7 +92,8 @@ class Query:
                 f"without the column `corrected`: it takes counts of documents, see `collector rollup {self.run_}`"
             ]
         terminal.relation(rows, self.format)
-        sys.stderr.writelines(f"{remark}\n" for remark in [*remarks, *run.remarks(self.name, **params)])
+        remarks += run.remarks(self.name, **params) + run.warnings(self.name, **params)
+        sys.stderr.writelines(f"{remark}\n" for remark in remarks)
 
     def _over_training(self, params: dict[str, Any]) -> None:
         from collector.look import terminal

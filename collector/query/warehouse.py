@@ -150,7 +150,7 @@ class Run:
         values = self.bind(query, params)
         missing = self.left_out(query, values)
         told = [] if missing is None else [*missing.remarks]
-        told += self.matched(name, **params) + self._few(query, values)
+        told += self.matched(name, **params)
         if select is None:
             return told
         used = duckdb.extract_statements(select)[0].named_parameters
@@ -167,11 +167,18 @@ class Run:
         query = find_query(name)
         return [] if self.matching is None else self.matching.remarks(query, self.bind(query, params))
 
-    def _few(self, query: Query, values: Mapping[str, Value]) -> list[str]:
-        """Returns which labels have so little text that a label-level answer tells little."""
+    def warnings(self, name: str, **params: object) -> list[str]:
+        """Returns which labels have so little text that a label-level query tells little about them.
+
+        Args:
+            name: of the query.
+            **params: as for `query`.
+        """
+        query = find_query(name)
         if not query.is_label_level:
             return []
-        params = {"labels": values["labels"], "documents": FEW_DOCUMENTS, "picks": FEW_PICKS}
+        labels = self.bind(query, params)["labels"]
+        params = {"labels": labels, "documents": FEW_DOCUMENTS, "picks": FEW_PICKS}
         few = [label for (label,) in self.cursor().sql(_FEW, params=params).fetchall()]
         if not few:
             return []

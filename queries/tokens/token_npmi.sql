@@ -11,7 +11,7 @@
 -- Grain: metric, stack, layer, expert, rank from 1 to $n; by value, then by N_xe, then by id; ids for which e
 --   was never chosen are left out. token is the id where there is no vocabulary. n = N_x, all labels
 --   together; count = N_xe. No rows where the run dropped the ids of its tokens.
--- Reads: token_decisions
+-- Reads: token_decisions, vocab
 -- Example: --layer 4 --n 3
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -22,26 +22,9 @@
 --   min_count integer >= 1 = 10: ids that occur less often are left out
 --   n integer >= 1 = 10: tokens of each expert
 --   token_id integer >= 0 = null: only this token, for every expert that was chosen for it (default: all)
-with chosen as (
-    select
-        stack,
-        layer,
-        token_id,
-        token,
-        experts
-    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
-    where
-        token_id is not null
-),
-
-assigned as (
-    select
-        stack,
-        layer,
-        token_id,
-        token,
-        unnest(experts)::integer as expert
-    from chosen
+with occurring as materialized (
+    select *
+    from token_counts('token_decisions', $stack, $layer, $labels, $include_special)
 ),
 
 counted as (
@@ -49,22 +32,10 @@ counted as (
         stack,
         layer,
         token_id,
-        expert,
-        any_value(token) as token,
-        count(*) as picks
-    from assigned
-    where expert is not null
-    group by stack, layer, token_id, expert
-),
-
-occurring as (
-    select
-        stack,
-        layer,
-        token_id,
-        count(*) as tokens
-    from chosen
-    group by stack, layer, token_id
+        tokens,
+        unnest(experts)::integer as expert,
+        unnest(picks) as picks
+    from occurring
 ),
 
 totals as (
@@ -89,11 +60,9 @@ expert_totals as (
 joined as (
     select
         counted.*,
-        occurring.tokens,
         totals.all_tokens::double as all_tokens,
         expert_totals.expert_tokens
     from counted
-    inner join occurring using (stack, layer, token_id)
     inner join totals using (stack, layer)
     inner join expert_totals using (stack, layer, expert)
 ),
@@ -127,16 +96,17 @@ ranked as (
 
 select
     'token_npmi' as metric,
-    stack,
-    layer,
-    expert,
-    rank,
-    token_id,
-    coalesce(token, token_id::varchar) as token,
-    value,
+    ranked.stack,
+    ranked.layer,
+    ranked.expert,
+    ranked.rank,
+    ranked.token_id,
+    coalesce(vocab.token, ranked.token_id::varchar) as token,
+    ranked.value,
     0 as baseline,
-    tokens as n,
-    picks as count
+    ranked.tokens as n,
+    ranked.picks::bigint as count
 from ranked
-where rank <= $n
-order by stack, layer, expert, rank
+left join vocab on ranked.token_id = vocab.token_id
+where ranked.rank <= $n
+order by ranked.stack, ranked.layer, ranked.expert, ranked.rank
