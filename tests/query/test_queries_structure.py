@@ -27,9 +27,9 @@ LAYERS = (
 @few_examples
 @given(
     random=random_runs(), include_special=st.booleans(), mode=st.sampled_from(["paper", "released"]),
-    min_count=st.integers(1, 4),
+    min_count=st.integers(1, 4), n=st.integers(2, 3), top=st.integers(1, 5),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(random, include_special, mode, min_count) -> None:
+def test_agrees_with_numpy_on_random_runs(random, include_special, mode, min_count, n, top) -> None:
     layers, shards = random
     decided = decisions(layers, shards, include_special=include_special)
     special = {"include_special": include_special}
@@ -40,6 +40,7 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, mode, min_cou
             structure.expert_token_overlap(decided, min_count),
         )
         assert_same(keyed(run, "layer_transition", 6, **special), structure.layer_transition(decided))
+        assert_same(keyed(run, "paths", 4, n=n, top=top, **special), structure.paths(decided, n, top))
         assert_same(keyed(run, "repetition", 4, **special), structure.repetition(decided))
         assert_same(keyed(run, "position_profile", 6, **special), structure.position_profile(decided))
 
