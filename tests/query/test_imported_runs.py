@@ -33,7 +33,8 @@ NAMES = [query.name for query in list_queries()]
 OF_IDS = {
     "conditional_mutual_information", "domain_specialization", "log_odds", "mutual_information", "reference_difference",
     "language_divergence", "language_overlap", "dropped_tokens", "effective_experts", "expert_load", "coactivation",
-    "expert_token_overlap", "position_profile", "expert_tokens", "plan_transfer", "phase_divergence",
+    "expert_token_overlap", "position_profile", "expert_tokens", "plan_transfer", "phase_divergence", "routing_locality",
+    "nearest_documents",
 }  # fmt: skip
 """Queries that ids answer alone."""
 IN_PART = {
@@ -41,7 +42,7 @@ IN_PART = {
     "fertility", "token_trace",
 }  # fmt: skip
 OF_WEIGHTS = {
-    "router_entropy", "router_entropy_quantiles", "router_stats", "layer_transition", "routing_divergence"
+    "router_entropy", "router_entropy_quantiles", "router_stats", "layer_transition", "paths", "routing_divergence",
 }  # fmt: skip
 """Queries of the routing that ids cannot answer. Those of what only a model tells are all the others."""
 
@@ -229,6 +230,7 @@ def flames(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
         "router_entropy",
         "router_entropy_quantiles",
         "layer_transition",
+        "paths",
     ],
 )
 def test_flame_answers_what_weights_tell(flames, name):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from collector.query.placements import relation as placements
-from collector.query.relations import paths
+from collector.query.relations import caches, neighbours, paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Rows = Callable[[duckdb.DuckDBPyConnection, Sequence[Layer], Mapping[str, Value]], pa.Table]
 
-_RELATIONS: dict[str, Rows] = {each.NAME: each.rows for each in (paths, placements)}
+_RELATIONS: dict[str, Rows] = {each.NAME: each.rows for each in (caches, neighbours, paths, placements)}
 
 
 def provide(

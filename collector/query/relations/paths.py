@@ -118,10 +118,11 @@ def rows(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], values: Map
         own = sorted((one for one in layers if one.stack == stack), key=lambda one: one.layer)
         windows = [own[first : first + length] for first in range(len(own) - length + 1)]
         windows = [window for window in windows if values["layer"] in (None, window[0].layer)]
-        id_T = _read(cursor, places, _IDS, {"stack": own[0].token_stack}, np.int32, -1) if windows else None
+        if not windows:
+            continue
+        id_T = places.column(cursor.sql(_IDS, params={"stack": own[0].token_stack}), np.int32, -1)
         routers: dict[Layer, _Router] = {}
         for window in windows:
-            assert id_T is not None
             routers = {
                 one: routers[one] if one in routers else _router(cursor, places, one, values, id_T) for one in window
             }
@@ -136,21 +137,10 @@ def _router(
 ) -> _Router:  # fmt: skip
     chosen = {name: values[name] for name in ("labels", "include_special")}
     where = {"stack": layer.stack, "layer": layer.layer, **chosen}
-    expert_T = _read(cursor, places, _EXPERTS, where, np.uint16, _NOBODY)
+    expert_T = places.column(cursor.sql(_EXPERTS, params=where), np.uint16, _NOBODY)
     counted_T = expert_T != _NOBODY
     groups = _groups(expert_T[counted_T].astype(np.int64), _known(id_T[counted_T])) if counted_T.any() else None
     return _Router(experts=layer.n_experts, expert_T=expert_T, purity=None if groups is None else groups.purity())
-
-
-def _read(
-    cursor: duckdb.DuckDBPyConnection, places: Places, select: str, params: Mapping[str, Value],
-    dtype: type[np.int32 | np.uint16], missing: int,
-) -> NDArray[Any]:  # fmt: skip
-    """Returns a column of a select by place, [T]."""
-    value_T = np.full(places.tokens, missing, dtype)
-    for place_t, (value_t,) in places.batches(cursor.sql(select, params=params)):
-        value_T[place_t] = value_t
-    return value_T
 
 
 def _known(id_T: NDArray[np.int32]) -> NDArray[np.int32] | None:

@@ -6,7 +6,7 @@ each shard. Rows may then come in any order, and not every token needs to have o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +39,15 @@ class Places:
         for batch in rows.to_arrow_reader(_BATCH):
             shard_t, tok_t, *others = map(np.from_dlpack, batch.columns)  # to_numpy would import pandas
             yield self._first_S[np.searchsorted(self._shard_S, shard_t)] + tok_t, others
+
+    def column(
+        self, rows: duckdb.DuckDBPyRelation, dtype: type[np.int32 | np.int64 | np.uint16], missing: int
+    ) -> NDArray[Any]:
+        """Returns by place the third column of rows, [T], and `missing` where there is no row."""
+        value_T = np.full(self.tokens, missing, dtype)
+        for place_t, (value_t,) in self.batches(rows):
+            value_T[place_t] = value_t
+        return value_T
 
 
 def shards(cursor: duckdb.DuckDBPyConnection) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

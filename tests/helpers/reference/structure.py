@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 
@@ -148,6 +149,36 @@ def repetition(found: Sequence[Decision]) -> dict:
             for metric, (value, baseline) in metrics.items():
                 rows[metric, one.stack, one.layer, label] = (value, baseline, len(same))
     return rows
+
+
+def routing_locality(found: Sequence[Decision], names: dict, cache: int | None, warm_up: int, seed: int) -> dict:
+    """`names`: the id of each document, (shard, doc)."""
+    rows = {}
+    for one, decided in by_router(found).items():
+        size = 2 * one.top_k if cache is None else cache
+        counts: dict[str, Counter[str]] = {}
+        for document, tokens in grouped(sorted(decided, key=lambda d: d.tok), lambda d: (d.shard, d.doc)).items():
+            rng = np.random.default_rng([seed, zlib.crc32(names[document].encode())])
+            shuffled = [tokens[place] for place in rng.permutation(len(tokens))]
+            for what, order in (("", tokens), ("shuffled ", shuffled)):
+                used: list[int] = []  # the last one last
+                for token in order[:warm_up]:
+                    used = _use(used, token)
+                for token in order[warm_up:]:
+                    own = counts.setdefault(token.label, Counter())
+                    own[what + "picks"] += one.top_k
+                    own[what + "hits"] += len(set(used[-size:]) & set(token.experts))
+                    own[what + "new"] += len(set(token.experts) - set(used))
+                    used = _use(used, token)
+        for label, own in counts.items():
+            value, baseline = (own[what + "hits"] / own[what + "picks"] for what in ("", "shuffled "))
+            key = ("cache_hit_rate", one.stack, one.layer, label)
+            rows[key] = (value, baseline, own["picks"], own["new"] / own["picks"], size)
+    return rows
+
+
+def _use(used: list[int], token: Decision) -> list[int]:
+    return [expert for expert in used if expert not in token.experts] + token.experts
 
 
 def position_profile(found: Sequence[Decision]) -> dict:

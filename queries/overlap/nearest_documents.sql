@@ -1,0 +1,129 @@
+-- Question: Which documents are routed alike, and do they have the same label?
+-- Formula: a document's signature = the share of its picks that each expert got, layer after layer, of all layers
+--   that are asked for. Documents are compared by the cosine of their signatures.
+--   neighbour_cosine  the cosine of a document and the one that is rank-nearest to it. Baseline the mean over all
+--     other documents.
+--   label_agreement   of the n nearest documents of each document of label D, the share that has label D too,
+--     averaged over the documents. Baseline (N_D - 1) / (N - 1): neighbours drawn at random.
+--   Signatures of short documents vary by chance, which lowers their cosines: labels compare only where their
+--   documents are about as long.
+-- Source: nearest neighbours in the space of selection shares; document_counts, cosine as in language_overlap.
+-- Grain: metric, label (of the document), document, rank (both null for a label). n = documents compared; for a
+--   label those of it whose neighbours were found. neighbour and neighbour_label are the other document's id and
+--   label.
+-- Reads: neighbours, documents, document_labels
+-- Example: --labels eng_Latn,kor_Hang,jpn_Jpan --n 1
+-- Params:
+--   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
+--   layer integer = null: only this layer, by the model's own number (default: all)
+--   labels varchar[] = null: only these labels (default: all)
+--   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
+--     language codes); they say nothing about the text
+--   n integer >= 1 = 5: neighbours of each document
+--   document varchar = null: id of the document (doc_id) whose neighbours are sought among all others (default:
+--     those of every document)
+--   most integer >= 2 = 5000: documents that are compared with each other; of more a random sample is
+with found as (
+    select *
+    from neighbours
+    where
+        asked_stack is not distinct from $stack
+        and asked_layer is not distinct from $layer
+        and labels is not distinct from $labels
+        and include_special = $include_special
+        and asked_document is not distinct from $document
+        and most = $most
+        and rank <= $n
+),
+
+compared as (
+    select
+        found.shard,
+        found.doc,
+        documents.doc_id,
+        documents.label as recorded_label,
+        count(*) over () as all_documents
+    from found
+    inner join documents using (shard, doc)
+    where found.rank = 0
+),
+
+labelled as (
+    select
+        compared.shard,
+        compared.doc,
+        compared.all_documents,
+        document_labels.label,
+        count(*) over (partition by document_labels.label) as label_documents
+    from compared
+    inner join document_labels using (shard, doc)
+),
+
+agreements as (
+    select
+        labelled.shard,
+        labelled.doc,
+        labelled.label,
+        labelled.label_documents,
+        labelled.all_documents,
+        count(other.label) / count(*) as agreement
+    from found
+    inner join labelled
+        on
+            found.shard = labelled.shard
+            and found.doc = labelled.doc
+    left join labelled as other
+        on
+            found.other_shard = other.shard
+            and found.other_doc = other.doc
+            and labelled.label = other.label
+    where
+        found.rank > 0
+        and ($labels is null or list_contains($labels, labelled.label))
+    group by labelled.shard, labelled.doc, labelled.label, labelled.label_documents, labelled.all_documents
+),
+
+metrics as (
+    select
+        'label_agreement' as metric,
+        label,
+        null as document,
+        null as rank,
+        avg(agreement) as value,
+        (label_documents - 1) / (all_documents - 1) as baseline,
+        count(*) as n,
+        null as neighbour,
+        null as neighbour_label
+    from agreements
+    group by label, label_documents, all_documents
+    union all
+    select
+        'neighbour_cosine' as metric,
+        compared.recorded_label as label,
+        compared.doc_id as document,
+        found.rank,
+        found.cosine as value,
+        found.mean_cosine as baseline,
+        compared.all_documents as n,
+        other.doc_id as neighbour,
+        other.recorded_label as neighbour_label
+    from found
+    inner join compared using (shard, doc)
+    inner join compared as other
+        on
+            found.other_shard = other.shard
+            and found.other_doc = other.doc
+)
+
+select
+    metric,
+    label,
+    document,
+    rank,
+    value,
+    baseline,
+    n,
+    neighbour,
+    neighbour_label
+from metrics
+order by metric, label, document, rank
