@@ -52,7 +52,7 @@ class Test:
     def __post_init__(self) -> None:
         """Rejects two questions at once."""
         if self.split_half + self.sample_size_curve + self.probe > 1:
-            raise ValueError("--split-half, --sample-size-curve and --probe are questions of their own: ask one at a time")
+            raise ValueError("--split-half, --sample-size-curve and --probe are different questions: ask one at a time")
 
     def run(self) -> int:
         """Prints one row per cell."""

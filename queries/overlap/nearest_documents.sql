@@ -1,16 +1,14 @@
 -- Question: Which documents are routed alike, and do they have the same label?
--- Formula: a document's signature = the share of its picks that each expert got, layer after layer, of all layers
---   that are asked for. Documents are compared by the cosine of their signatures.
---   neighbour_cosine  the cosine of a document and the one that is rank-nearest to it. Baseline the mean over all
---     other documents.
---   label_agreement   of the n nearest documents of each document of label D, the share that has label D too,
---     averaged over the documents. Baseline (N_D - 1) / (N - 1): neighbours drawn at random.
---   Signatures of short documents vary by chance, which lowers their cosines: labels compare only where their
+-- Formula: a document's signature is the share of its picks that each expert got, of all layers asked for,
+--   one after another. Two documents are as near as the cosine of their signatures.
+--   label_agreement   share of the n nearest documents that have label D too, averaged over the documents of
+--     D. Baseline (N_D - 1) / (N - 1): neighbours drawn at random.
+--   neighbour_cosine  cosine of a document and its neighbour. Baseline the mean over all other documents.
+--   The signature of a short document varies by chance, and is less like any other: compare labels whose
 --   documents are about as long.
--- Source: nearest neighbours in the space of selection shares; document_counts, cosine as in language_overlap.
--- Grain: metric, label (of the document), document, rank (both null for a label). n = documents compared; for a
---   label those of it whose neighbours were found. neighbour and neighbour_label are the other document's id and
---   label.
+-- Source: nearest neighbours by cosine, as language_overlap compares labels.
+-- Grain: metric, label, document, rank (of the neighbour); document and rank are null for a whole label. n =
+--   documents compared, N; for a label those of its documents whose neighbours were sought.
 -- Reads: neighbours, documents, document_labels
 -- Example: --labels eng_Latn,kor_Hang,jpn_Jpan --n 1
 -- Params:
@@ -20,9 +18,9 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   n integer >= 1 = 5: neighbours of each document
---   document varchar = null: id of the document (doc_id) whose neighbours are sought among all others (default:
---     those of every document)
---   most integer >= 2 = 5000: documents that are compared with each other; of more a random sample is
+--   document varchar = null: id of the document whose neighbours are sought, among all others (default: every
+--     document)
+--   most integer >= 2 = 5000: documents that are compared with each other; of more, a random sample is
 with found as (
     select *
     from neighbours
@@ -77,9 +75,7 @@ agreements as (
             found.other_shard = other.shard
             and found.other_doc = other.doc
             and labelled.label = other.label
-    where
-        found.rank > 0
-        and ($labels is null or list_contains($labels, labelled.label))
+    where found.rank > 0
     group by labelled.shard, labelled.doc, labelled.label, labelled.label_documents, labelled.all_documents
 ),
 
@@ -95,6 +91,7 @@ metrics as (
         null as neighbour,
         null as neighbour_label
     from agreements
+    where $labels is null or list_contains($labels, label)
     group by label, label_documents, all_documents
     union all
     select

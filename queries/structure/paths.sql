@@ -1,21 +1,22 @@
--- Question: Which paths do tokens take through the experts of consecutive layers, and do they share token ids?
--- Formula: a path = a token's top-1 experts at n consecutive recorded layers of a stack, a window.
---   path_share     the n most frequent paths: value = N_p / N. Baseline the share that a Markov chain gives, in
---     which a layer's expert depends on the one before alone: P(e_1) P(e_2 given e_1) P(e_3 given e_2) …, with
---     the shares of layer_transition; for two layers it is the value.
---   same_path      chance that two tokens take the same path, sum of N_p (N_p - 1) / (N (N - 1)). Baseline that
---     of two draws from the chain, sum of its squared shares.
---   path_purity    chance that another token of the same path has the same id: sum over the ids x of
---     N_px (N_px - 1) / (N_p (N_p - 1)), averaged over the tokens whose path has another one. Baseline the
---     same where ids are shuffled, sum of N_x (N_x - 1) / (N (N - 1)), whatever the sizes of the paths.
---   expert_purity  the same for the experts of single layers in place of paths, averaged over the window's
---     layers: what a path tells beyond it, its order and its company tell.
--- Source: paths as units: arXiv 2603.18297, arXiv 2604.17837. Purity: Simpson 1949, Nature 163, 688, whose
---   estimate does not grow where paths are small, as the share of the most frequent id would.
--- Grain: metric, stack, layer (the window's first), rank (of the path; null for a whole window). path = its
---   experts. n = N, tokens of all labels together; of path_purity those whose path has another one. count =
---   N_p, of a window its different paths. Of a path: purity as above, token = its most frequent id, token_share
---   = that id's share of N_p. No purity where the run dropped the ids of its tokens.
+-- Question: Which paths do tokens take through the experts of consecutive layers, and with which token ids?
+-- Formula: a path is a token's top-1 experts e_1, e_2 … e_n at n consecutive recorded layers of a stack, a
+--   window of layers; N_p tokens take path p, N_px of them with token id x.
+--   path_share     value = N_p / N, of the most frequent paths. Baseline: a Markov chain, in which an expert
+--     depends on that of the layer before alone, P(e_1) P(e_2 given e_1) P(e_3 given e_2) …, with the shares
+--     of layer_transition. For two layers it equals the value.
+--   same_path      chance that two tokens take the same path: sum of N_p (N_p - 1) / (N (N - 1)). Baseline
+--     that of two draws from the chain, the sum of its squared shares.
+--   path_purity    chance that another token of the same path has the same id: per path, sum over x of
+--     N_px (N_px - 1) / (N_p (N_p - 1)), averaged over the tokens whose path has another one. Baseline: ids
+--     shuffled over tokens, sum of N_x (N_x - 1) / (N (N - 1)).
+--   expert_purity  the same with each layer's experts in place of paths, averaged over the window's layers.
+--     How far path_purity exceeds it is what combining layers adds.
+-- Source: expert paths as in arXiv 2603.18297 and arXiv 2604.17837; purity is Simpson's index (1949, Nature
+--   163, 688), whose expectation is the same for small paths as for large ones.
+-- Grain: metric, stack, layer (the window's first), rank (of the path; null for a whole window). n = N,
+--   tokens of all labels together; for path_purity those that are averaged over. count = N_p, for a whole window
+--   the number of its paths. path = the experts. Of a path, purity is as above, token its most frequent id
+--   and token_share that id's share. No purity and no token where the run dropped the ids of its tokens.
 -- Reads: path_counts, vocab
 -- Needs: weights
 -- Example: --layer 4 --top 3
@@ -42,7 +43,7 @@ with counted as (
 metrics as (
     select
         'path_share' as metric,
-        counted.*,
+        *,
         share as value,
         markov_share as baseline,
         all_tokens as n,
@@ -52,7 +53,7 @@ metrics as (
     union all
     select
         'same_path' as metric,
-        counted.*,
+        *,
         same_path as value,
         same_markov as baseline,
         all_tokens as n,
@@ -62,7 +63,7 @@ metrics as (
     union all
     select
         'path_purity' as metric,
-        counted.*,
+        *,
         purity as value,
         all_purity as baseline,
         tokens as n,
@@ -72,7 +73,7 @@ metrics as (
     union all
     select
         'expert_purity' as metric,
-        counted.*,
+        *,
         expert_purity as value,
         all_purity as baseline,
         all_tokens as n,

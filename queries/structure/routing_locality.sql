@@ -1,16 +1,16 @@
--- Question: How many of the next token's experts does a small cache hold, by label?
--- Formula: each layer has a cache of the experts that it used last, cache of them (LRU), empty at the start of
---   a document. A token looks up its k experts at once, then they are the last used, among them the later in
---   the model's own order. value = hits / picks: an expert is a hit if fewer than cache others were used since
---   its last use. Tokens that are left out do not touch the cache.
---   Baseline the same with the tokens of each document in a random order: what the document's favourite experts
---   give, without neighbours that are alike. The first warm_up tokens of a document, in either order, fill the
---   cache and do not count.
--- Source: LRU caches for expert offloading, arXiv 2312.17238; that caches of about 2 k experts pay, arXiv
---   2505.16056.
--- Grain: metric, stack, layer, label. n = picks that count. new = share of picks whose expert the document had
---   not used before, in which no cache can have it. cache = experts held. Where labels are groups of tokens the
---   cache sees the whole document, and each group counts its own tokens.
+-- Question: How many of the next token's experts does a small cache of each layer hold?
+-- Formula: value = hits / picks. A layer's cache holds the experts that it used last (LRU), and is empty when
+--   a document begins. A token looks up its k experts at once: one is a hit if fewer than `cache` others were
+--   used since its last use. Then they count as used, in the model's own order. Tokens that are left out do
+--   not touch the cache. The first warm_up tokens of a document fill it and are not counted; the first use of
+--   an expert after them is a miss like any other.
+--   Baseline: the tokens of each document in a random order, so that only the document's favourite experts
+--   help, and not that neighbouring tokens are alike.
+-- Source: LRU caches of experts for offloading, arXiv 2312.17238; caches of about 2 k experts as a good size,
+--   arXiv 2505.16056.
+-- Grain: metric, stack, layer, label. n = picks that are counted; new = share of them whose expert the
+--   document had not used before, which are misses in a cache of any size; cache = experts held. Where labels are
+--   groups of tokens, the cache sees the whole document and each group counts its own tokens.
 -- Reads: cache_hits
 -- Example: --layer 4 --labels eng_Latn,kor_Hang
 -- Params:

@@ -33,8 +33,8 @@ NAMES = [query.name for query in list_queries()]
 OF_IDS = {
     "conditional_mutual_information", "domain_specialization", "log_odds", "mutual_information", "reference_difference",
     "language_divergence", "language_overlap", "dropped_tokens", "effective_experts", "expert_load", "coactivation",
-    "expert_token_overlap", "position_profile", "expert_tokens", "plan_transfer", "phase_divergence", "routing_locality",
-    "nearest_documents",
+    "expert_token_overlap", "position_profile", "expert_tokens", "plan_transfer", "phase_divergence",
+    "routing_locality", "nearest_documents",
 }  # fmt: skip
 """Queries that ids answer alone."""
 IN_PART = {

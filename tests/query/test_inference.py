@@ -16,8 +16,8 @@ from scipy import optimize, stats
 
 from benchmarks.calibration import World, false_discoveries, independent_tokens, studentized
 from collector import __main__ as cli
-from collector.query import inference
 from collector.data.sources import LABEL_SEPARATOR
+from collector.query import inference
 from collector.query.catalog import find_query, list_queries
 from collector.query.document_counts import STATISTICS, DocumentCounts, document_counts, document_losses
 from collector.query.inference import permutation, probe, resampling

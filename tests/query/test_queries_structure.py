@@ -31,9 +31,7 @@ LAYERS = (
     min_count=st.integers(1, 4), n=st.integers(2, 3), top=st.integers(1, 5), cache=st.none() | st.integers(1, 13),
     warm_up=st.integers(0, 2),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(
-    random, include_special, mode, min_count, n, top, cache, warm_up
-) -> None:
+def test_agrees_with_numpy_on_random_runs(random, include_special, mode, min_count, n, top, cache, warm_up) -> None:
     layers, shards = random
     decided = decisions(layers, shards, include_special=include_special)
     special = {"include_special": include_special}
@@ -45,7 +43,7 @@ def test_agrees_with_numpy_on_random_runs(
         )
         assert_same(keyed(run, "layer_transition", 6, **special), structure.layer_transition(decided))
         assert_same(keyed(run, "paths", 4, n=n, top=top, **special), structure.paths(decided, n, top))
-        names = {(i, doc): f"synthetic#{i}-{doc}" for i, each in enumerate(shards) for doc in range(len(each.documents))}
+        names = {(d.shard, d.doc): f"synthetic#{d.shard}-{d.doc}" for d in decided}
         assert_same(
             keyed(run, "routing_locality", 4, cache=cache, warm_up=warm_up, seed=3, **special),
             structure.routing_locality(decided, names, cache, warm_up, 3),
@@ -189,9 +187,7 @@ def test_a_cache_that_holds_all_experts_misses_new_ones_alone(partial: Run) -> N
 def test_the_order_of_tokens_decides_how_many_a_cache_holds(tmp_path: Path) -> None:
     """Each expert ten times in a row; the random order of a document is the same whatever else is asked for."""
     layers = [Layer(layer=0, n_experts=100, top_k=1)]
-    shard = Shard.of_picks(
-        layers, documents=[("en", 100), ("ko", 100)], experts={0: np.repeat(np.arange(20), 10)}
-    )
+    shard = Shard.of_picks(layers, documents=[("en", 100), ("ko", 100)], experts={0: np.repeat(np.arange(20), 10)})
     run = open_run(write_run(tmp_path / "run", layers, [shard]))
     rows = run.query("routing_locality").fetchall()
     assert [row[4] for row in rows] == [pytest.approx(90 / 99)] * 2

@@ -30,8 +30,8 @@ TWO_STACKS = [
 ]
 BASE = {"routing", "tokens", "documents", "rejects", "vocab", "layers"}
 BESIDE_VIEWS = {
-    "arms", "cache_hits", "components", "label_sets", "layers", "maps", "neighbours", "path_counts", "placements", "vocab",
-    "weights",
+    "arms", "cache_hits", "components", "label_sets", "layers", "maps", "neighbours", "path_counts", "placements",
+    "vocab", "weights",
 }  # fmt: skip
 QUERY_FOLDER = ROOT / "queries"
 VIEWS = {path.stem: path.read_text() for path in QUERY_FOLDER.glob("views/*.sql")}

@@ -91,7 +91,7 @@ def label_probe(counts: Iterable[DocumentCounts], *, folds: int = 5, seed: int =
             baseline = float(np.mean([each[metric] for each in chance]))
             beside = {"value": value, "baseline": baseline, "length_alone": length[metric]}
             rows.append({"metric": metric, "stack": stack, "layer": layer} | beside | given)
-    rows.sort(key=lambda row: row["metric"])
+    rows.sort(key=lambda row: str(row["metric"]))
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 

@@ -153,10 +153,10 @@ def _portion(
     place_T = np.flatnonzero(kept_T)
     document_D, start_D, length_D = np.unique(document_T[place_T], return_index=True, return_counts=True)
     age_T = np.arange(len(place_T)) - np.repeat(start_D, length_D)
-    named = cursor.sql(_IDS, params=where).fetchnumpy()
+    named, seed = cursor.sql(_IDS, params=where).fetchnumpy(), int(values["seed"])  # type: ignore[arg-type]
     ids = named["doc_id"][np.searchsorted(named["document"], document_D)].tolist()
     orders = (
-        np.random.default_rng([values["seed"], zlib.crc32(name.encode())]).permutation(length)  # type: ignore[list-item]
+        np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(length)
         for name, length in zip(ids, length_D.tolist(), strict=True)
     )
     shuffled_T = np.concatenate([np.empty(0, np.int64), *orders]) + np.repeat(start_D, length_D)

@@ -73,7 +73,7 @@ def rows(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], values: Map
         "asked_stack": values["stack"], "asked_layer": values["layer"], "labels": values["labels"],
         "include_special": values["include_special"], "asked_document": values["document"], "most": values["most"],
     }  # fmt: skip
-    found = [] if compared is None else [each for each in compared.rows(int(values["n"]))]  # type: ignore[arg-type]
+    found = [] if compared is None else list(compared.rows(int(values["n"])))  # type: ignore[arg-type]
     return pa.Table.from_pylist([given | row for row in found], schema=_SCHEMA)
 
 

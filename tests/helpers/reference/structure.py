@@ -124,7 +124,7 @@ def _chain(paths: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
 
 
 def _purity(group: dict, ids: dict) -> tuple[float | None, int]:
-    """The chance that another token of the same group has the same id, over tokens of which there is one; of how many."""
+    """The chance that another token of the same group has the same id, and over how many tokens it is averaged."""
     chances = []
     for token in group:
         others = [other for other in group if other != token and group[other] == group[token]]
