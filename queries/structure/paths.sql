@@ -14,9 +14,9 @@
 -- Source: expert paths as in arXiv 2603.18297 and arXiv 2604.17837; purity is Simpson's index (1949, Nature
 --   163, 688), whose expectation is the same for small paths as for large ones.
 -- Grain: metric, stack, layer (the window's first), rank (of the path; null for a whole window). n = N,
---   tokens of all labels together; for path_purity those that are averaged over. count = N_p, for a whole window
---   the number of its paths. path = the experts. Of a path, purity is as above, token its most frequent id
---   and token_share that id's share. No purity and no token where the run dropped the ids of its tokens.
+--   tokens of all labels together; for path_purity those that are averaged over. count = N_p, for a whole
+--   window the number of its paths. path = the experts. Of a path, purity is as above, token its most
+--   frequent id and token_share that id's share. No purity and no token where the run dropped its token ids.
 -- Reads: path_counts, vocab
 -- Needs: weights
 -- Example: --layer 4 --top 3

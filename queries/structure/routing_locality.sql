@@ -9,8 +9,8 @@
 -- Source: LRU caches of experts for offloading, arXiv 2312.17238; caches of about 2 k experts as a good size,
 --   arXiv 2505.16056.
 -- Grain: metric, stack, layer, label. n = picks that are counted; new = share of them whose expert the
---   document had not used before, which are misses in a cache of any size; cache = experts held. Where labels are
---   groups of tokens, the cache sees the whole document and each group counts its own tokens.
+--   document had not used before, which are misses in a cache of any size; cache = experts held. Where labels
+--   are groups of tokens, the cache sees the whole document and each group counts its own tokens.
 -- Reads: cache_hits
 -- Example: --layer 4 --labels eng_Latn,kor_Hang
 -- Params:

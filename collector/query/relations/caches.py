@@ -18,6 +18,7 @@ Axes: T tokens in their order; S shards; K picks of a token; W words of 64 bits,
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ class _Portion:
         start_D = np.flatnonzero(self.age_T == 0)
         block_D = start_D // _BLOCK
         first_B = start_D[np.flatnonzero(np.diff(block_D, prepend=-1))].tolist()
-        for first, last in zip(first_B, [*first_B[1:], len(self.age_T)], strict=True):
+        for first, last in itertools.pairwise([*first_B, len(self.age_T)]):
             yield slice(first, last)
 
 

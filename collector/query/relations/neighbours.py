@@ -64,11 +64,10 @@ def rows(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], values: Map
     compared: _Compared | None = None
     for router in asked:
         counted = cursor.sql(_COUNTS, params=_where(router, values)).to_arrow_table()
-        document_R = counted["document"].to_numpy()
         if compared is None:
             _require_document_labels(counted)
-            compared = _Compared(*_chosen(cursor, np.unique(document_R), values))
-        compared.add(document_R, counted, router.n_experts)
+            compared = _Compared(*_chosen(cursor, np.unique(counted["document"].to_numpy()), values))
+        compared.add(counted, router.n_experts)
     given = {
         "asked_stack": values["stack"], "asked_layer": values["layer"], "labels": values["labels"],
         "include_special": values["include_special"], "asked_document": values["document"], "most": values["most"],
@@ -109,16 +108,15 @@ class _Compared:
         self._products_QD = np.zeros((len(asked_Q), len(document_D)))
         self._squares_D = np.zeros(len(document_D))
 
-    def add(self, document_R: NDArray[np.int64], counted: pa.Table, experts: int) -> None:
-        """Adds a router, of which there are R rows; a document that it saw no token of is 0 there."""
+    def add(self, counted: pa.Table, experts: int) -> None:
+        """Adds a router; a document of which it saw no token is 0 there."""
+        counted = counted.filter(np.isin(counted["document"].to_numpy(), self._document_D))
+        place_R = np.searchsorted(self._document_D, counted["document"].to_numpy())
         lists = {name: counted[name].combine_chunks() for name in ("experts", "picks")}
-        place_R = np.searchsorted(self._document_D, document_R)
-        place_R[place_R == len(self._document_D)] = 0
-        place = np.repeat(place_R, lists["experts"].value_lengths().to_numpy())
-        own = np.repeat(self._document_D[place_R] == document_R, lists["experts"].value_lengths().to_numpy())
-        cells = place * experts + lists["experts"].flatten().to_numpy()
-        picks = np.where(own, lists["picks"].flatten().to_numpy(), 0)
-        picks_DE = np.bincount(cells, picks, minlength=len(self._document_D) * experts).reshape(-1, experts)
+        cells = np.repeat(place_R, lists["experts"].value_lengths().to_numpy()) * experts
+        cells += lists["experts"].flatten().to_numpy()
+        picks = np.bincount(cells, lists["picks"].flatten().to_numpy(), len(self._document_D) * experts)
+        picks_DE = picks.reshape(-1, experts)
         share_DE = picks_DE / np.maximum(picks_DE.sum(axis=1, keepdims=True), 1)
         self._products_QD += share_DE[self._asked_Q] @ share_DE.T
         self._squares_D += (share_DE**2).sum(axis=1)
