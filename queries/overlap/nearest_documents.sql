@@ -7,9 +7,9 @@
 --   The signature of a short document varies by chance, and is less like any other: compare labels whose
 --   documents are about as long.
 -- Source: nearest neighbours by cosine, as language_overlap compares labels.
--- Grain: metric, label, document, rank (of the neighbour); document and rank are null for a whole label. n =
---   documents compared, N; for a label those of its documents whose neighbours were sought.
--- Reads: neighbours, documents, document_labels
+-- Grain: metric, label, document, rank; the last two are null for a whole label, and the nearest neighbour has
+--   rank 1. n = N, documents compared; for a label those of its documents whose neighbours were sought.
+-- Reads: neighbours, document_labels
 -- Example: --labels eng_Latn,kor_Hang,jpn_Jpan --n 1
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -34,27 +34,16 @@ with found as (
         and rank <= $n
 ),
 
-compared as (
+labelled as (
     select
         found.shard,
         found.doc,
-        documents.doc_id,
-        documents.label as recorded_label,
-        count(*) over () as all_documents
-    from found
-    inner join documents using (shard, doc)
-    where found.rank = 0
-),
-
-labelled as (
-    select
-        compared.shard,
-        compared.doc,
-        compared.all_documents,
+        found.all_documents,
         document_labels.label,
         count(*) over (partition by document_labels.label) as label_documents
-    from compared
+    from found
     inner join document_labels using (shard, doc)
+    where found.rank = 0
 ),
 
 agreements as (
@@ -96,20 +85,16 @@ metrics as (
     union all
     select
         'neighbour_cosine' as metric,
-        compared.recorded_label as label,
-        compared.doc_id as document,
-        found.rank,
-        found.cosine as value,
-        found.mean_cosine as baseline,
-        compared.all_documents as n,
-        other.doc_id as neighbour,
-        other.recorded_label as neighbour_label
+        label,
+        document,
+        rank,
+        cosine as value,
+        mean_cosine as baseline,
+        all_documents as n,
+        other_document as neighbour,
+        other_label as neighbour_label
     from found
-    inner join compared using (shard, doc)
-    inner join compared as other
-        on
-            found.other_shard = other.shard
-            and found.other_doc = other.doc
+    where rank > 0
 )
 
 select

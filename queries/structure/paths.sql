@@ -13,7 +13,7 @@
 --     How far path_purity exceeds it is what combining layers adds.
 -- Source: expert paths as in arXiv 2603.18297 and arXiv 2604.17837; purity is Simpson's index (1949, Nature
 --   163, 688), whose expectation is the same for small paths as for large ones.
--- Grain: metric, stack, layer (the window's first), rank (of the path; null for a whole window). n = N,
+-- Grain: metric, stack, layer (the window's first), rank; null for a whole window, and paths from 1. n = N,
 --   tokens of all labels together; for path_purity those that are averaged over. count = N_p, for a whole
 --   window the number of its paths. path = the experts. Of a path, purity is as above, token its most
 --   frequent id and token_share that id's share. No purity and no token where the run dropped its token ids.

@@ -35,15 +35,17 @@ select {_DOCUMENT}, label, experts, picks
 from filtered('document_counts', $stack, $layer, $labels, $include_special)
 order by document, is_special
 """
-_NAMED = f"select {_DOCUMENT} from documents where doc_id = $name order by document"
+_NAMES = f"select {_DOCUMENT}, doc_id, label from documents order by document"
 _ROUNDED = 12
 """Digits of a cosine: documents that are routed alike are then equally near, and come in the order of the run."""
 _SCHEMA = pa.schema(
     [
         ("asked_stack", pa.string()), ("asked_layer", pa.int32()), ("labels", pa.list_(pa.string())),
-        ("include_special", pa.bool_()), ("asked_document", pa.string()), ("most", pa.int32()), ("shard", pa.int64()),
-        ("doc", pa.int64()), ("rank", pa.int64()), ("other_shard", pa.int64()), ("other_doc", pa.int64()),
-        ("cosine", pa.float64()), ("mean_cosine", pa.float64()),
+        ("include_special", pa.bool_()), ("asked_document", pa.string()), ("most", pa.int32()),
+        ("all_documents", pa.int64()), ("shard", pa.int64()), ("doc", pa.int64()), ("document", pa.string()),
+        ("label", pa.string()), ("rank", pa.int64()), ("other_shard", pa.int64()), ("other_doc", pa.int64()),
+        ("other_document", pa.string()), ("other_label", pa.string()), ("cosine", pa.float64()),
+        ("mean_cosine", pa.float64()),
     ]
 )  # fmt: skip
 
@@ -68,11 +70,12 @@ def rows(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], values: Map
             _require_document_labels(counted)
             compared = _Compared(*_chosen(cursor, np.unique(counted["document"].to_numpy()), values))
         compared.add(counted, router.n_experts)
-    given = {
+    given: dict[str, Any] = {
         "asked_stack": values["stack"], "asked_layer": values["layer"], "labels": values["labels"],
         "include_special": values["include_special"], "asked_document": values["document"], "most": values["most"],
     }  # fmt: skip
     found = [] if compared is None else list(compared.rows(int(values["n"])))  # type: ignore[arg-type]
+    given["all_documents"] = sum(row["rank"] == 0 for row in found)
     return pa.Table.from_pylist([given | row for row in found], schema=_SCHEMA)
 
 
@@ -89,22 +92,25 @@ def _require_document_labels(counted: pa.Table) -> None:
 
 def _chosen(
     cursor: duckdb.DuckDBPyConnection, document_D: NDArray[np.int64], values: Mapping[str, Value]
-) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
-    """Returns the documents to compare, and which of them the neighbours are asked for, [D] and [Q]."""
+) -> tuple[NDArray[np.int64], NDArray[np.intp], list[tuple[str, str]]]:
+    """Returns the documents to compare, [D], of which the neighbours are asked for, [Q], and ids and labels of all."""
     most = int(values["most"])  # type: ignore[arg-type]
-    if values["document"] is not None:
-        named = cursor.sql(_NAMED, params={"name": values["document"]}).to_arrow_table()["document"].to_numpy()
-        return document_D, np.flatnonzero(np.isin(document_D, named))
-    if len(document_D) > most:
+    if values["document"] is None and len(document_D) > most:
         document_D = np.sort(np.random.default_rng(0).choice(document_D, most, replace=False))
-    return document_D, np.arange(len(document_D))
+    names = cursor.sql(_NAMES).to_arrow_table()
+    names = names.filter(np.isin(names["document"].to_numpy(), document_D))
+    ids = names["doc_id"].to_pylist()
+    asked = [place for place, name in enumerate(ids) if values["document"] in (None, name)]
+    return document_D, np.array(asked, np.intp), [*zip(ids, names["label"].to_pylist(), strict=True)]
 
 
 class _Compared:
     """Documents, and what their signatures add up to over routers."""
 
-    def __init__(self, document_D: NDArray[np.int64], asked_Q: NDArray[np.intp]) -> None:
-        self._document_D, self._asked_Q = document_D, asked_Q
+    def __init__(
+        self, document_D: NDArray[np.int64], asked_Q: NDArray[np.intp], names: Sequence[tuple[str, str]]
+    ) -> None:
+        self._document_D, self._asked_Q, self._names = document_D, asked_Q, names
         self._products_QD = np.zeros((len(asked_Q), len(document_D)))
         self._squares_D = np.zeros(len(document_D))
 
@@ -123,19 +129,18 @@ class _Compared:
 
     def rows(self, n: int) -> Iterator[dict[str, Any]]:
         """Yields the rows of all documents, and those of the first n neighbours of each that was asked for."""
-        yield from ({**self._named(place), "rank": 0} for place in range(len(self._document_D)))
+        for place in range(len(self._document_D)):
+            yield {**self._named(place), "rank": 0}
         lengths_D, others = np.sqrt(self._squares_D), len(self._document_D) - 1
         for place, products_D in zip(self._asked_Q.tolist(), self._products_QD, strict=True):
             cosine_D = np.round(products_D / (lengths_D[place] * lengths_D), _ROUNDED)
             mean = (cosine_D.sum() - cosine_D[place]) / max(others, 1)
             cosine_D[place] = -np.inf
             for rank, other in enumerate(np.argsort(-cosine_D, kind="stable")[: min(n, others)].tolist(), start=1):
-                shard, doc = self._named(other).values()
-                yield {
-                    **self._named(place), "rank": rank, "other_shard": shard, "other_doc": doc,
-                    "cosine": float(cosine_D[other]), "mean_cosine": float(mean),
-                }  # fmt: skip
+                neighbour = {f"other_{key}": value for key, value in self._named(other).items()}
+                found = {"rank": rank, "cosine": float(cosine_D[other]), "mean_cosine": float(mean)}
+                yield self._named(place) | neighbour | found
 
-    def _named(self, place: int) -> dict[str, int]:
-        document = int(self._document_D[place])
-        return {"shard": document >> 32, "doc": document & (1 << 32) - 1}
+    def _named(self, place: int) -> dict[str, Any]:
+        number, (document, label) = int(self._document_D[place]), self._names[place]
+        return {"shard": number >> 32, "doc": number & (1 << 32) - 1, "document": document, "label": label}

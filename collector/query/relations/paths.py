@@ -19,6 +19,7 @@ id that occurs in it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ class _Groups:
     """None without ids; cells are then groups."""
     tokens_C: NDArray[np.int64]
 
-    @property
+    @functools.cached_property
     def same_G(self) -> NDArray[np.int64]:
         """Ordered pairs of tokens of a group with the same id."""
         return np.add.reduceat(self.tokens_C * (self.tokens_C - 1), self.first_G)
@@ -204,17 +205,24 @@ def _codes(experts_T: Sequence[NDArray[np.uint16]], sizes: Sequence[int], ids: i
 def _groups(code_T: NDArray[np.int64], ids: NDArray[np.int32] | None) -> _Groups:
     """Counts the groups of tokens, at least one, and the ids in each."""
     width = 1 if ids is None else int(ids.max()) + 1
-    cell_T = code_T.copy() if ids is None else code_T * width + ids
+    cell_T = code_T * width
+    if ids is not None:
+        cell_T += ids
     cell_T.sort()
-    first_C = np.flatnonzero(np.diff(cell_T, prepend=-1))
+    first_C = _starts(cell_T)
     cell_C = cell_T[first_C]
     tokens_C = np.diff(first_C, append=len(cell_T))
     code_C = cell_C // width
-    first_G = np.flatnonzero(np.diff(code_C, prepend=-1))
+    first_G = _starts(code_C)
     return _Groups(
         code_G=code_C[first_G], tokens_G=np.add.reduceat(tokens_C, first_G), first_G=first_G,
         id_C=None if ids is None else cell_C % width, tokens_C=tokens_C,
     )  # fmt: skip
+
+
+def _starts(sorted_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns where a run of equal numbers begins."""
+    return np.flatnonzero(np.append(True, sorted_N[1:] != sorted_N[:-1]))
 
 
 def _chain(
