@@ -30,7 +30,7 @@ class Test:
     resamples: int = 1000
     """Number of permutations; with --split-half, of splits; with --sample-size-curve, of bootstrap samples per size."""
     seed: int = 0
-    """Seed of the permutations, splits or samples."""
+    """Seed of the permutations, splits, samples or folds."""
     by: str = "label"
     """What to group by: label (as recorded), source, script or length, but not a grouping of tokens."""
     match: str | None = None
@@ -48,13 +48,17 @@ class Test:
     """Measure reliability instead: how well do two random halves of each label's documents agree about the experts?"""
     sample_size_curve: bool = False
     """Show instead how domain specialization and its 95 % interval change with the number of documents."""
+    probe: bool = False
+    """Measure instead how well a linear probe tells the labels of held-out documents from their routing."""
+    folds: int = 5
+    """With --probe: parts into which the documents are divided, each predicted by a fit to the others."""
     format: RowFormat = "table"
     """Format of the rows on standard output."""
 
     def __post_init__(self) -> None:
         """Rejects two questions at once."""
-        if self.split_half and self.sample_size_curve:
-            raise ValueError("--split-half and --sample-size-curve are two questions: ask one at a time")
+        if self.split_half + self.sample_size_curve + self.probe > 1:
+            raise ValueError("--split-half, --sample-size-curve and --probe are different questions: ask one at a time")
 
     def run(self) -> int:
         """Prints one row per cell."""
@@ -71,6 +75,8 @@ class Test:
                 table = inference.sample_size_curve(run, resamples=self.resamples, seed=self.seed, **where)
             elif self.split_half:
                 table = inference.split_half(document_counts(run, **where), splits=self.resamples, seed=self.seed)
+            elif self.probe:
+                table = inference.label_probe(document_counts(run, **where), folds=self.folds, seed=self.seed)
             else:
                 table = inference.specialization_test(
                     document_counts(run, **where), resamples=self.resamples, seed=self.seed, level=self.level,

@@ -1,8 +1,8 @@
 """Opens a run in DuckDB: its tables as views, and the queries of `queries/` over them.
 
 `views` decides which files the views read and what `label` means in them. Counts by label are computed when a query
-first needs them (`label_counts`), unless the run has a rollup; placements of experts for each query that reads them
-(`placements`). A run on an object store is read by ranges, in place.
+first needs them (`label_counts`), unless the run has a rollup; what SQL cannot compute for each query that reads it
+(`relations`). A run on an object store is read by ranges, in place.
 
 Guarantees: a query runs with all its parameters bound; a label or router that the run does not have is an error, never
 an empty table; `Run.sql` runs read-only statements only, in a locked DuckDB (see `locked_duckdb`). Nothing here writes:
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from collector.models.edits import parse_arm
-from collector.query import locked_duckdb
+from collector.query import locked_duckdb, relations
 from collector.query.catalog import Query, Value, find_query, list_queries, remarks_of
 from collector.query.counting import macros as computed
 from collector.query.groupings import LABEL
@@ -24,7 +24,6 @@ from collector.query.label_counts import LabelCounts, counts_tokens
 from collector.query.lacking import left_out
 from collector.query.locked_duckdb import one_line_errors
 from collector.query.matching import Matching
-from collector.query.placements import relation as placements
 from collector.query.views import committed_files, literal, locate, locate_shard, views_sql
 from collector.store import tables
 
@@ -124,8 +123,7 @@ class Run:
             self._label_counts.provide(cursor, query, values)
         layers = tables.recorded_layers(self.info)
         computed.provide(cursor, query, values, layers, has_weights="weights" not in self.lacks)
-        if placements.NAME in query.reads:
-            cursor.register(placements.NAME, placements.rows(cursor, layers, values))
+        relations.provide(cursor, query, layers, values)
         if self.matching is not None:
             self.matching.provide(cursor, query, values)
         answer = cursor.sql(query.sql, params=values)

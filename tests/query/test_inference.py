@@ -6,19 +6,21 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from benchmarks.calibration import World, false_discoveries, independent_tokens, of_collector
 from collector import __main__ as cli
+from collector.data.sources import LABEL_SEPARATOR
 from collector.query import inference
 from collector.query.catalog import find_query, list_queries
 from collector.query.document_counts import STATISTICS, DocumentCounts, document_counts, document_losses
-from collector.query.inference import permutation, resampling, student, weighted_jaccard
+from collector.query.inference import permutation, probe, resampling, student, weighted_jaccard
 from collector.query.inference.answers import KEYS, SampledQuery, ask
 from collector.query.inference.bootstrap import effective_documents, interval, router_intervals, sampled_values
 from collector.query.warehouse import Run, open_run
@@ -500,6 +502,119 @@ def test_differences_repeat_only_where_labels_differ() -> None:
     assert value(with_effect, "difference") > 0.6
 
 
+# ---- the probe ----
+
+
+def routers_of(label, tokens, *shares) -> list[DocumentCounts]:
+    """Routers whose picks of each document are these shares of its tokens, [D, E]."""
+    return [
+        dataclasses.replace(counts_of(label, tokens, np.multiply(tokens, np.transpose(each)).T), layer=layer)
+        for layer, each in enumerate(shares)
+    ]
+
+
+@pytest.fixture
+def few_shuffles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a fit for each fold."""
+    monkeypatch.setattr(probe, "_SHUFFLES", 4)
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_a_probe_finds_what_separates_labels_and_nothing_where_nothing_does() -> None:
+    rng = np.random.default_rng(0)
+    label, tokens = ["a", "b"] * 30, np.full(60, 100)
+    apart = np.array([[0.8, 0.2], [0.2, 0.8]] * 30)
+    blind = rng.integers(0, 101, (60, 1)) / 100 * [1, -1] + [0, 1]
+    rows = inference.label_probe(routers_of(label, tokens, apart, blind)).to_pylist()
+    assert [(row["metric"], row["layer"]) for row in rows] == [
+        (metric, layer) for metric in ("accuracy", "balanced_accuracy") for layer in (0, 1, None)
+    ]
+    for row in rows:
+        assert (row["n"], row["labels"], row["documents"], row["folds"]) == (60, 2, 30, 5)
+        assert row["value"] == pytest.approx(1) if row["layer"] != 1 else 0.3 < row["value"] < 0.7
+        assert 0.4 < row["baseline"] < 0.6
+        assert row["length_alone"] <= 0.5, "all are equally long"
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_the_length_alone_tells_labels_of_other_lengths() -> None:
+    """In the middle, too, between two others; the experts are drawn at random."""
+    rng = np.random.default_rng(1)
+    label, tokens = ["a", "b", "c"] * 20, np.array([10, 100, 1000] * 20) + rng.integers(0, 5, 60)
+    blind = rng.dirichlet(np.ones(3), 60)
+    (row, _) = inference.label_probe(routers_of(label, tokens, blind)).to_pylist()
+    assert (row["layer"], row["length_alone"]) == (0, 1)
+    assert row["value"] < 0.6
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_the_probe_is_a_regression_written_out() -> None:
+    """Minimized by scipy, fold by fold, with the columns scaled as the other folds are."""
+    from sklearn.model_selection import StratifiedKFold
+
+    rng = np.random.default_rng(2)
+    label = np.repeat([0, 1, 2], [14, 10, 9])
+    share = rng.dirichlet(np.ones(5), 33) + 0.25 * np.eye(3, 5)[label]
+    counts = routers_of(list(np.array(list("abc"))[label]), np.full(33, 1000), share / share.sum(1, keepdims=True))
+    signature = counts[0].picks_DE / 1000
+    predicted = np.empty(33, int)
+    for fitted, left_out in StratifiedKFold(3, shuffle=True, random_state=4).split(signature, label):
+        scaled = (signature - signature[fitted].mean(0)) / signature[fitted].std(0)
+
+        def loss(weights, fitted=fitted, scaled=scaled) -> float:
+            w, b = np.split(weights, [15])
+            scores = scaled[fitted] @ w.reshape(5, 3) + b
+            return (np.log(np.exp(scores).sum(1)) - scores[np.arange(len(fitted)), label[fitted]]).sum() + w @ w / 2
+
+        w, b = np.split(optimize.minimize(loss, np.zeros(18)).x, [15])
+        predicted[left_out] = (scaled[left_out] @ w.reshape(5, 3) + b).argmax(1)
+    expected = {
+        "accuracy": np.mean(predicted == label),
+        "balanced_accuracy": np.mean([np.mean(predicted[label == each] == each) for each in range(3)]),
+    }
+    assert 0.5 < expected["accuracy"] < 1
+    rows = inference.label_probe(counts, folds=3, seed=4).to_pylist()
+    assert {row["metric"]: row["value"] for row in rows} == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_of_many_documents_a_sample_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_MOST", 20)
+    shares = np.array([[0.8, 0.2], [0.2, 0.8], [0.2, 0.8]] * 12)
+    row, _ = inference.label_probe(routers_of(["a", "b", "b"] * 12, np.full(36, 10), shares), folds=2).to_pylist()
+    assert (row["n"], row["documents"], row["value"]) == (6 + 13, 6, 1)
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_a_document_that_one_router_did_not_see_is_probed_by_the_others() -> None:
+    one, other = routers_of(["a", "b"] * 6, np.full(12, 10), *[[[0.8, 0.2], [0.2, 0.8]] * 6] * 2)
+    rows = inference.label_probe([one, other.of(np.arange(12) != 3)], folds=3).to_pylist()
+    assert {row["n"] for row in rows} == {12}
+    assert {row["value"] for row in rows if row["layer"] != 1} == {1}
+
+
+@pytest.mark.parametrize(
+    ("label", "folds", "message"),
+    [
+        (["a"] * 6, 2, "two at least; there is a"),
+        (["a"] * 5 + ["b"], 2, "1 labels have fewer than 2 documents, first b"),
+        (["a"] * 6, 1, "folds must be at least 2, got 1"),
+        (["a", f"a{LABEL_SEPARATOR}b"] * 3, 2, "documents have several labels here"),
+    ],
+)
+def test_what_no_probe_can_tell_is_refused(label: list[str], folds: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        inference.label_probe(routers_of(label, np.full(6, 10), [[0.5, 0.5]] * 6), folds=folds)
+
+
+def test_a_probe_without_routers_or_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="nothing to probe"):
+        inference.label_probe([])
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r"pip install 'moe-routing-collector\[probe\]'"):
+        inference.label_probe([])
+
+
 # ---- sample-size curves ----
 
 
@@ -549,7 +664,7 @@ def test_documents_are_drawn_whole_where_labels_are_groups_of_their_tokens(by_po
 def test_groups_of_tokens_have_intervals_but_no_shuffles(by_position: Run) -> None:
     table = inference.intervals(by_position, "domain_specialization", layer=3, resamples=50)
     assert table.num_rows == len(by_position.query("domain_specialization", layer=3).fetchall())
-    for refused in (inference.specialization_test, inference.split_half):
+    for refused in (inference.specialization_test, inference.split_half, inference.label_probe):
         with pytest.raises(ValueError, match="documents have tokens of several labels here"):
             refused(document_counts(by_position))
 
@@ -577,6 +692,7 @@ def test_the_command_line_gives_intervals(run: Run, folder: Path, capsys: pytest
     )
 
 
+@pytest.mark.usefixtures("few_shuffles")
 def test_the_command_line_tests(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["test", str(folder), "--layer", "0", "--labels", "en", "ko", "--resamples", "20"]
     rows, complaint = collector(capsys, *where, "--alternative", "two-sided", "--level", "0.2")
@@ -586,5 +702,9 @@ def test_the_command_line_tests(folder: Path, capsys: pytest.CaptureFixture[str]
     assert {(row["metric"], row["splits"]) for row in rows} == {("domain_specialization", 20), ("difference", 20)}
     rows, _ = collector(capsys, *where, "--sample-size-curve")
     assert {row["documents"] for row in rows} == {10}
+    rows, _ = collector(capsys, *where, "--probe", "--folds", "2")
+    assert {(row["metric"], row["layer"], row["folds"]) for row in rows} == {
+        ("accuracy", 0, 2), ("balanced_accuracy", 0, 2)
+    }  # fmt: skip
     with pytest.raises(ValueError, match="ask one at a time"):
         cli.Test(run_=str(folder), split_half=True, sample_size_curve=True)

@@ -31,11 +31,11 @@ BY_LABEL = [
     "effect_specificity", "effective_experts", "expert_contribution", "expert_effect", "fertility",
     "importance_agreement", "label_npmi", "language_divergence", "language_overlap", "load_balance", "log_odds",
     "loss", "mutual_information", "phase_divergence", "position_profile", "reference_difference", "repetition",
-    "router_entropy", "router_entropy_quantiles", "router_stats", "routing_divergence", "selection_frequency",
-    "top_experts",
+    "router_entropy", "router_entropy_quantiles", "router_stats", "routing_divergence", "routing_locality",
+    "selection_frequency", "top_experts",
 ]  # fmt: skip
 POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_overlap", "expert_tokens",
-          "layer_transition", "output_specialization", "output_vocabulary", "super_experts",
+          "layer_transition", "output_specialization", "output_vocabulary", "paths", "super_experts",
           "token_npmi", "vocabulary_specialization"]  # fmt: skip
 HAVE_POOLED = [
     "control_effects",
@@ -50,7 +50,7 @@ HAVE_POOLED = [
 """importance_agreement has it, too, and still compares labels: experts that few of them choose are selective."""
 OF_STORED = ["dynamic_k", "load_balance", "router_stats", "routing_divergence"]
 """Those that read what is stored of all experts, which the run with a rollup lacks."""
-OTHER = ["expert_map", "expert_profile", "plan_transfer", "token_trace", "weight_similarity"]
+OTHER = ["expert_map", "expert_profile", "nearest_documents", "plan_transfer", "token_trace", "weight_similarity"]
 """plan_transfer halves the documents of each set of labels, so that no document is in both halves."""
 
 
@@ -124,7 +124,7 @@ def test_label_by_label_a_document_counts_for_each_of_its_labels(folders, name: 
 
 @pytest.mark.parametrize("name", [*POOLED, *HAVE_POOLED])
 def test_all_labels_together_a_document_counts_once(folders, name: str) -> None:
-    params = {"pooled": True} if name in HAVE_POOLED else {}
+    params = {"pooled": True} if name in HAVE_POOLED else {"n": 2} if name == "paths" else {}
     expected = rows(open_run(folders["single"]), name, **params)
     assert_equal(rows(open_run(folders["run"]), name, **params), expected)
     if name == "expert_load":
@@ -137,6 +137,22 @@ def test_the_labels_of_an_expert_are_single_ones(folders) -> None:
         for name in ("run", "twin")
     )
     assert [(row["item"], row["n"], row["count"]) for row in run] == [(r["item"], r["n"], r["count"]) for r in twin]
+
+
+def test_a_neighbour_agrees_in_each_label_that_both_have(folders) -> None:
+    found = rows(open_run(folders["run"]), "nearest_documents", n=2)
+    has = {f"doc {number}": labels for number, labels in enumerate(LABELS)}
+    nearest = [(row["document"], row["neighbour"]) for row in found if row["metric"] == "neighbour_cosine"]
+    for row in (row for row in found if row["metric"] == "label_agreement"):
+        own = [row["label"] in has[other] for document, other in nearest if row["label"] in has[document]]
+        documents = sum(row["label"] in labels for labels in LABELS)
+        assert (row["value"], row["baseline"], row["n"]) == (
+            pytest.approx(np.mean(own)), (documents - 1) / (len(LABELS) - 1), documents
+        )  # fmt: skip
+    assert {row["label"] for row in found if row["metric"] == "label_agreement"} == {"de", "en", "fr", "ko"}
+    only, *_ = rows(open_run(folders["run"]), "nearest_documents", labels=["de"])
+    assert (only["label"], only["value"], only["baseline"], only["n"]) == ("de", 1, 1, 3)
+    assert rows(open_run(folders["run"]), "nearest_documents", labels=["fr"]) == [], "one document has no neighbour"
 
 
 def test_views_of_labels(folders) -> None:
