@@ -23,7 +23,7 @@ from collector.query.catalog import find_query
 from collector.query.document_counts import STATISTICS, DocumentCounts
 from collector.query.inference import specialization_test, split_half
 from collector.query.inference.answers import SampledQuery
-from collector.query.inference.bootstrap import effective_documents, estimates, interval, sampled_values
+from collector.query.inference.bootstrap import router_intervals
 from collector.query.inference.resampling import whole
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def bootstrapped(query: str, routers: Iterable[DocumentCounts], resamples: int, 
     for counts in routers:
         with watch:
             answer = asked.answer(counts, whole(counts))
-            values_RS = sampled_values(asked, answer, counts, resamples=resamples, seed=0)
-            interval(values_RS, effective_documents(answer, counts), 95, estimates(answer, "value"))
+            router_intervals(asked, answer, counts, resamples=resamples, seed=0)
         rows += answer.num_rows
     return rows
 

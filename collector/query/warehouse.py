@@ -1,8 +1,8 @@
 """Opens a run in DuckDB: its tables as views, and the queries of `queries/` over them.
 
 `views` decides which files the views read and what `label` means in them. Counts by label are computed when a query
-first needs them (`label_counts`), unless the run has a rollup; placements of experts for each query that reads them
-(`placements`). A run on an object store is read by ranges, in place.
+first needs them (`label_counts`), unless the run has a rollup; what SQL cannot compute for each query that reads it
+(`relations`). A run on an object store is read by ranges, in place.
 
 Guarantees: a query runs with all its parameters bound; a label or router that the run does not have is an error, never
 an empty table; `Run.sql` runs read-only statements only, in a locked DuckDB (see `locked_duckdb`). Nothing here writes:
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from collector.models.edits import parse_arm
-from collector.query import locked_duckdb
+from collector.query import locked_duckdb, relations
 from collector.query.catalog import Query, Value, find_query, list_queries, remarks_of
 from collector.query.counting import macros as computed
 from collector.query.groupings import LABEL
@@ -24,7 +24,6 @@ from collector.query.label_counts import LabelCounts, counts_tokens
 from collector.query.lacking import left_out
 from collector.query.locked_duckdb import one_line_errors
 from collector.query.matching import Matching
-from collector.query.placements import relation as placements
 from collector.query.views import committed_files, literal, locate, locate_shard, views_sql
 from collector.store import tables
 
@@ -40,6 +39,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Query", "Run", "committed_files", "list_queries", "one_line_errors", "open_run", "views_sql"]
 
+FEW_DOCUMENTS, FEW_PICKS = 20, 20
+"""A label with fewer documents, or fewer picks per expert on average, tells little."""
+_FEW = """
+select label
+from labels
+where
+    ($labels is null or list_contains($labels, label))
+    and (documents < $documents or tokens * (select min(top_k / n_experts) from layers) < $picks)
+order by tokens, label
+"""
+_TOLD = 6
+"""Labels that a remark names."""
 _READS_ONLY = "only a single statement that reads (SELECT …) can run here"
 
 
@@ -59,6 +70,7 @@ class Run:
         absent: Mapping[str, str] | None = None,
         strata: Run | None = None,
         match: str = "",
+        has_rollup: bool = False,
     ) -> None:
         self.connection = connection
         """In-memory DuckDB that holds the views."""
@@ -78,6 +90,8 @@ class Run:
         """What views need that this run cannot have, by name."""
         self.matching = None if strata is None else Matching(match, self, strata)
         """Weighs labels alike in the strata that they share, if they are matched."""
+        self.has_rollup: bool = has_rollup if strata is None else strata.has_rollup
+        """Whether the views read counts of documents from a rollup."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
         """Runs a query of `queries/`.
@@ -109,8 +123,7 @@ class Run:
             self._label_counts.provide(cursor, query, values)
         layers = tables.recorded_layers(self.info)
         computed.provide(cursor, query, values, layers, has_weights="weights" not in self.lacks)
-        if placements.NAME in query.reads:
-            cursor.register(placements.NAME, placements.rows(cursor, layers, values))
+        relations.provide(cursor, query, layers, values)
         if self.matching is not None:
             self.matching.provide(cursor, query, values)
         answer = cursor.sql(query.sql, params=values)
@@ -135,12 +148,43 @@ class Run:
         values = self.bind(query, params)
         missing = self.left_out(query, values)
         told = [] if missing is None else [*missing.remarks]
-        told += [] if self.matching is None else self.matching.remarks(query, values)
+        told += self.matched(name, **params)
         if select is None:
             return told
         used = duckdb.extract_statements(select)[0].named_parameters
         rows = self.cursor().sql(select, params={key: values[key] for key in used}).fetchall()
         return [*told, *(remark for (remark,) in rows)]
+
+    def matched(self, name: str, **params: object) -> list[str]:
+        """Returns how much of each label's text was matched for a query with these parameters; none if labels are not.
+
+        Args:
+            name: of a label-level query.
+            **params: as for `query`.
+        """
+        query = find_query(name)
+        return [] if self.matching is None else self.matching.remarks(query, self.bind(query, params))
+
+    def warnings(self, name: str, **params: object) -> list[str]:
+        """Returns which labels have so little text that a label-level query tells little about them.
+
+        Args:
+            name: of the query.
+            **params: as for `query`.
+        """
+        query = find_query(name)
+        if not query.is_label_level:
+            return []
+        labels = self.bind(query, params)["labels"]
+        params = {"labels": labels, "documents": FEW_DOCUMENTS, "picks": FEW_PICKS}
+        few = [label for (label,) in self.cursor().sql(_FEW, params=params).fetchall()]
+        if not few:
+            return []
+        named = ", ".join(few[:_TOLD]) + (f" and {len(few) - _TOLD} more" if len(few) > _TOLD else "")
+        return [
+            f"{named}: fewer than {FEW_DOCUMENTS} documents, or {FEW_PICKS} picks per expert: what differs may be "
+            "chance, which --interval 95 tells"
+        ]
 
     def bind(self, query: Query, params: Mapping[str, object]) -> dict[str, Value]:
         """Returns values for all parameters of a query, checked against this run.
@@ -296,6 +340,7 @@ def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
     return Run(
         connection, located.info, complete=located.complete, by=located.by, schema=located.schema,
         several_labels=located.several_labels, label_counts=counts, absent=located.absent, match=located.match,
+        has_rollup=not counts_tokens(located.views),
         strata=None if located.strata is None else opened(located.strata, connection),
     )  # fmt: skip
 

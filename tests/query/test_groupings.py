@@ -32,7 +32,7 @@ VIEWS = read_views(query_folder() / "views")
 GROUPINGS = sorted(path.stem for path in (query_folder() / "groupings").glob("*.sql"))
 QUERIES = [query.name for query in list_queries()]
 VIEWS_OF_DOCUMENTS = {"label_outputs", "document_outputs", "document_effects"}
-OF_DOCUMENTS = {query.name for query in list_queries() if VIEWS_OF_DOCUMENTS & {*query.reads}}
+OF_DOCUMENTS = {query.name for query in list_queries() if {"neighbours", *VIEWS_OF_DOCUMENTS} & {*query.reads}}
 """Those that refuse groups of tokens."""
 LAYERS = [
     Layer(stack="encoder", layer=1, n_experts=4, top_k=1, has_capacity=True),

@@ -6,21 +6,23 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
-from benchmarks.calibration import World, false_discoveries, independent_tokens, studentized
+from benchmarks.calibration import World, false_discoveries, independent_tokens, of_collector
 from collector import __main__ as cli
+from collector.data.sources import LABEL_SEPARATOR
 from collector.query import inference
 from collector.query.catalog import find_query, list_queries
 from collector.query.document_counts import STATISTICS, DocumentCounts, document_counts, document_losses
-from collector.query.inference import permutation, resampling
-from collector.query.inference.answers import KEYS, ask
-from collector.query.inference.bootstrap import effective_documents, interval, sampled_values
+from collector.query.inference import permutation, probe, resampling, student, weighted_jaccard
+from collector.query.inference.answers import KEYS, SampledQuery, ask
+from collector.query.inference.bootstrap import effective_documents, interval, router_intervals, sampled_values
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
 from tests.helpers.synthetic import Shard, random_shard, write_run
@@ -247,6 +249,41 @@ def test_what_cannot_be_had_is_refused(name: str, given: dict, message: str, run
         inference.intervals(run, name, **given)
 
 
+def test_weighted_jaccard_takes_experts_that_may_agree_as_agreeing() -> None:
+    rng = np.random.default_rng(4)
+    use = np.array([[0.5, 0.2, 0.2, 0.1], [0.2, 0.21, 0.19, 0.4]])
+    samples = use + rng.normal(0, 0.02, (400, 2, 4))
+    low, high = weighted_jaccard.distance_ends(use, samples, 0.03)
+    upwards, downwards = [], []
+    for sample in samples:
+        z = [(a - b) / sample.sum() for a, b in sample.T]
+        noise = [each - (a - b) / 2 for each, (a, b) in zip(z, use.T, strict=True)]
+        # the first and the last expert differ by 20 standard errors; the others by less than sqrt(2 ln 4) = 1.67
+        upwards.append(noise[0] - noise[3] + abs(noise[1]) + abs(noise[2]))
+        downwards.append(sum(map(abs, z)) - 0.31)
+    assert low == pytest.approx(0.31 - np.quantile(upwards, 0.97))
+    assert high == pytest.approx(0.31 - np.quantile(downwards, 0.03))
+
+
+def test_intervals_of_weighted_jaccard_reach_1_where_labels_may_agree() -> None:
+    rng = np.random.default_rng(0)
+    names, picks = ["a", "b"] * 15 + ["c"] * 15, rng.multinomial(30, [0.25] * 4, 45)
+    picks[30:, 0] += 300
+    counts = counts_of(names, picks.sum(axis=1), picks)
+    asked = SampledQuery(find_query("language_overlap"), {})
+    rows = asked.answer(counts, resampling.whole(counts))
+    found, _ = router_intervals(asked, rows, counts, resamples=200, seed=0)
+    plain = interval(sampled_values(asked, rows, counts, resamples=200, seed=0), effective_documents(rows, counts), 95)
+    at = {(r["metric"], r["label_a"], r["label_b"]): place for place, r in enumerate(rows.to_pylist())}
+    ends = {key: (found.low_R[place], found.high_R[place]) for key, place in at.items()}
+    assert ends["weighted_jaccard", "a", "a"] == pytest.approx((1, 1))
+    assert ends["weighted_jaccard", "a", "b"] == ends["weighted_jaccard", "b", "a"]
+    assert 0.5 < ends["weighted_jaccard", "a", "b"][0] < ends["weighted_jaccard", "a", "b"][1] == 1
+    assert ends["weighted_jaccard", "a", "c"][1] < 0.5
+    jaccard = at["jaccard", "a", "c"]
+    assert ends["jaccard", "a", "c"] == (plain.low_R[jaccard], plain.high_R[jaccard])
+
+
 # ---- the permutation test ----
 
 
@@ -338,8 +375,72 @@ def test_an_expert_that_nobody_chooses_is_no_discovery() -> None:
     ],
 )
 def test_says_when_there_are_too_few_shuffles(resamples: int, message: str) -> None:
-    table = pa.table({"significant": np.zeros(500, bool)})
+    table = pa.table({"significant": np.zeros(500, bool), "documents": np.full(500, 2)})
     assert message in inference.remark(table, resamples, 0.05)
+
+
+def unequal(rng: np.random.Generator) -> tuple[DocumentCounts, np.ndarray]:
+    """Documents of two labels that differ in length and in how much their shares vary; and which are of label a."""
+    in_a = np.arange(19) < 7
+    tokens = np.where(in_a, rng.integers(5, 40, 19), rng.integers(30, 200, 19))
+    taste = np.where(in_a, rng.beta(0.6, 2, 19), rng.beta(20, 50, 19))
+    picks = rng.binomial(tokens, taste)
+    return counts_of(np.where(in_a, "a", "b").tolist(), tokens, np.stack([picks, tokens - picks], axis=1)), in_a
+
+
+def test_students_t_is_that_of_each_documents_residual() -> None:
+    counts, in_a = unequal(np.random.default_rng(1))
+    n, picks = counts.tokens_D.astype(float), counts.picks_DE[:, 0].astype(float)
+    pooled = picks.sum() / n.sum()
+    variances, freedoms, shares = [], [], []
+    for own in (in_a, ~in_a):
+        share, length = picks[own].sum() / n[own].sum(), n[own]
+        # what the residuals e = (1 - n 1' / N) x lose of the sum of var x, if sd x is proportional to n
+        left = np.eye(len(length)) - np.outer(length, np.ones(len(length))) / length.sum()
+        lost = np.trace(left @ np.diag(length**2) @ left.T) / (length**2).sum()
+        variance = ((picks[own] - share * length) ** 2).sum() / length.sum() ** 2 / lost
+        f = pooled * (1 - pooled) / (share * (1 - share))
+        g = length.sum() * (length**3).sum() / (length**2).sum() ** 2
+        variances.append(variance * (1 + 2 * g * (f - 1) if f > 1 else f))
+        freedoms.append((length**2).sum() ** 2 / (length**4).sum() - 1)
+        shares.append(share)
+    t = (shares[0] - shares[1]) / math.sqrt(sum(variances))
+    freedom = sum(variances) ** 2 / sum(v**2 / m for v, m in zip(variances, freedoms, strict=True))
+    less, greater = student.t_tails(counts, permutation.expected_picks(counts))
+    expected = stats.t.cdf(t, freedom)
+    assert less == pytest.approx(np.array([[expected, 1 - expected], [1 - expected, expected]]))
+    assert greater == pytest.approx(1 - less)
+
+
+def test_students_t_of_documents_of_one_length_is_welchs_at_the_pooled_share() -> None:
+    picks = np.array([2, 3, 4, 6, 7, 8, 9])
+    counts = counts_of(["a"] * 3 + ["b"] * 4, [10] * 7, np.stack([picks, 10 - picks], axis=1))
+    less, _ = student.t_tails(counts, permutation.expected_picks(counts))
+    # shares 0.3 and 0.75, pooled 39 / 70; f = (39 * 31 / 70^2) / 0.21 and / 0.1875, both above 1
+    w_a = 0.01 / 3 * (1 + 2 * (39 * 31 / 4900 / 0.21 - 1))
+    w_b = np.var([0.6, 0.7, 0.8, 0.9], ddof=1) / 4 * (1 + 2 * (39 * 31 / 4900 / 0.1875 - 1))
+    freedom = (w_a + w_b) ** 2 / (w_a**2 / 2 + w_b**2 / 3)
+    assert less[0, 0] == pytest.approx(stats.t.cdf(-0.45 / math.sqrt(w_a + w_b), freedom))
+
+
+@pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
+def test_p_is_the_larger_of_the_shuffles_and_of_students_t(alternative: str) -> None:
+    counts, _ = unequal(np.random.default_rng(2))
+    table = inference.specialization_test([counts], resamples=99, alternative=alternative)
+    found = {(row["label"], row["expert"]): row["p"] for row in table.to_pylist()}
+    _, shuffled = permutation.p_values(counts, resamples=99, seed=0, alternative=alternative)
+    less, greater = student.t_tails(counts, permutation.expected_picks(counts))
+    tails = {"less": less, "greater": greater, "two-sided": np.minimum(1, 2 * np.minimum(less, greater))}[alternative]
+    for label, expert in itertools.product((0, 1), repeat=2):
+        assert found["ab"[label], expert] == pytest.approx(max(shuffled[label, expert], tails[label, expert]))
+
+
+def test_a_single_document_shows_nothing_about_its_label() -> None:
+    tokens = [40, *[40] * 30]
+    picks = [[40, 0], *([[4, 36], [6, 34]] * 15)]
+    table = inference.specialization_test([counts_of(["a"] + ["b"] * 30, tokens, picks)], resamples=999)
+    assert set(table["p"].to_pylist()) == {1.0}  # the shuffles alone say 1 / 31
+    assert "2 are of labels with a single document" in inference.remark(table, 999, 0.05)
 
 
 def test_a_run_without_tokens_is_refused() -> None:
@@ -357,7 +458,7 @@ def test_a_single_label_cannot_be_tested(run: Run) -> None:
 
 def test_labels_that_say_nothing_give_no_discoveries_and_independent_tokens_do() -> None:
     world = World(documents=(15,) * 4, tokens=(40,) * 4, concentration=(8,) * 4)
-    ours = false_discoveries(world, studentized, runs=40, resamples=999)
+    ours = false_discoveries(world, of_collector, runs=40, resamples=999)
     theirs = false_discoveries(world, independent_tokens, runs=40, resamples=0)
     assert ours.any_false <= 0.15  # 0.05 and three standard errors of 40 runs
     assert ours.small_p == pytest.approx(0.05, abs=0.02)
@@ -367,7 +468,7 @@ def test_labels_that_say_nothing_give_no_discoveries_and_independent_tokens_do()
 
 def test_planted_effects_are_found() -> None:
     world = World(documents=(30,) * 4, tokens=(40,) * 4, concentration=(8,) * 4, effect=0.3)
-    errors = false_discoveries(world, studentized, runs=10, resamples=999)
+    errors = false_discoveries(world, of_collector, runs=10, resamples=999)
     assert errors.found > 0.9
     assert errors.false_share <= 0.1
 
@@ -399,6 +500,119 @@ def test_differences_repeat_only_where_labels_differ() -> None:
     assert value(without, "domain_specialization") > 0.8  # some experts are popular with everybody
     assert abs(value(without, "difference")) < 0.2
     assert value(with_effect, "difference") > 0.6
+
+
+# ---- the probe ----
+
+
+def routers_of(label, tokens, *shares) -> list[DocumentCounts]:
+    """Routers whose picks of each document are these shares of its tokens, [D, E]."""
+    return [
+        dataclasses.replace(counts_of(label, tokens, np.multiply(tokens, np.transpose(each)).T), layer=layer)
+        for layer, each in enumerate(shares)
+    ]
+
+
+@pytest.fixture
+def few_shuffles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a fit for each fold."""
+    monkeypatch.setattr(probe, "_SHUFFLES", 4)
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_a_probe_finds_what_separates_labels_and_nothing_where_nothing_does() -> None:
+    rng = np.random.default_rng(0)
+    label, tokens = ["a", "b"] * 30, np.full(60, 100)
+    apart = np.array([[0.8, 0.2], [0.2, 0.8]] * 30)
+    blind = rng.integers(0, 101, (60, 1)) / 100 * [1, -1] + [0, 1]
+    rows = inference.label_probe(routers_of(label, tokens, apart, blind)).to_pylist()
+    assert [(row["metric"], row["layer"]) for row in rows] == [
+        (metric, layer) for metric in ("accuracy", "balanced_accuracy") for layer in (0, 1, None)
+    ]
+    for row in rows:
+        assert (row["n"], row["labels"], row["documents"], row["folds"]) == (60, 2, 30, 5)
+        assert row["value"] == pytest.approx(1) if row["layer"] != 1 else 0.3 < row["value"] < 0.7
+        assert 0.4 < row["baseline"] < 0.6
+        assert row["length_alone"] <= 0.5, "all are equally long"
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_the_length_alone_tells_labels_of_other_lengths() -> None:
+    """In the middle, too, between two others; the experts are drawn at random."""
+    rng = np.random.default_rng(1)
+    label, tokens = ["a", "b", "c"] * 20, np.array([10, 100, 1000] * 20) + rng.integers(0, 5, 60)
+    blind = rng.dirichlet(np.ones(3), 60)
+    (row, _) = inference.label_probe(routers_of(label, tokens, blind)).to_pylist()
+    assert (row["layer"], row["length_alone"]) == (0, 1)
+    assert row["value"] < 0.6
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_the_probe_is_a_regression_written_out() -> None:
+    """Minimized by scipy, fold by fold, with the columns scaled as the other folds are."""
+    from sklearn.model_selection import StratifiedKFold
+
+    rng = np.random.default_rng(2)
+    label = np.repeat([0, 1, 2], [14, 10, 9])
+    share = rng.dirichlet(np.ones(5), 33) + 0.25 * np.eye(3, 5)[label]
+    counts = routers_of(list(np.array(list("abc"))[label]), np.full(33, 1000), share / share.sum(1, keepdims=True))
+    signature = counts[0].picks_DE / 1000
+    predicted = np.empty(33, int)
+    for fitted, left_out in StratifiedKFold(3, shuffle=True, random_state=4).split(signature, label):
+        scaled = (signature - signature[fitted].mean(0)) / signature[fitted].std(0)
+
+        def loss(weights, fitted=fitted, scaled=scaled) -> float:
+            w, b = np.split(weights, [15])
+            scores = scaled[fitted] @ w.reshape(5, 3) + b
+            return (np.log(np.exp(scores).sum(1)) - scores[np.arange(len(fitted)), label[fitted]]).sum() + w @ w / 2
+
+        w, b = np.split(optimize.minimize(loss, np.zeros(18)).x, [15])
+        predicted[left_out] = (scaled[left_out] @ w.reshape(5, 3) + b).argmax(1)
+    expected = {
+        "accuracy": np.mean(predicted == label),
+        "balanced_accuracy": np.mean([np.mean(predicted[label == each] == each) for each in range(3)]),
+    }
+    assert 0.5 < expected["accuracy"] < 1
+    rows = inference.label_probe(counts, folds=3, seed=4).to_pylist()
+    assert {row["metric"]: row["value"] for row in rows} == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_of_many_documents_a_sample_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_MOST", 20)
+    shares = np.array([[0.8, 0.2], [0.2, 0.8], [0.2, 0.8]] * 12)
+    row, _ = inference.label_probe(routers_of(["a", "b", "b"] * 12, np.full(36, 10), shares), folds=2).to_pylist()
+    assert (row["n"], row["documents"], row["value"]) == (6 + 13, 6, 1)
+
+
+@pytest.mark.usefixtures("few_shuffles")
+def test_a_document_that_one_router_did_not_see_is_probed_by_the_others() -> None:
+    one, other = routers_of(["a", "b"] * 6, np.full(12, 10), *[[[0.8, 0.2], [0.2, 0.8]] * 6] * 2)
+    rows = inference.label_probe([one, other.of(np.arange(12) != 3)], folds=3).to_pylist()
+    assert {row["n"] for row in rows} == {12}
+    assert {row["value"] for row in rows if row["layer"] != 1} == {1}
+
+
+@pytest.mark.parametrize(
+    ("label", "folds", "message"),
+    [
+        (["a"] * 6, 2, "two at least; there is a"),
+        (["a"] * 5 + ["b"], 2, "1 labels have fewer than 2 documents, first b"),
+        (["a"] * 6, 1, "folds must be at least 2, got 1"),
+        (["a", f"a{LABEL_SEPARATOR}b"] * 3, 2, "documents have several labels here"),
+    ],
+)
+def test_what_no_probe_can_tell_is_refused(label: list[str], folds: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        inference.label_probe(routers_of(label, np.full(6, 10), [[0.5, 0.5]] * 6), folds=folds)
+
+
+def test_a_probe_without_routers_or_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="nothing to probe"):
+        inference.label_probe([])
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r"pip install 'moe-routing-collector\[probe\]'"):
+        inference.label_probe([])
 
 
 # ---- sample-size curves ----
@@ -450,7 +664,7 @@ def test_documents_are_drawn_whole_where_labels_are_groups_of_their_tokens(by_po
 def test_groups_of_tokens_have_intervals_but_no_shuffles(by_position: Run) -> None:
     table = inference.intervals(by_position, "domain_specialization", layer=3, resamples=50)
     assert table.num_rows == len(by_position.query("domain_specialization", layer=3).fetchall())
-    for refused in (inference.specialization_test, inference.split_half):
+    for refused in (inference.specialization_test, inference.split_half, inference.label_probe):
         with pytest.raises(ValueError, match="documents have tokens of several labels here"):
             refused(document_counts(by_position))
 
@@ -478,6 +692,7 @@ def test_the_command_line_gives_intervals(run: Run, folder: Path, capsys: pytest
     )
 
 
+@pytest.mark.usefixtures("few_shuffles")
 def test_the_command_line_tests(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["test", str(folder), "--layer", "0", "--labels", "en", "ko", "--resamples", "20"]
     rows, complaint = collector(capsys, *where, "--alternative", "two-sided", "--level", "0.2")
@@ -487,5 +702,9 @@ def test_the_command_line_tests(folder: Path, capsys: pytest.CaptureFixture[str]
     assert {(row["metric"], row["splits"]) for row in rows} == {("domain_specialization", 20), ("difference", 20)}
     rows, _ = collector(capsys, *where, "--sample-size-curve")
     assert {row["documents"] for row in rows} == {10}
+    rows, _ = collector(capsys, *where, "--probe", "--folds", "2")
+    assert {(row["metric"], row["layer"], row["folds"]) for row in rows} == {
+        ("accuracy", 0, 2), ("balanced_accuracy", 0, 2)
+    }  # fmt: skip
     with pytest.raises(ValueError, match="ask one at a time"):
         cli.Test(run_=str(folder), split_half=True, sample_size_curve=True)

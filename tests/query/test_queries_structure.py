@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from collector.query.relations import paths
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
 from tests.helpers.query_runs import assert_same, few_examples, keyed, opened, random_runs
@@ -27,9 +28,10 @@ LAYERS = (
 @few_examples
 @given(
     random=random_runs(), include_special=st.booleans(), mode=st.sampled_from(["paper", "released"]),
-    min_count=st.integers(1, 4),
+    min_count=st.integers(1, 4), n=st.integers(2, 3), top=st.integers(1, 5), cache=st.none() | st.integers(1, 13),
+    warm_up=st.integers(0, 2),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(random, include_special, mode, min_count) -> None:
+def test_agrees_with_numpy_on_random_runs(random, include_special, mode, min_count, n, top, cache, warm_up) -> None:
     layers, shards = random
     decided = decisions(layers, shards, include_special=include_special)
     special = {"include_special": include_special}
@@ -40,6 +42,12 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, mode, min_cou
             structure.expert_token_overlap(decided, min_count),
         )
         assert_same(keyed(run, "layer_transition", 6, **special), structure.layer_transition(decided))
+        assert_same(keyed(run, "paths", 4, n=n, top=top, **special), structure.paths(decided, n, top))
+        names = {(d.shard, d.doc): f"synthetic#{d.shard}-{d.doc}" for d in decided}
+        assert_same(
+            keyed(run, "routing_locality", 4, cache=cache, warm_up=warm_up, seed=3, **special),
+            structure.routing_locality(decided, names, cache, warm_up, 3),
+        )
         assert_same(keyed(run, "repetition", 4, **special), structure.repetition(decided))
         assert_same(keyed(run, "position_profile", 6, **special), structure.position_profile(decided))
 
@@ -143,6 +151,58 @@ def test_transitions_sum_to_one_and_a_layer_finds_its_successor(partial: Run) ->
     one = partial.query("layer_transition", layer=3).fetchall()
     assert one == [row for row in partial.query("layer_transition").fetchall() if row[2] == 3]
     assert partial.query("layer_transition", layer=4).fetchall() == []
+
+
+def test_paths_are_the_same_where_their_numbers_would_not_fit(partial: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = partial.query("paths").fetchall()
+    assert {row[2] for row in found} == {0}
+    assert partial.query("paths", layer=3, n=2).fetchall() == [
+        row for row in partial.query("paths", n=2).fetchall() if row[2] == 3
+    ]
+    monkeypatch.setattr(paths, "_LARGEST", 1)
+    assert partial.query("paths").fetchall() == found
+
+
+def test_paths_of_independent_layers_are_those_of_the_chain_and_say_nothing_of_ids(indifferent: Run) -> None:
+    rows = indifferent.query("paths", top=1000).project("metric, value, baseline, n").fetchall()
+    assert len(rows) == 7 * 5 * 9 + 3
+    for metric, value, baseline, n in rows:
+        if metric == "path_share":
+            assert abs(value - baseline) < 5 * (baseline / n) ** 0.5
+        else:
+            assert value == pytest.approx(baseline, rel=0.1), metric
+
+
+def test_a_cache_that_holds_all_experts_misses_new_ones_alone(partial: Run) -> None:
+    rows = partial.query("routing_locality", cache=9, warm_up=0).project("value + new").fetchall()
+    assert {round(total, 12) for (total,) in rows} == {1}
+    where = {"layer": 0, "seed": 1}
+    small, large = (
+        dict(partial.query("routing_locality", cache=cache, **where).project("label, value").fetchall())
+        for cache in (1, 5)
+    )
+    assert all(small[label] <= large[label] for label in small)
+
+
+def test_the_order_of_tokens_decides_how_many_a_cache_holds(tmp_path: Path) -> None:
+    """Each expert ten times in a row; the random order of a document is the same whatever else is asked for."""
+    layers = [Layer(layer=0, n_experts=100, top_k=1)]
+    shard = Shard.of_picks(layers, documents=[("en", 100), ("ko", 100)], experts={0: np.repeat(np.arange(20), 10)})
+    run = open_run(write_run(tmp_path / "run", layers, [shard]))
+    rows = run.query("routing_locality").fetchall()
+    assert [row[4] for row in rows] == [pytest.approx(90 / 99)] * 2
+    assert all(0.05 < row[5] < 0.3 for row in rows)
+    assert run.query("routing_locality", labels="ko").fetchall() == rows[1:]
+    assert run.query("routing_locality", seed=1).fetchall() != rows
+
+
+def test_a_cache_sees_the_tokens_of_all_groups(tmp_path: Path) -> None:
+    layers = [Layer(layer=0, n_experts=3, top_k=1)]
+    shard = Shard.of_picks(layers, documents=[("en", 4)], experts={0: [0, 1, 0, 2]})
+    folder = write_run(tmp_path / "run", layers, [shard])
+    rows = open_run(folder, by="position").query("routing_locality").project("label, value, n")
+    assert rows.fetchall() == [("000001", 0, 1), ("000002-000003", 0.5, 2)]
+    assert open_run(folder, by="position").query("routing_locality", labels="000002-000003").fetchall()[0][4] == 0.5
 
 
 def test_a_router_that_takes_all_experts_always_repeats_them(partial: Run) -> None:

@@ -33,6 +33,10 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, store, expert
     special = {"include_special": include_special}
     with opened(layers, shards, store=store) as run:
         assert_same(keyed(run, "fertility", 2, **special), texts.fertility(shards, include_special=include_special))
+        assert_same(keyed(run, "nearest_documents", 4, n=n, **special), texts.nearest_documents(decided, n))
+        name = f"synthetic#{shard}-{doc}"
+        one = keyed(run, "nearest_documents", 4, n=n, document=name, **special)
+        assert_same(one, texts.nearest_documents(decided, n, name))
         trace = texts.token_trace(decided, shard, doc, logits="logits" in store)
         assert_same(keyed(run, "token_trace", 4, shard=shard, doc=doc, **special), trace)
         assert_same(keyed(run, "token_trace", 4, document=f"synthetic#{shard}-{doc}", **special), trace)

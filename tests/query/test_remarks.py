@@ -81,22 +81,47 @@ def test_groups_of_tokens_have_no_characters(tmp_path) -> None:
     assert remark.startswith("characters are not recorded of groups of tokens")
 
 
+def drop_ids(run: Path) -> None:
+    for part in (run / "data").glob("*.tokens.parquet"):
+        table = pq.read_table(part)
+        place = table.schema.get_field_index("token_id")
+        pq.write_table(table.set_column(place, table.schema.field(place), pa.nulls(len(table), pa.uint32())), part)
+
+
 @pytest.mark.parametrize(
     "name",
-    ["conditional_mutual_information", "expert_token_overlap", "expert_tokens", "vocabulary_specialization"],
+    [
+        "conditional_mutual_information",
+        "expert_token_overlap",
+        "expert_tokens",
+        "token_npmi",
+        "vocabulary_specialization",
+    ],
 )
 def test_a_run_that_dropped_its_token_ids(tmp_path, name: str) -> None:
     assert made(tmp_path).remarks(name) == []
     made(tmp_path / "dropped", vocabulary=False)
-    for part in (tmp_path / "dropped" / "run" / "data").glob("*.tokens.parquet"):
-        table = pq.read_table(part)
-        place = table.schema.get_field_index("token_id")
-        pq.write_table(table.set_column(place, table.schema.field(place), pa.nulls(len(table), pa.uint32())), part)
+    drop_ids(tmp_path / "dropped" / "run")
     run = open_run(tmp_path / "dropped" / "run")
     assert run.query(name).fetchall() == []
     assert run.remarks(name) == [
         "the run holds no token ids, which this query needs: collect with --token-ids keep or hash"
     ]
+
+
+def test_paths_without_ids_have_shares_and_no_purity(tmp_path) -> None:
+    layers = [*LAYERS, Layer(layer=1, n_experts=4, top_k=2)]
+    shard = random_shard(np.random.default_rng(1), layers, [("en", 5), ("ko", 4)], special=0)
+    write_run(tmp_path / "run", layers, [shard], vocabulary=None)
+    drop_ids(tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    rows = run.query("paths", n=2).project("metric, purity, token, token_share").distinct().order("metric").fetchall()
+    assert rows == [("path_share", None, None, None), ("same_path", None, None, None)]
+    assert run.remarks("paths", n=2) == [
+        "the run holds no token ids, which purity needs: collect with --token-ids keep or hash"
+    ]
+    assert run.query("paths").fetchall() == []
+    assert run.remarks("paths")[1:] == ["no stack has the 3 layers of a path"]
 
 
 def test_remarks_are_of_queries_and_take_their_parameters() -> None:

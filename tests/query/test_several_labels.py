@@ -26,19 +26,21 @@ LAYERS = (Layer(layer=1, n_experts=8, top_k=2, has_capacity=True), Layer(layer=4
 LABELS = [("en",), ("ko",), ("en", "ko"), ("de", "en"), ("ko",), ("de",), ("de", "en", "ko"), ("en",), ("fr",)]
 
 BY_LABEL = [
-    "compute", "conditional_mutual_information", "contribution_overlap", "contribution_specialization",
-    "control_effects", "direct_attribution", "domain_specialization", "dropped_tokens", "effect_specificity",
-    "effective_experts", "expert_contribution", "expert_effect", "fertility", "importance_agreement",
-    "language_divergence", "language_overlap", "load_balance", "log_odds", "loss", "mutual_information",
-    "phase_divergence", "position_profile", "reference_difference", "repetition", "router_entropy",
-    "router_entropy_quantiles", "router_stats", "routing_divergence", "selection_frequency", "top_experts",
+    "committee", "compute", "conditional_mutual_information", "contribution_overlap", "contribution_specialization",
+    "control_effects", "direct_attribution", "domain_specialization", "dropped_tokens", "dynamic_k",
+    "effect_specificity", "effective_experts", "expert_contribution", "expert_effect", "fertility",
+    "importance_agreement", "label_npmi", "language_divergence", "language_overlap", "load_balance", "log_odds",
+    "loss", "mutual_information", "phase_divergence", "position_profile", "reference_difference", "repetition",
+    "router_entropy", "router_entropy_quantiles", "router_stats", "routing_divergence", "routing_locality",
+    "selection_frequency", "top_experts",
 ]  # fmt: skip
 POOLED = ["coactivation", "expert_load", "expert_similarity", "expert_token_overlap", "expert_tokens",
-          "layer_transition", "output_specialization", "output_vocabulary", "super_experts",
-          "vocabulary_specialization"]  # fmt: skip
+          "layer_transition", "output_specialization", "output_vocabulary", "paths", "super_experts",
+          "token_npmi", "vocabulary_specialization"]  # fmt: skip
 HAVE_POOLED = [
     "control_effects",
     "direct_attribution",
+    "dynamic_k",
     "expert_contribution",
     "expert_effect",
     "load_balance",
@@ -46,7 +48,9 @@ HAVE_POOLED = [
     "router_stats",
 ]
 """importance_agreement has it, too, and still compares labels: experts that few of them choose are selective."""
-OTHER = ["expert_map", "expert_profile", "plan_transfer", "token_trace", "weight_similarity"]
+OF_STORED = ["dynamic_k", "load_balance", "router_stats", "routing_divergence"]
+"""Those that read what is stored of all experts, which the run with a rollup lacks."""
+OTHER = ["expert_map", "expert_profile", "nearest_documents", "plan_transfer", "token_trace", "weight_similarity"]
 """plan_transfer halves the documents of each set of labels, so that no document is in both halves."""
 
 
@@ -114,13 +118,13 @@ def test_label_by_label_a_document_counts_for_each_of_its_labels(folders, name: 
         assert expected == rows(open_run(folders["run"]), name, **params) == []
         return
     assert_equal(rows(open_run(folders["run"]), name, **params), expected)
-    if name not in ("load_balance", "router_stats", "routing_divergence"):  # which read what is stored of all experts
+    if name not in OF_STORED:
         assert_equal(rows(open_run(folders["rollup"]), name, **params), expected)
 
 
 @pytest.mark.parametrize("name", [*POOLED, *HAVE_POOLED])
 def test_all_labels_together_a_document_counts_once(folders, name: str) -> None:
-    params = {"pooled": True} if name in HAVE_POOLED else {}
+    params = {"pooled": True} if name in HAVE_POOLED else {"n": 2} if name == "paths" else {}
     expected = rows(open_run(folders["single"]), name, **params)
     assert_equal(rows(open_run(folders["run"]), name, **params), expected)
     if name == "expert_load":
@@ -133,6 +137,22 @@ def test_the_labels_of_an_expert_are_single_ones(folders) -> None:
         for name in ("run", "twin")
     )
     assert [(row["item"], row["n"], row["count"]) for row in run] == [(r["item"], r["n"], r["count"]) for r in twin]
+
+
+def test_a_neighbour_agrees_in_each_label_that_both_have(folders) -> None:
+    found = rows(open_run(folders["run"]), "nearest_documents", n=2)
+    has = {f"doc {number}": labels for number, labels in enumerate(LABELS)}
+    nearest = [(row["document"], row["neighbour"]) for row in found if row["metric"] == "neighbour_cosine"]
+    for row in (row for row in found if row["metric"] == "label_agreement"):
+        own = [row["label"] in has[other] for document, other in nearest if row["label"] in has[document]]
+        documents = sum(row["label"] in labels for labels in LABELS)
+        assert (row["value"], row["baseline"], row["n"]) == (
+            pytest.approx(np.mean(own)), (documents - 1) / (len(LABELS) - 1), documents
+        )  # fmt: skip
+    assert {row["label"] for row in found if row["metric"] == "label_agreement"} == {"de", "en", "fr", "ko"}
+    only, *_ = rows(open_run(folders["run"]), "nearest_documents", labels=["de"])
+    assert (only["label"], only["value"], only["baseline"], only["n"]) == ("de", 1, 1, 3)
+    assert rows(open_run(folders["run"]), "nearest_documents", labels=["fr"]) == [], "one document has no neighbour"
 
 
 def test_views_of_labels(folders) -> None:

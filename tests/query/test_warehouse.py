@@ -29,7 +29,10 @@ TWO_STACKS = [
     Layer(stack="decoder", layer=5, n_experts=6, top_k=2),
 ]
 BASE = {"routing", "tokens", "documents", "rejects", "vocab", "layers"}
-BESIDE_VIEWS = {"arms", "layers", "label_sets", "components", "maps", "placements", "vocab", "weights"}
+BESIDE_VIEWS = {
+    "arms", "cache_hits", "components", "label_sets", "layers", "maps", "neighbours", "path_counts", "placements",
+    "vocab", "weights",
+}  # fmt: skip
 QUERY_FOLDER = ROOT / "queries"
 VIEWS = {path.stem: path.read_text() for path in QUERY_FOLDER.glob("views/*.sql")}
 MACROS = {path.stem: path.read_text() for path in QUERY_FOLDER.glob("macros/*.sql")}

@@ -148,9 +148,11 @@ def test_only_kept_ids_come_with_a_vocabulary(runs):
 
 WITHOUT_TOKENS = {"token_trace": "select * exclude (token_id, token) from shown",
                   "expert_tokens": "select * exclude (token_id, token) from shown",
-                  "expert_profile": "from shown where aspect not in ('token', 'context')"}  # fmt: skip
+                   "token_npmi": "select * exclude (token_id, token) from shown",
+                   "expert_profile": "from shown where aspect not in ('token', 'context')",
+                   "paths": "select metric, value, baseline, path from shown where metric !~ 'purity'"}  # fmt: skip
 """Of the queries that show tokens themselves, what says nothing about them."""
-WITHOUT_IDS = ("token_trace", "expert_profile")
+WITHOUT_IDS = ("token_trace", "expert_profile", "paths")
 """Those that have something left to say where there are no ids."""
 
 

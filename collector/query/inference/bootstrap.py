@@ -10,10 +10,13 @@ The interval of a row lies between two quantiles of its values in the samples, w
   size).
 - Bias: divergences, similarities and numbers of experts depend on the sample size, so each sample adds the bias of the
   answer a second time. If the bias (mean of the samples - value) exceeds what chance explains, the interval is shifted
-  back by twice the bias. Sets change in jumps, so `jaccard` and whole numbers are not shifted.
+  back by twice the bias. Sets change in jumps, so what follows from a single one and whole numbers are not shifted.
+  `weighted_jaccard` has a kink, where the samples do not show the bias: its intervals are those of the module
+  `weighted_jaccard`.
 
 Guarantees: the result has the query's rows, in its order and with all its columns; the same seed gives the same
-interval, whatever other labels or layers are requested. Memory: 8 bytes x rows of a router's answer x resamples.
+interval, whatever other labels or layers are requested. Memory: 8 bytes x rows of a router's answer x resamples, and
+for `weighted_jaccard` 8 bytes x labels x experts x resamples.
 """
 
 from __future__ import annotations
@@ -27,21 +30,23 @@ import pyarrow.compute as pc
 from scipy import stats
 
 from collector.query.document_counts import document_counts, document_losses
+from collector.query.inference import weighted_jaccard
 from collector.query.inference.answers import SampledQuery, ask
 from collector.query.inference.resampling import bootstrap, lengths_of
 from collector.query.matching import compared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
     from collector.query.document_counts import DocumentCounts
+    from collector.query.inference.resampling import Sums
     from collector.query.warehouse import Run
 
 _CHANCE = 3.0
 """A bias is corrected if it exceeds so many standard errors of the mean of the samples."""
-_SETS = {"jaccard"}
+_SETS = {"jaccard", "committee_size", "committee_mass"}
 """Metrics of sets, which change in jumps."""
 _LABELS = ("label", "label_a", "label_b", "reference")
 """Columns that name a label of the row."""
@@ -86,8 +91,7 @@ def intervals(
     }
     for here, rows, counts in routers(run, asked, answer, params):
         documents_R = fewest_documents(rows, counts)
-        values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=seed)
-        found = interval(values_RS, effective_documents(rows, counts), level, estimates(rows, column))
+        found, _ = router_intervals(asked, rows, counts, resamples=resamples, seed=seed, level=level, column=column)
         for values, each in zip(added.values(), (documents_R, *dataclasses.astuple(found)), strict=True):
             values[here] = each
     for name, values in added.items():
@@ -96,12 +100,60 @@ def intervals(
     return answer
 
 
+def router_intervals(
+    asked: SampledQuery,
+    rows: pa.Table,
+    counts: DocumentCounts,
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 95.0,
+    column: str = "value",
+) -> tuple[Interval, NDArray[np.float64]]:
+    """Returns the intervals of a router's R rows, and their values in S samples, [R, S], sorted."""
+    has_kink = column == "value" and weighted_jaccard.METRIC in rows["metric"].to_pylist()
+    overlaps = weighted_jaccard.Overlaps(asked.query.name, counts) if has_kink else None
+    note = overlaps.note if overlaps else None
+    values_RS = sampled_values(asked, rows, counts, resamples=resamples, seed=seed, note=note)
+    documents_R = effective_documents(rows, counts)
+    found = interval(values_RS, documents_R, level, estimates(rows, column))
+    if overlaps is None:
+        return found, values_RS
+    low_R, high_R, has_R = overlaps.ends(rows, _tail(np.maximum(documents_R, 2), level))
+    here_R = has_R & ~np.isnan(found.low_R)
+    ends = {"low_R": np.where(here_R, low_R, found.low_R), "high_R": np.where(here_R, high_R, found.high_R)}
+    return dataclasses.replace(found, **ends), values_RS
+
+
 def sampled_values(
-    asked: SampledQuery, rows: pa.Table, counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None
+    asked: SampledQuery,
+    rows: pa.Table,
+    counts: DocumentCounts,
+    *,
+    resamples: int,
+    seed: int,
+    size: int | None = None,
+    left_out: int = 0,
+    note: Callable[[Sums], None] | None = None,
 ) -> NDArray[np.float64]:
-    """Returns a router's R rows in S bootstrap samples, [R, S]; `size` documents per label (default: as many)."""
-    samples = bootstrap(counts, resamples=resamples, seed=seed, size=size)
-    return np.concatenate([asked.values(rows, counts, sums) for sums in samples], axis=1)
+    """Returns a router's R rows in S bootstrap samples, [R, S].
+
+    Args:
+        asked: the query.
+        rows: its answer for the router.
+        counts: of the router.
+        resamples: number of samples.
+        seed: of the draws.
+        size: documents drawn for each label (default: as many as it has).
+        left_out: how many documents fewer are drawn than a label has.
+        note: called with each portion of the samples.
+    """
+    values = []
+    for sums in bootstrap(counts, resamples=resamples, seed=seed, size=size, left_out=left_out):
+        values.append(asked.values(rows, counts, sums))
+        if note is not None:
+            note(sums)
+    return np.concatenate(values, axis=1)
 
 
 def require_range(level: float, resamples: int) -> None:

@@ -12,7 +12,10 @@ the standard error the test is valid only if documents of all labels are equally
 is valid in large samples whenever the ratios agree (Chung and Romano 2013, "Exact and asymptotically robust permutation
 tests", arXiv 1304.5939). If labels carry no information about documents at all, it is exact.
 
-p = (1 + shuffles with t at least as large) / (shuffles + 1); q is Benjamini and Hochberg's over all rows.
+The p of the shuffles is (1 + shuffles with t at least as large) / (shuffles + 1). Large samples are more than a few
+documents, or documents of which few decide: where labels differ in spread, one-sided p of the shuffles are then too
+small. p is the larger of this one and of Student's t for the label's own documents (`student`), so it is valid where
+either is. A label with a single document has p = 1. q is Benjamini and Hochberg's over all rows.
 
 Guarantees: memory is bounded by one router and a portion of shuffles; the same seed gives the same p.
 Shapes: S shuffles, D documents, L labels, E experts, C = 2 + 3 E columns of moments.
@@ -29,6 +32,7 @@ from scipy import sparse, stats
 
 from collector.query.inference.resampling import documents_of, memberships, portions, require_document_labels, strata_of
 from collector.query.inference.standardization import with_expected
+from collector.query.inference.student import t_tails
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from collector.query.document_counts import DocumentCounts
 
 Alternative = Literal["greater", "less", "two-sided"]
-_SIGNED: dict[Alternative, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+SIGNED: dict[Alternative, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "greater": lambda t: t,
     "less": np.negative,
     "two-sided": np.abs,
@@ -90,14 +94,16 @@ def specialization_test(
     q = stats.false_discovery_control(table["p"].to_numpy(), method="bh")
     place = table.column_names.index("p") + 1
     table = table.add_column(place, "q", pa.array(q)).add_column(place + 1, "significant", pa.array(q <= level))
-    certainty = np.lexsort([-_SIGNED[alternative](table["t"].to_numpy()), q])
+    certainty = np.lexsort([-SIGNED[alternative](table["t"].to_numpy()), q])
     return table.take(certainty)
 
 
 def remark(table: pa.Table, resamples: int, level: float) -> str:
-    """Summarizes the test, and says whether there were enough shuffles to find anything."""
+    """Summarizes the test, and says what it could not find: with so many shuffles, or in labels of one document."""
     cells, found = table.num_rows, int(np.count_nonzero(table["significant"].to_numpy()))
     text = f"{found:,} of {cells:,} cells are significant at a false discovery rate of {level:g}"
+    if single := int(np.count_nonzero(table["documents"].to_numpy() == 1)):
+        text += f"; {single:,} are of labels with a single document, which says nothing of the next one: their p is 1"
     needed = int(np.ceil(cells / (level * (resamples + 1)) - _TIE))
     if needed > cells:
         fewest = int(np.ceil(1 / level - _TIE)) - 1
@@ -118,7 +124,7 @@ def _test_router(counts: DocumentCounts, resamples: int, seed: int, alternative:
         raise ValueError(f"a label is compared with the others, which takes two labels at least; there is {names}")
     tokens_L = np.array([counts.tokens_D[documents].sum() for documents in members.values()])
     picks_LE = np.array([counts.picks_DE[documents].sum(axis=0, dtype=np.int64) for documents in members.values()])
-    t_LE, p_LE = p_values(counts, resamples=resamples, seed=seed, alternative=alternative)
+    t_LE, p_LE = larger_p_values(counts, resamples=resamples, seed=seed, alternative=alternative)
     value_LE = picks_LE / tokens_L[:, None]
     expected_DE = expected_picks(counts)
     pooled_LE = np.array([expected_DE[documents].sum(axis=0) for documents in members.values()]) / tokens_L[:, None]
@@ -140,6 +146,18 @@ def _test_router(counts: DocumentCounts, resamples: int, seed: int, alternative:
         "documents": np.repeat([len(documents) for documents in members.values()], experts),
     }
     return pa.table(columns)
+
+
+def larger_p_values(
+    counts: DocumentCounts, *, resamples: int, seed: int, alternative: Alternative = "greater"
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns t, and the larger p of the shuffles and of Student's t, [L, E] each; arguments as for `p_values`."""
+    t_LE, p_LE = p_values(counts, resamples=resamples, seed=seed, alternative=alternative)
+    less_LE, greater_LE = t_tails(counts, expected_picks(counts))
+    student_LE = {
+        "greater": greater_LE, "less": less_LE, "two-sided": np.minimum(2 * np.minimum(less_LE, greater_LE), 1),
+    }[alternative]  # fmt: skip
+    return t_LE, np.maximum(p_LE, student_LE)
 
 
 def moments(counts: DocumentCounts) -> NDArray[np.float64]:
@@ -223,7 +241,7 @@ def p_values(
         sums_SKC = group_sums(stratum_SD, values_DC, len(strata))
         return statistic(np.einsum("skc,kl->slc", sums_SKC, has_label_KL) if several else sums_SKC, documents_L)
 
-    signed, rng = _SIGNED[alternative], np.random.default_rng(seed)
+    signed, rng = SIGNED[alternative], np.random.default_rng(seed)
     t_LE = statistics(stratum_D[None])[0]
     threshold_LE = signed(t_LE) - _TIE * np.abs(t_LE)
     reached_LE = np.zeros(t_LE.shape, np.int64)

@@ -36,6 +36,41 @@ def fertility(shards: Sequence[Shard], *, include_special: bool) -> dict:
     return rows
 
 
+def nearest_documents(found: Sequence[Decision], n: int, document: str | None = None) -> dict:
+    texts = grouped(found, lambda d: (d.shard, d.doc))
+    routers = sorted({d.router: d.geometry for d in found}.items())
+    signatures = {}
+    for name, decided in texts.items():
+        shares = []
+        for router, geometry in routers:
+            picked = [expert for d in decided if d.router == router for expert in d.experts]
+            shares.append(np.bincount(picked, minlength=geometry.n_experts) / max(len(picked), 1))
+        signatures[name] = np.concatenate(shares) if shares else np.zeros(0)
+    labels = {name: decided[0].label for name, decided in texts.items()}
+    cosines = {
+        (a, b): round(float(x @ y / np.linalg.norm(x) / np.linalg.norm(y)), 12)
+        for a, x in signatures.items()
+        for b, y in signatures.items()
+    }
+    rows: dict = {}
+    agreements: dict[str, list[float]] = {}
+    for name in sorted(texts):
+        others = sorted((other for other in texts if other != name), key=lambda other: (-cosines[name, other], other))
+        id_ = "synthetic#{}-{}".format(*name)
+        if not others or document not in (None, id_):
+            continue
+        mean = np.mean([cosines[name, other] for other in others])
+        for rank, other in enumerate(others[:n], start=1):
+            shown = ("synthetic#{}-{}".format(*other), labels[other])
+            rows["neighbour_cosine", labels[name], id_, rank] = (cosines[name, other], mean, len(texts), *shown)
+        agreement = np.mean([labels[other] == labels[name] for other in others[:n]])
+        agreements.setdefault(labels[name], []).append(agreement)
+    for label, each in agreements.items():
+        chance = (Counter(labels.values())[label] - 1) / (len(texts) - 1)
+        rows["label_agreement", label, None, None] = (np.mean(each), chance, len(each), None, None)
+    return rows
+
+
 def _measure(texts: Sequence[tuple]) -> dict:
     whole = [text for text in texts if not text[3]]
     tokens, characters = (sum(text[i] for text in whole) for i in (1, 2))
