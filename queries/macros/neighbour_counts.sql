@@ -1,8 +1,8 @@
 -- Question: How alike are the experts of neighbouring tokens?
--- Formula: relation is 'token_decisions'; the other arguments are those of `filtered`. A pair is a token and the
---   next one of the same document, if both count; A and B are the experts chosen for them. pairs = their
---   number; same_top1 = those whose highest-weight experts are the same (0 without weights); any_shared = those
---   with |A and B| > 0; shared = sum of |A and B|.
+-- Formula: relation is 'token_decisions'; the other arguments are those of `filtered`. A pair is a token and
+--   the next one of the same document, if both count; A and B are the experts chosen for them. pairs = their
+--   number; same_top1 = those whose highest-weight experts are the same (0 without weights); any_shared =
+--   those with |A and B| > 0; shared = sum of |A and B|.
 -- Grain: one row per (stack, layer, label), the label of the first token of a pair. A document with several
 --   labels is under all of them together.
 create or replace macro neighbour_counts(relation, of_stack, of_layer, of_labels, with_special) as table

@@ -1,7 +1,7 @@
 -- Question: Which experts are chosen together, and how often?
 -- Formula: relation is 'decisions'; the next four arguments are those of `filtered`. picks = N_i, tokens for
---   which the expert was among the k chosen; together = those for which the other one was, too. adjacent: only
---   neighbours in the order of weights, highest first (ties: the model's own order), are together.
+--   which the expert was among the k chosen; together = those for which the other one was, too. adjacent:
+--   only neighbours in the order of weights, highest first (ties: the model's own order), are together.
 -- Grain: one row per (stack, layer, expert, other_expert), both orders of each pair that was together at all.
 create or replace macro pair_counts(
     relation, of_stack, of_layer, of_labels, with_special, adjacent
@@ -42,17 +42,22 @@ create or replace macro pair_counts(
             b.rank as second_rank
         from ranks as a
         inner join ranks as b on a.rank < b.rank
-        where not adjacent or b.rank = a.rank + 1
+    ),
+
+    counted_pairs as (
+        select *
+        from ranked_pairs
+        where not adjacent or second_rank = first_rank + 1
     ),
 
     pairs as (
         select
             chosen.stack,
             chosen.layer,
-            chosen.experts[ranked_pairs.first_rank] as a,
-            chosen.experts[ranked_pairs.second_rank] as b
+            chosen.experts[counted_pairs.first_rank] as a,
+            chosen.experts[counted_pairs.second_rank] as b
         from chosen
-        cross join ranked_pairs
+        cross join counted_pairs
     ),
 
     counted as (

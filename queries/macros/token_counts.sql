@@ -1,7 +1,8 @@
 -- Question: How did each router treat each token id?
--- Formula: relation is 'token_decisions'; the other arguments are those of `filtered`. tokens = N_x, occurrences
---   of the id, all labels together. Over these: experts = those chosen at all, by number; picks, top1, in their
---   order: times each was chosen, dropped or not; times it had the highest weight (0 without weights).
+-- Formula: relation is 'token_decisions'; the other arguments are those of `filtered`. tokens = N_x,
+--   occurrences of the id, all labels together. Over these: experts = those chosen at all, by number; picks,
+--   top1, in their order: times each was chosen, dropped or not; times it had the highest weight (0 without
+--   weights).
 -- Grain: one row per (stack, layer, token_id); none for tokens whose id was dropped.
 create or replace macro token_counts(relation, of_stack, of_layer, of_labels, with_special) as table
     with chosen as (

@@ -16,11 +16,14 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
-with expanded as (
+with counted as (
+    select *
+    from neighbour_counts('token_decisions', $stack, $layer, $labels, $include_special)
+),
+
+expanded as (
     select counted.* replace (coalesce(label_sets.label, counted.label) as label)
-    from
-        neighbour_counts('token_decisions', $stack, $layer, $labels, $include_special)
-            as counted
+    from counted
     left join label_sets on counted.label = label_sets.label_set
 ),
 

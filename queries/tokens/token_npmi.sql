@@ -22,12 +22,13 @@
 --   min_count integer >= 1 = 10: ids that occur less often are left out
 --   n integer >= 1 = 10: tokens of each expert
 --   token_id integer >= 0 = null: only this token, for every expert that was chosen for it (default: all)
-with occurring as materialized (
+with occurring as not materialized (
     select *
     from token_counts('token_decisions', $stack, $layer, $labels, $include_special)
 ),
 
-counted as (
+-- a row for each id and expert: too many to keep, or to sort
+counted as not materialized (
     select
         stack,
         layer,
@@ -84,14 +85,24 @@ normalized as (
     from measured
 ),
 
+best as (
+    select
+        stack,
+        layer,
+        expert,
+        min(struct_pack(negated := -value, unpicked := -picks::bigint, token_id, tokens), $n) as ids
+    from normalized
+    group by stack, layer, expert
+),
+
 ranked as (
     select
-        *,
-        row_number() over (
-            partition by stack, layer, expert
-            order by value desc, picks desc, token_id asc
-        ) as rank
-    from normalized
+        stack,
+        layer,
+        expert,
+        unnest(ids) as id,
+        generate_subscripts(ids, 1) as rank
+    from best
 )
 
 select
@@ -100,13 +111,12 @@ select
     ranked.layer,
     ranked.expert,
     ranked.rank,
-    ranked.token_id,
-    coalesce(vocab.token, ranked.token_id::varchar) as token,
-    ranked.value,
+    ranked.id.token_id,
+    coalesce(vocab.token, ranked.id.token_id::varchar) as token,
+    -ranked.id.negated as value,
     0 as baseline,
-    ranked.tokens as n,
-    ranked.picks::bigint as count
+    ranked.id.tokens as n,
+    -ranked.id.unpicked as count
 from ranked
-left join vocab on ranked.token_id = vocab.token_id
-where ranked.rank <= $n
+left join vocab on ranked.id.token_id = vocab.token_id
 order by ranked.stack, ranked.layer, ranked.expert, ranked.rank

@@ -39,7 +39,7 @@ def provide(
     stack, layer = values.get("stack"), values.get("layer")
     routers = [one for one in layers if stack in (None, one.stack) and layer in (None, one.layer)]
     for name, module in _COMPUTED.items():
-        if f"{name}(" in query.sql:
+        if f" {name}(" in query.sql:
             asked = Asked(cursor=cursor, query=query, values=values, routers=routers, has_weights=has_weights)
             cursor.register(f"computed_{name}", module.rows(asked))
             cursor.execute(f"create temp macro {_signature(name)} as table from computed_{name}")

@@ -14,7 +14,7 @@ import pyarrow as pa
 from collector.query.counting.rows import Places
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -62,7 +62,7 @@ class _Counts:
         # Arrays of zeros take no memory before something is added to them.
         self._picks, self._top1 = (np.zeros((ids + 1) * experts, np.uint32) for _ in range(2))
 
-    def add(self, number_t: NDArray, experts_kt: list[NDArray], top_t: NDArray | None) -> None:
+    def add(self, number_t: NDArray, experts_kt: Sequence[NDArray], top_t: NDArray | None) -> None:
         self.tokens_v += np.bincount(number_t, minlength=len(self.tokens_v))
         start_t, one = number_t.astype(np.int64) * self.experts, np.uint32(1)
         for expert_t in experts_kt:
