@@ -1,6 +1,6 @@
 """Measures time and memory of queries, against numpy and pandas, as runs grow, and with a rollup.
 
-    python -m benchmarks.queries --parts queries floor growth rollup
+    python -m benchmarks.queries --parts queries floor growth rollup large
 
 Runs are generated (`benchmarks.generated`: 16 layers, top-8 of 64, 20 languages) into a folder that is kept, and read
 from a warm page cache. Every measurement runs in its own process, from opening the run to the last row, and gives wall
@@ -12,6 +12,9 @@ cores, numpy and pandas use one), and for CPU time.
   pandas as in notebooks, an exploded frame and `value_counts` per language, on one layer, multiplied by the layers.
 - `growth`: some queries on runs of several sizes, with limited memory for DuckDB.
 - `rollup`: the largest of these runs with a rollup: `collector rollup`, then each label-level query.
+- `large`: queries that count more than label-level ones do (token ids, pairs of experts, neighbours) on the largest of
+  these runs and on that of `tokens`, each in turn with its floor: numpy's counts in one thread over the same Parquet
+  columns, which pyarrow reads a row group at a time. Of several repetitions the fastest is shown.
 """
 
 from __future__ import annotations
@@ -26,20 +29,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 import tyro
 
-from benchmarks.generated import Geometry, generated
+from benchmarks.generated import VOCABULARY, Geometry, generated
 from collector.query.catalog import list_queries
+from collector.query.counting.rows import BATCH
 from collector.query.rollup import making
-from collector.query.warehouse import open_run
+from collector.query.warehouse import committed_files, open_run
 from collector.store.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
+    import pyarrow as pa
     from numpy.typing import NDArray
 
-Part = Literal["queries", "floor", "growth", "rollup"]
+Part = Literal["queries", "floor", "growth", "rollup", "large"]
 FREQUENCY = ("domain_specialization", "selection_frequency", "top_experts", "effective_experts", "language_overlap",
              "mutual_information", "log_odds", "reference_difference")  # fmt: skip
 """The frequency family: queries that read only counts by label."""
@@ -65,6 +71,8 @@ class Bench:
     """Tokens of the runs for `growth`; `rollup` uses the last one."""
     growing: tuple[str, ...] = GROWING
     """Queries for `growth`."""
+    repeats: int = 3
+    """Repetitions for `large`."""
     memory_limit: str = "4GB"
     """Memory limit of DuckDB for `growth`."""
 
@@ -240,10 +248,116 @@ def measure_rollup(bench: Bench) -> None:
         print(f"| `{name}` | {apart(run_rolled_up, root, name).cells()} |", flush=True)
 
 
+def row_groups(root: str, columns: Sequence[str]) -> Iterator[tuple[pa.Table, int, list[NDArray]]]:
+    """Yields the shard's tokens, the layer, and columns of `routing`, [T] each, of every row group.
+
+    A row group of a generated run holds a router's decisions about the tokens of a shard.
+    """
+    for path, tokens_path in zip(committed_files(root, "routing"), committed_files(root, "tokens"), strict=True):
+        tokens = pq.read_table(tokens_path, columns=["doc", "token_id"], use_threads=False)
+        file = pq.ParquetFile(path)
+        for layer in range(file.num_row_groups):
+            yield tokens, layer, arrays(file.read_row_group(layer, columns=[*columns], use_threads=False))
+
+
+def arrays(table: pa.Table) -> list[NDArray]:
+    """Returns the columns of a table without nulls."""
+    return [np.from_dlpack(column.combine_chunks()) for column in table.columns]
+
+
+def picks(name: str) -> list[str]:
+    """Returns the columns of experts, e, or weights, w."""
+    return [f"{name}{i}" for i in range(Geometry().top_k)]
+
+
+def floor_of_ids(root: str, *, top1: bool) -> int:
+    """Counts token ids by expert, and by the expert with the highest weight."""
+    size = (Geometry().layers, VOCABULARY * Geometry().experts)
+    counts = np.zeros((1 + top1, *size), np.uint32)
+    for tokens, layer, columns in row_groups(root, picks("e") + (picks("w") if top1 else [])):
+        (ids_t,) = arrays(tokens.select(["token_id"]))
+        start_t = ids_t.astype(np.int64) * Geometry().experts
+        experts_kt, weights_kt = columns[: Geometry().top_k], columns[Geometry().top_k :]
+        for expert_t in experts_kt:
+            np.add.at(counts[0, layer], start_t + expert_t, np.uint32(1))
+        if top1:
+            first_t = np.stack(experts_kt)[np.stack(weights_kt).argmax(0), np.arange(len(start_t))]
+            np.add.at(counts[1, layer], start_t + first_t, np.uint32(1))
+    return int(np.count_nonzero(counts[0]))
+
+
+def floor_of_ids_alone(root: str) -> int:
+    """Counts token ids by expert."""
+    return floor_of_ids(root, top1=False)
+
+
+def floor_of_ids_and_weights(root: str) -> int:
+    """Counts token ids by expert, and by the expert with the highest weight."""
+    return floor_of_ids(root, top1=True)
+
+
+def floor_of_pairs(root: str) -> int:
+    """Counts pairs of experts."""
+    experts = Geometry().experts
+    counts = np.zeros((Geometry().layers, experts**2), np.int64)
+    for _, layer, columns in row_groups(root, picks("e")):
+        for first in range(0, len(columns[0]), BATCH):
+            expert_kt = [column[first : first + BATCH].astype(np.int64) for column in columns]
+            for i, expert_t in enumerate(expert_kt):
+                for other_t in expert_kt[i + 1 :]:
+                    counts[layer] += np.bincount(expert_t * experts + other_t, minlength=experts**2)
+    return int(np.count_nonzero(counts))
+
+
+def floor_of_neighbours(root: str) -> int:
+    """Compares the experts of neighbouring tokens, by document."""
+    pairs = 0
+    for tokens, _, columns in row_groups(root, picks("e") + picks("w")):
+        (doc_t,) = arrays(tokens.select(["doc"]))
+        experts_kt = np.stack(columns[: Geometry().top_k])
+        first_t = experts_kt[np.stack(columns[Geometry().top_k :]).argmax(0), np.arange(len(doc_t))]
+        for first in range(0, len(doc_t) - 1, BATCH):
+            now, following = slice(first, min(first + BATCH, len(doc_t) - 1)), slice(first + 1, first + 1 + BATCH)
+            is_pair_t = doc_t[now] == doc_t[following]
+            shared_t = np.zeros(len(is_pair_t), np.uint8)
+            for expert_t in experts_kt:
+                for other_t in experts_kt:
+                    shared_t += expert_t[now] == other_t[following]
+            doc_p = doc_t[now][is_pair_t]
+            for value_t in (shared_t, shared_t > 0, first_t[now] == first_t[following]):
+                np.bincount(doc_p, value_t[is_pair_t])
+            pairs += len(doc_p)
+    return pairs
+
+
+LARGE = {
+    "expert_tokens": floor_of_ids_alone, "vocabulary_specialization": floor_of_ids_and_weights,
+    "expert_token_overlap": floor_of_ids_alone, "coactivation": floor_of_pairs, "repetition": floor_of_neighbours,
+}  # fmt: skip
+"""Query -> its floor."""
+
+
+def measure_large(bench: Bench) -> None:
+    """Prints the cost of queries that count more than label-level ones do, and of their floors."""
+    heads = ("tokens", "query", "seconds", "CPU s", "peak MB", "floor's seconds", "CPU s", "times", "times in CPU s")
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for tokens in dict.fromkeys((bench.tokens, bench.growth[-1])):
+        root = generated(bench.folder, tokens)
+        for name, counted in LARGE.items():
+            pairs = [(apart(run_rows, root, name, {}), apart(counted, root)) for _ in range(bench.repeats)]
+            cost, least = (min(each, key=lambda one: one.cpu) for each in zip(*pairs, strict=True))
+            floor_cells = f"{least.seconds:.2f} | {least.cpu:.2f}"
+            ratios = f"{cost.seconds / least.seconds:.1f} | {cost.cpu / least.cpu:.1f}"
+            print(f"| {tokens:,} | `{name}` | {cost.cells()} | {floor_cells} | {ratios} |", flush=True)
+
+
 def main(bench: Bench) -> None:
     """Measures the chosen parts."""
     print(f"load average when it began: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
-    measures = {"queries": measure_queries, "floor": measure_floor, "growth": measure_growth, "rollup": measure_rollup}
+    measures = {
+        "queries": measure_queries, "floor": measure_floor, "growth": measure_growth, "rollup": measure_rollup,
+        "large": measure_large,
+    }  # fmt: skip
     for part in bench.parts:
         measures[part](bench)
 

@@ -134,6 +134,8 @@ class Report:
     resamples: int = 200
     """Bootstrap samples for intervals, and permutations for the test of specialization; use 1000 for a paper.
     0 omits both, which is much faster."""
+    min_documents: int = 20
+    """Labels with fewer documents are marked, because what is special about them may be chance."""
 
     def __post_init__(self) -> None:
         """Rejects too few resamples."""
@@ -148,7 +150,7 @@ class Report:
         from collector.store.sweep_directory import SweepDirectory
 
         shown: dict[str, Any] = {"figures": self.figures, "layer": self.layer, "labels": self.labels,
-                                 "resamples": self.resamples}  # fmt: skip
+                                 "resamples": self.resamples, "min_documents": self.min_documents}  # fmt: skip
         with one_line_errors():
             if not SweepDirectory(self.run_).exists():
                 written = report.write(self.run_, self.out, compare=self.compare, **shown)

@@ -14,7 +14,7 @@ import tyro
 
 from collector.commands.arguments import RowFormat, RunPath
 
-_FLAGS = ("list", "format", "by", "beside", "interval", "column", "resamples", "seed", "help")
+_FLAGS = ("list", "format", "by", "match", "beside", "interval", "column", "resamples", "seed", "help")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class Query:
     Given RUN and --beside OTHER, two runs of the demo, it also contains example rows of each query."""
     by: str = "label"
     """What to group by: label (as recorded), source, script, length, position, token_class, span, role or phase."""
+    match: str | None = None
+    """Compare labels within strata that they share, weighted alike: groupings, for example position,token_class.
+    Only for queries over sums by label, which also take --interval; what had no match is counted."""
     format: Literal["table", "csv", "json", "parquet", "markdown"] = "table"
     """Format of the rows on standard output."""
     interval: float | None = None
@@ -51,7 +54,6 @@ class Query:
 
     def run(self) -> int:
         """Runs the query, or lists all queries."""
-        from collector.look import terminal
         from collector.query import warehouse
         from collector.store.sweep_directory import SweepDirectory
 
@@ -68,10 +70,30 @@ class Query:
             elif self.interval is not None:
                 self._resample(params)
             else:
-                run = warehouse.open_run(self.run_, by=self.by)
-                terminal.relation(run.query(self.name, **params), self.format)
-                sys.stderr.writelines(f"{remark}\n" for remark in run.remarks(self.name, **params))
+                self._ask(params)
         return 0
+
+    def _ask(self, params: dict[str, Any]) -> None:
+        import duckdb
+
+        from collector.look import terminal
+        from collector.query import inference, warehouse
+        from collector.query.catalog import find_query
+
+        run = warehouse.open_run(self.run_, by=self.by, match=self.match)
+        remarks: list[str] = []
+        if not find_query(self.name).biased:
+            rows = run.query(self.name, **params)
+        elif inference.is_quick(run):
+            rows = duckdb.from_arrow(inference.corrected(run, self.name, **params))
+        else:
+            rows = run.query(self.name, **params)
+            remarks = [
+                f"without the column `corrected`: it takes counts of documents, see `collector rollup {self.run_}`"
+            ]
+        terminal.relation(rows, self.format)
+        remarks += run.remarks(self.name, **params) + run.warnings(self.name, **params)
+        sys.stderr.writelines(f"{remark}\n" for remark in remarks)
 
     def _over_training(self, params: dict[str, Any]) -> None:
         from collector.look import terminal
@@ -79,7 +101,7 @@ class Query:
 
         if self.beside is not None:
             raise ValueError(f"{self.run_} is a sweep, whose runs are compared with its last one: leave out --beside")
-        sweep = open_sweep(self.run_, by=self.by)
+        sweep = open_sweep(self.run_, by=self.by, match=self.match)
         if self.interval is None:
             rows = sweep.query(self.name, **params)
         else:
@@ -96,7 +118,7 @@ class Query:
 
         if self.interval is not None:
             raise ValueError("--interval resamples the documents of one run: give it without --beside")
-        pair = comparison.open_runs(self.run_, self.beside or "", by=self.by)
+        pair = comparison.open_runs(self.run_, self.beside or "", by=self.by, match=self.match)
         rows = pair.query(self.name, **params)
         sys.stderr.writelines(f"not compared: {reason}\n" for reason in pair.unchecked())
         terminal.relation(rows, self.format)
@@ -106,10 +128,11 @@ class Query:
         from collector.look import terminal
         from collector.query import inference, warehouse
 
-        run = warehouse.open_run(self.run_, by=self.by)
+        run = warehouse.open_run(self.run_, by=self.by, match=self.match)
         terminal.uncertain(
             inference.intervals(run, self.name, column=self.column, **self._draws(), **params), self.format
         )
+        sys.stderr.writelines(f"{remark}\n" for remark in run.matched(self.name, **params))
 
     def _list(self) -> int:
         from collector.look import metrics_page, terminal

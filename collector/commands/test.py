@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from collector.commands.arguments import RowFormat, RunPath
+
+if TYPE_CHECKING:
+    from collector.query.warehouse import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,9 @@ class Test:
     """Seed of the permutations, splits or samples."""
     by: str = "label"
     """What to group by: label (as recorded), source, script or length, but not a grouping of tokens."""
+    match: str | None = None
+    """Compare labels within strata of tokens or documents: groupings, for example position,token_class.
+    Each label's choices are compared with those that all documents together make in its mix of strata."""
     stack: str | None = None
     """Test only the routers of this stack."""
     layer: int | None = None
@@ -61,7 +67,7 @@ class Test:
             "stack": self.stack, "layer": self.layer, "labels": self.labels, "include_special": self.include_special,
         }  # fmt: skip
         with warehouse.one_line_errors():
-            run = warehouse.open_run(self.run_, by=self.by)
+            run = warehouse.open_run(self.run_, by=self.by, match=self.match)
             if self.sample_size_curve:
                 table = inference.sample_size_curve(run, resamples=self.resamples, seed=self.seed, **where)
             elif self.split_half:
@@ -72,5 +78,14 @@ class Test:
                     alternative=self.alternative,
                 )  # fmt: skip
                 sys.stderr.write(f"{inference.remark(table, self.resamples, self.level)}\n")
+            sys.stderr.writelines(f"{remark}\n" for remark in self._matched(run, where))
             terminal.uncertain(table, self.format)
         return 0
+
+    def _matched(self, run: Run, where: dict[str, Any]) -> list[str]:
+        """Returns what a test or another question left out because it had no match."""
+        if run.matching is None:
+            return []
+        if self.split_half or self.sample_size_curve:
+            return run.matched("domain_specialization", **where)
+        return run.matching.test_remarks(where | {"labels": None if self.labels is None else [*self.labels]})

@@ -147,5 +147,4 @@ def _rows(result: duckdb.DuckDBPyRelation) -> str:
 
 
 def _text(value: object) -> str:
-    text = f"[{', '.join(map(_text, value))}]" if isinstance(value, list) else cell(value, digits=_DIGITS)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return cell(value, digits=_DIGITS).replace("|", "\\|").replace("\n", " ")

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40
 _WIDE = 200
-FEW_DOCUMENTS = 20
-"""Intervals from fewer documents are too uncertain to trust."""
 
 
 def console() -> Console:
@@ -282,14 +280,33 @@ def relation(result: duckdb.DuckDBPyRelation, style: str) -> None:
         import pyarrow.csv
         import pyarrow.parquet
 
-        write: Any = pyarrow.csv.write_csv if style == "csv" else pyarrow.parquet.write_table
-        write(result.to_arrow_table(), sys.stdout.buffer)
+        table = result.to_arrow_table()
+        if style == "csv":
+            pyarrow.csv.write_csv(_with_lists_as_json(table), sys.stdout.buffer)
+        else:
+            pyarrow.parquet.write_table(table, sys.stdout.buffer)
+
+
+def _with_lists_as_json(table: pa.Table) -> pa.Table:
+    """Returns the table with lists as text: a cell of CSV holds no list."""
+    import pyarrow as pa
+
+    for place, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type):
+            texts = [
+                None if value is None else json.dumps(value, ensure_ascii=False)
+                for value in table.column(place).to_pylist()
+            ]
+            table = table.set_column(place, field.name, pa.array(texts, pa.string()))
+    return table
 
 
 def uncertain(table: pa.Table, style: str) -> None:
     """Writes intervals or tests like `relation`, and warns on standard error of rows from few documents."""
     import duckdb
     import pyarrow.compute as pc
+
+    from collector.query.warehouse import FEW_DOCUMENTS
 
     relation(duckdb.from_arrow(table), style)
     counted = "available" if "available" in table.column_names else "documents"  # of a curve: the sample size
@@ -310,5 +327,7 @@ def _print_table(result: duckdb.DuckDBPyRelation) -> None:
 
 
 def cell(value: Any, digits: int = 4) -> str:
-    """Formats a value for a table, floats with this many significant digits."""
+    """Formats a value for a table, floats with this many significant digits, those of lists too."""
+    if isinstance(value, list):
+        return f"[{', '.join(cell(each, digits) for each in value)}]"
     return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,8 @@ denominators, the source, the meaning of a row, the views it reads, parameters f
     -- Params:
     --   m integer >= 1 = null: size of the sets (default: the layer's k)
 
-What of it an imported run may lack, it says under `Needs:`, see `lacking`.
+What of it an imported run may lack, it says under `Needs:`, see `lacking`; which of its metrics depend on the number of
+documents, under `Biased:`, see `inference.correction`.
 
 Guarantees: a query binds exactly the parameters that its statement uses, each with a value of the
 declared type. `warehouse` checks labels and layers against a run.
@@ -112,6 +113,8 @@ class Query:
     sql: str
     needs: tuple[Need, ...] = ()
     """What imported runs may lack, and for which parts of the answer it is needed."""
+    biased: tuple[str, ...] = ()
+    """Metrics whose values depend on the number of documents."""
 
     @property
     def of_two_runs(self) -> bool:
@@ -224,6 +227,7 @@ def _read_query(path: Path) -> Query:
     query = Query(
         name=path.stem, sql=sql, params=params, reads=split_names(header.pop("reads")),
         needs=read_needs(header.pop("needs", "")),
+        biased=tuple(filter(None, split_names(header.pop("biased", "")))),
         group=path.parent.name,
         **{key: header[key] for key in ("question", "formula", "source", "grain", "example")},
     )  # fmt: skip

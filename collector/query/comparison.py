@@ -81,8 +81,12 @@ class Comparison:
         """Returns what of the query's answer is left out, and why; see `Run.remarks`."""
         query = find_query(name)
         missing = self._left_out(query, params)
-        told = [] if missing is None else missing.remarks
-        return [*dict.fromkeys([*told, *(self.run.remarks(name, **params) if query.of_two_runs else ())])]
+        told = [] if missing is None else [*missing.remarks]
+        if query.of_two_runs:
+            told += self.run.remarks(name, **params)
+        else:  # the other run has the same tokens
+            told += self.run.matched(name, **params)
+        return [*dict.fromkeys(told)]
 
     def unchecked(self) -> tuple[str, ...]:
         """Describes what cannot be compared of the two runs' texts, and why; empty if everything can be."""
@@ -134,7 +138,12 @@ class Comparison:
 
 
 def open_runs(
-    root: str | os.PathLike[str], other: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True
+    root: str | os.PathLike[str],
+    other: str | os.PathLike[str],
+    *,
+    by: str = LABEL,
+    match: str | Sequence[str] | None = None,
+    rollup: bool = True,
 ) -> Comparison:
     """Opens two runs side by side, each local or on an object store.
 
@@ -142,6 +151,7 @@ def open_runs(
         root: the first run's directory: a path, or the URL that it was collected to.
         other: the second run's directory.
         by: what `label` means in all views and queries, see `open_run`.
+        match: what labels are matched on in each run, see `open_run`.
         rollup: whether to read counts from the runs' rollups, see `open_run`.
 
     Raises:
@@ -149,8 +159,8 @@ def open_runs(
         StoreError: an object store refuses or does not answer.
         ValueError: for the same reasons as `open_run`.
     """
-    first = locate(root, by=by, rollup=rollup)
-    second = locate(other, by=by, rollup=rollup, schema=OTHER, files_of=OtherRunFiles)
+    first = locate(root, by=by, match=match, rollup=rollup)
+    second = locate(other, by=by, match=match, rollup=rollup, schema=OTHER, files_of=OtherRunFiles)
     connection = locked_duckdb.connect(first.paths | second.paths, (*first.mounts, *second.mounts))
     connection.execute(f"create schema {OTHER};\n{first.script}\n{second.script}\n{_aligning_views(first, second)}")
     return Comparison(opened(first, connection), opened(second, connection), (os.fspath(root), os.fspath(other)))

@@ -140,7 +140,7 @@ def document_counts(
         if stack in (None, router["stack"]) and layer in (None, router["layer"]):
             where = {"stack": router["stack"], "layer": router["layer"]}
             params = {**where, "labels": chosen, "include_special": include_special}
-            rows = run.connection.cursor().sql(_ROWS, params=params).to_arrow_table()
+            rows = _counted(run).sql(_ROWS, params=params).to_arrow_table()
             if rows.num_rows:
                 counts = _dense(rows, n_experts=router["n_experts"], top_k=router["top_k"], **where)
                 if outputs:

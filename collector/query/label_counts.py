@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from collector.query.counting.rows import BATCH, batches, nobody, recorded_labels
 from collector.query.groupings import reads_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from collector.query.catalog import Query, Value
+    from collector.query.counting.rows import Batch
     from collector.store.tables import Layer
 
 _COUNTED = ("label_tokens", "label_counts")
@@ -38,12 +40,8 @@ cell // 2 // (len($names) + 1) + $first as layer, $names[cell // 2 % (len($names
 cell % 2 = 1 as is_special, columns(* exclude (cell))
 """
 """Decodes a cell."""
-_PLACES = "(select unnest($names) as label, unnest(range(1, len($names) + 1))::uinteger as place)"
-"""The number of each label, by a join: a search in the list would take as long as there are labels, for every row."""
-_BATCH = 40_000
-"""Rows of a batch, so that its arrays fit the processor's cache."""
 _ROWS_PER_LABEL = 40
-"""Rows of a batch for each label, so that adding up the cells of a batch costs less than counting its rows."""
+"""Least rows of a batch for each label, so that adding up the cells of a batch costs less than counting its rows."""
 _NUMBERS = 2**25
 """Numbers that a pass over the rows may hold (256 MB): one for each cell, expert and sum."""
 
@@ -99,8 +97,7 @@ class LabelCounts:
         """Counts these routers, replacing earlier counts without weights."""
         cursor = self._connection.cursor()
         cursor.execute(f"use {self._schema}")
-        recorded = "select label from labels union select label_set from label_sets order by 1"
-        names = [name for (name,) in cursor.execute(recorded).fetchall()]
+        names = recorded_labels(cursor)
         for own in _passes(layers, labels=len(names), sums=3 if weights else 1):
             stack, first = own[0].stack, own[0].layer
             counts = _count_pass(cursor, own, names, weights=weights)
@@ -153,20 +150,11 @@ def _count_pass(
     cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], names: Sequence[str], *, weights: bool
 ) -> _Counts:
     """Counts routers of one stack, in order, in one pass over the rows."""
-    counts = _Counts(_cells(layers, len(names)), experts=max(layer.n_experts for layer in layers), weighed=weights)
-    top_k = max(layer.top_k for layer in layers)
-    # A layer with fewer picks than others has nulls beyond them, which arrays cannot represent.
-    least = min(layer.top_k for layer in layers)
-    experts = [f"e{i}" if i < least else f"coalesce(e{i}::usmallint, {counts.nobody})" for i in range(top_k)]
-    weighed = [f"w{i}" if i < least else f"coalesce(w{i}, '-infinity')" for i in range(top_k) if weights]
-    rows = cursor.sql(
-        f"select {_CELL}, {', '.join(experts + weighed)} from routing left join {_PLACES} using (label) "
-        f"where stack = $stack and layer in ({_numbers(layers)})",
-        params={"stack": layers[0].stack, "first": layers[0].layer, "names": names},
-    )
-    for batch in rows.to_arrow_reader(max(_BATCH, _ROWS_PER_LABEL * len(names))):
-        cell_t, *picked = map(np.from_dlpack, batch.columns)  # to_numpy would import pandas
-        counts.add(cell_t, picked[:top_k], picked[top_k:])
+    counts = _Counts(_cells(layers, len(names)), nobody(layers), weighed=weights)
+    params = {"names": names, "first": layers[0].layer}
+    rows = max(BATCH, _ROWS_PER_LABEL * len(names))
+    for batch in batches(cursor, layers, [_CELL], weights=weights, params=params, rows=rows):
+        counts.add(batch.columns[0], batch)
     return counts
 
 
@@ -178,41 +166,34 @@ def _numbers(layers: Sequence[Layer]) -> str:
 class _Counts:
     """Counts by cell (see `_CELL`).
 
-    Axes: T rows of a batch, C cells of it, E experts plus one placeholder, S sums: picks, and with weights top-1 and
+    Axes: T rows of a batch, C cells of it, E experts and `nobody`, S sums: picks, and with weights top-1 and
     sums of weights.
     """
 
-    def __init__(self, cells: int, experts: int, *, weighed: bool) -> None:
-        self.nobody = experts
-        """Placeholder expert for missing picks."""
+    def __init__(self, cells: int, nobody: int, *, weighed: bool) -> None:
+        self._nobody = nobody
         self._tokens = np.zeros(cells, np.int64)
-        self._sums = np.zeros((cells, 3 if weighed else 1, experts + 1))
+        self._sums = np.zeros((cells, 3 if weighed else 1, nobody + 1))
         """[cells, S, E + 1]; counts are exact. Cells that do not occur take no memory, for nothing touches them."""
 
-    def add(self, cell_t: NDArray, experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> None:
-        """Counts rows.
-
-        Args:
-            cell_t: [T] cells.
-            experts_kt: k arrays, [T] experts.
-            weights_kt: k arrays, [T] weights, or none.
-        """
+    def add(self, cell_t: NDArray, batch: Batch) -> None:
+        """Counts rows; `cell_t` is [T]."""
         first = cell_t.min()
         cell_t = cell_t - first  # rows come router by router, so the remainders are small
         tokens = np.bincount(cell_t)
         cells = np.flatnonzero(tokens)
-        size = len(cells) * (self.nobody + 1)
+        size = len(cells) * (self._nobody + 1)
         starts = np.zeros(len(tokens), np.int64)
-        starts[cells] = np.arange(0, size, self.nobody + 1)
+        starts[cells] = np.arange(0, size, self._nobody + 1)
         start_t = starts[cell_t]
         sums = np.zeros((self._sums.shape[1], size))
-        for i, expert_t in enumerate(experts_kt):
+        for i, expert_t in enumerate(batch.experts_kt):
             place_t = start_t + expert_t
             sums[0] += np.bincount(place_t, minlength=size)
-            if weights_kt:
-                sums[2] += np.bincount(place_t, weights_kt[i], minlength=size)
-        if weights_kt:
-            sums[1] = np.bincount(start_t + _highest(experts_kt, weights_kt), minlength=size)
+            if batch.weights_kt:
+                sums[2] += np.bincount(place_t, batch.weights_kt[i], minlength=size)
+        if batch.weights_kt:
+            sums[1] = np.bincount(start_t + batch.highest(), minlength=size)
         self._tokens[first + cells] += tokens[cells]
         self._sums[first + cells] += sums.reshape(len(sums), len(cells), -1).swapaxes(0, 1)
 
@@ -227,16 +208,7 @@ class _Counts:
         Those of weights are left out if they were not counted.
         """
         cells = np.flatnonzero(self._tokens)
-        row, expert = np.nonzero(self._sums[cells, 0, : self.nobody])
+        row, expert = np.nonzero(self._sums[cells, 0, : self._nobody])
         picks, *weighed = (self._sums[cells[row], i, expert] for i in range(self._sums.shape[1]))
         counts: dict[str, NDArray] = {"cell": cells[row], "expert": expert, "picks": picks.astype(np.int64)}
         return counts | ({"top1": weighed[0].astype(np.int64), "weight_sum": weighed[1]} if weighed else {})
-
-
-def _highest(experts_kt: Sequence[NDArray], weights_kt: Sequence[NDArray]) -> NDArray:
-    """Returns the expert with the highest weight of each token, of shape [T], the first among equals."""
-    top_t, highest_t = experts_kt[0], weights_kt[0]
-    for expert_t, weight_t in zip(experts_kt[1:], weights_kt[1:], strict=True):
-        higher_t = weight_t > highest_t
-        top_t, highest_t = np.where(higher_t, expert_t, top_t), np.where(higher_t, weight_t, highest_t)
-    return top_t

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Protocol
 
-from collector.query.catalog import LABEL_SUMS, label_level_names, query_folder
+from collector.query.catalog import LABEL_SUMS, find_query, label_level_names, query_folder
 from collector.query.groupings import LABEL, Grouping, find_grouping, reads_of
 
 if TYPE_CHECKING:
@@ -35,19 +35,31 @@ SEPARATOR = "\x1f"
 _TOLD = 6
 """Labels that a remark names."""
 _SHARES = """-- Reads: {relation}
+with first_layers as (
+    select stack, min(layer) as layer
+    from filtered('{relation}', $stack, $layer, null, true)
+    group by stack
+),
+
+cells as (
+    select
+        weights.*,
+        count(distinct stratum) over (partition by stack) as strata,
+        count(*) over (partition by stack, stratum) = 1 as is_alone
+    from stratum_weights('{relation}', $stack, $layer, $labels, $include_special) as weights
+    where (stack, layer) in (from first_layers) or layer is null
+)
+
 select
     stack,
     label,
     sum(tokens)::bigint as tokens,
     coalesce(sum(tokens) filter (where not is_shared), 0)::bigint as unmatched,
     coalesce(sum(least) filter (where is_shared), 0)::bigint as matched,
-    count_if(is_shared) as shared_strata,
-    count(*) as strata
-from stratum_weights('{relation}', $stack, $layer, $labels, $include_special)
-where layer is not distinct from (
-    select min(layer)
-    from filtered('{relation}', $stack, $layer, null, true)
-)
+    coalesce(sum(tokens) filter (where is_alone), 0)::bigint as alone,
+    count_if(is_shared) as shared,
+    any_value(strata) as strata
+from cells
 group by stack, label
 order by unmatched / sum(tokens) desc, label, stack
 """
@@ -183,13 +195,25 @@ class Matching:
             unmatched = [f"{row['unmatched'] / row['tokens']:.1%} of {row['label']}" for row in own if row["unmatched"]]
             more = f" and less of {len(unmatched) - _TOLD} more" if len(unmatched) > _TOLD else ""
             where = f" of the {stack}" if len({row["stack"] for row in rows}) > 1 else ""
+            none = f"; without a match: {', '.join(unmatched[:_TOLD])}{more}" if unmatched else ""
             told.append(
-                f"matched on {self.name}{where}: {len(own)} labels share {own[0]['shared_strata']} strata and count as "
-                f"{own[0]['matched']:,} tokens each; of their tokens "
-                + (", ".join(unmatched[:_TOLD]) + more if unmatched else "none")
-                + " had no match"
+                f"matched on {self.name}{where}: {len(own)} labels share {own[0]['shared']} of {own[0]['strata']} "
+                f"strata and count as {own[0]['matched']:,} tokens each{none}"
             )
         return told
+
+    def test_remarks(self, values: Mapping[str, Value]) -> list[str]:
+        """Returns how much of the text a test of each label against the others leaves out, because no other has it.
+
+        Args:
+            values: stack, layer, labels and include_special, as parameters of queries.
+        """
+        rows = self._shares(find_query("domain_specialization"), values)
+        alone, tokens = (sum(row[name] for row in rows) for name in ("alone", "tokens"))
+        return [
+            f"matched on {self.name}: {alone / max(tokens, 1):.1%} of the tokens are in strata of one label alone, and "
+            "are left out"
+        ]
 
     def _sums(self, name: str, query: Query, values: Mapping[str, Value]) -> pa.Table:
         return self._ask((query_folder() / "matched" / f"{name}.sql").read_text(encoding="utf-8"), query, values)

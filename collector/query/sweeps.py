@@ -20,6 +20,7 @@ from collector.query import inference
 from collector.query.catalog import find_query
 from collector.query.comparison import open_runs
 from collector.query.groupings import LABEL, find_grouping
+from collector.query.matching import find_strata
 from collector.query.warehouse import open_run
 from collector.store.sweep_directory import SweepDirectory
 
@@ -53,7 +54,15 @@ class SweptRun:
 class Sweep:
     """The runs of several checkpoints of one training, in the order of training."""
 
-    def __init__(self, root: str, runs: Sequence[SweptRun], *, by: str = LABEL, rollup: bool = True) -> None:
+    def __init__(
+        self,
+        root: str,
+        runs: Sequence[SweptRun],
+        *,
+        by: str = LABEL,
+        match: str | Sequence[str] | None = None,
+        rollup: bool = True,
+    ) -> None:
         self.root = root
         """The sweep's folder or URL."""
         self.runs = tuple(run for run in runs if run.complete)
@@ -62,6 +71,8 @@ class Sweep:
         """The others, begun or not."""
         self.by = by
         """What `label` means, see `open_run`."""
+        self.match = match
+        """What labels are matched on, see `open_run`."""
         self._rollup = rollup
 
     @property
@@ -110,10 +121,10 @@ class Sweep:
         return [f"without {missing}: not complete, collector status {self.root} says why"] if missing else []
 
     def _open(self, run: SweptRun) -> Run:
-        return open_run(run.root, by=self.by, rollup=self._rollup)
+        return open_run(run.root, by=self.by, match=self.match, rollup=self._rollup)
 
     def _beside_last(self, run: SweptRun) -> Comparison:
-        return open_runs(run.root, self.last.root, by=self.by, rollup=self._rollup)
+        return open_runs(run.root, self.last.root, by=self.by, match=self.match, rollup=self._rollup)
 
     def _gather(self, runs: Sequence[SweptRun], ask: Callable[[SweptRun], pa.Table]) -> duckdb.DuckDBPyRelation:
         answers = [_marked(ask(run), run) for run in runs]
@@ -132,12 +143,19 @@ def _marked(rows: pa.Table, run: SweptRun) -> pa.Table:
     return pa.Table.from_arrays([*columns, *rows.columns], names=[*COLUMNS, *rows.column_names])
 
 
-def open_sweep(root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = True) -> Sweep:
+def open_sweep(
+    root: str | os.PathLike[str],
+    *,
+    by: str = LABEL,
+    match: str | Sequence[str] | None = None,
+    rollup: bool = True,
+) -> Sweep:
     """Opens what `collector sweep` wrote, local or on an object store.
 
     Args:
         root: the sweep's folder or URL.
         by: what `label` means in all queries, see `open_run`.
+        match: what labels are matched on in each run, see `open_run`.
         rollup: whether to read counts from the runs' rollups, see `open_run`.
 
     Raises:
@@ -146,6 +164,7 @@ def open_sweep(root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = 
         ValueError: no run is complete, or the grouping does not exist.
     """
     find_grouping(by)
+    find_strata(match, by)
     directory = SweepDirectory(root)
     runs = [
         SweptRun(
@@ -154,7 +173,7 @@ def open_sweep(root: str | os.PathLike[str], *, by: str = LABEL, rollup: bool = 
         )
         for each in directory.checkpoints()
     ]  # fmt: skip
-    sweep = Sweep(directory.root, runs, by=by, rollup=rollup)
+    sweep = Sweep(directory.root, runs, by=by, match=match, rollup=rollup)
     if not sweep.runs:
         raise ValueError(f"no run of {directory.root} is complete yet: collector status {directory.root} says why")
     return sweep

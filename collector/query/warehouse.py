@@ -18,6 +18,7 @@ import duckdb
 from collector.models.edits import parse_arm
 from collector.query import locked_duckdb
 from collector.query.catalog import Query, Value, find_query, list_queries, remarks_of
+from collector.query.counting import macros as computed
 from collector.query.groupings import LABEL
 from collector.query.label_counts import LabelCounts, counts_tokens
 from collector.query.lacking import left_out
@@ -39,6 +40,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Query", "Run", "committed_files", "list_queries", "one_line_errors", "open_run", "views_sql"]
 
+FEW_DOCUMENTS, FEW_PICKS = 20, 20
+"""A label with fewer documents, or fewer picks per expert on average, tells little."""
+_FEW = """
+select label
+from labels
+where
+    ($labels is null or list_contains($labels, label))
+    and (documents < $documents or tokens * (select min(top_k / n_experts) from layers) < $picks)
+order by tokens, label
+"""
+_TOLD = 6
+"""Labels that a remark names."""
 _READS_ONLY = "only a single statement that reads (SELECT …) can run here"
 
 
@@ -58,6 +71,7 @@ class Run:
         absent: Mapping[str, str] | None = None,
         strata: Run | None = None,
         match: str = "",
+        has_rollup: bool = False,
     ) -> None:
         self.connection = connection
         """In-memory DuckDB that holds the views."""
@@ -77,6 +91,8 @@ class Run:
         """What views need that this run cannot have, by name."""
         self.matching = None if strata is None else Matching(match, self, strata)
         """Weighs labels alike in the strata that they share, if they are matched."""
+        self.has_rollup: bool = has_rollup if strata is None else strata.has_rollup
+        """Whether the views read counts of documents from a rollup."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
         """Runs a query of `queries/`.
@@ -106,8 +122,10 @@ class Run:
         cursor = self.cursor()
         if self._label_counts is not None:
             self._label_counts.provide(cursor, query, values)
+        layers = tables.recorded_layers(self.info)
+        computed.provide(cursor, query, values, layers, has_weights="weights" not in self.lacks)
         if placements.NAME in query.reads:
-            cursor.register(placements.NAME, placements.rows(cursor, tables.recorded_layers(self.info), values))
+            cursor.register(placements.NAME, placements.rows(cursor, layers, values))
         if self.matching is not None:
             self.matching.provide(cursor, query, values)
         answer = cursor.sql(query.sql, params=values)
@@ -132,12 +150,43 @@ class Run:
         values = self.bind(query, params)
         missing = self.left_out(query, values)
         told = [] if missing is None else [*missing.remarks]
-        told += [] if self.matching is None else self.matching.remarks(query, values)
+        told += self.matched(name, **params)
         if select is None:
             return told
         used = duckdb.extract_statements(select)[0].named_parameters
         rows = self.cursor().sql(select, params={key: values[key] for key in used}).fetchall()
         return [*told, *(remark for (remark,) in rows)]
+
+    def matched(self, name: str, **params: object) -> list[str]:
+        """Returns how much of each label's text was matched for a query with these parameters; none if labels are not.
+
+        Args:
+            name: of a label-level query.
+            **params: as for `query`.
+        """
+        query = find_query(name)
+        return [] if self.matching is None else self.matching.remarks(query, self.bind(query, params))
+
+    def warnings(self, name: str, **params: object) -> list[str]:
+        """Returns which labels have so little text that a label-level query tells little about them.
+
+        Args:
+            name: of the query.
+            **params: as for `query`.
+        """
+        query = find_query(name)
+        if not query.is_label_level:
+            return []
+        labels = self.bind(query, params)["labels"]
+        params = {"labels": labels, "documents": FEW_DOCUMENTS, "picks": FEW_PICKS}
+        few = [label for (label,) in self.cursor().sql(_FEW, params=params).fetchall()]
+        if not few:
+            return []
+        named = ", ".join(few[:_TOLD]) + (f" and {len(few) - _TOLD} more" if len(few) > _TOLD else "")
+        return [
+            f"{named}: fewer than {FEW_DOCUMENTS} documents, or {FEW_PICKS} picks per expert: what differs may be "
+            "chance, which --interval 95 tells"
+        ]
 
     def bind(self, query: Query, params: Mapping[str, object]) -> dict[str, Value]:
         """Returns values for all parameters of a query, checked against this run.
@@ -293,6 +342,7 @@ def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
     return Run(
         connection, located.info, complete=located.complete, by=located.by, schema=located.schema,
         several_labels=located.several_labels, label_counts=counts, absent=located.absent, match=located.match,
+        has_rollup=not counts_tokens(located.views),
         strata=None if located.strata is None else opened(located.strata, connection),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@
 -- Source: perplexity of the load; the effective number (Hill number of order 1) of ecology.
 -- Grain: metric, stack, layer, label. n = N_D, the tokens of the label.
 -- Reads: assignments
+-- Biased: effective_experts
 -- Example: --layer 4 --labels eng_Latn,kor_Hang
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

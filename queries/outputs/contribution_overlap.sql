@@ -10,6 +10,7 @@
 -- Grain: metric, stack, layer, label_a, label_b, both orders of each pair. n = the smaller of n_a and n_b,
 --   the tokens of the labels.
 -- Reads: assignments, label_outputs
+-- Biased: weighted_jaccard, cosine, jsd
 -- Example: --layer 4 --labels bul_Cyrl,kor_Hang,rus_Cyrl
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -7,6 +7,7 @@
 --   parallel sentences (see routing_divergence for these).
 -- Grain: metric, stack, layer. n = pairs of labels; no row for a single label.
 -- Reads: assignments
+-- Biased: language_divergence
 -- Example: --labels eng_Latn,kor_Hang,rus_Cyrl
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

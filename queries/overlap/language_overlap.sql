@@ -11,6 +11,7 @@
 -- Grain: metric, stack, layer, label_a, label_b, both orders of each pair. n = the smaller of n_a and
 --   n_b, the tokens of the labels; m as applied.
 -- Reads: assignments
+-- Biased: weighted_jaccard, cosine, jsd
 -- Example: --layer 4 --labels bul_Cyrl,kor_Hang,rus_Cyrl
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -71,32 +72,12 @@ sizes as (
     from paired
 ),
 
-intersections as (
-    select
-        n_experts,
-        size_a,
-        size_b,
-        unnest(range(greatest(size_a + size_b - n_experts, 0), least(size_a, size_b) + 1)) as i
-    from sizes
-),
-
--- the hypergeometric probability through ln n! = lgamma(n + 1)
+-- once for all pairs of labels
 expected as (
     select
-        n_experts,
-        size_a,
-        size_b,
-        sum(
-            i / (size_a + size_b - i)
-            * exp(
-                lgamma(size_a + 1) + lgamma(n_experts - size_a + 1)
-                + lgamma(size_b + 1) + lgamma(n_experts - size_b + 1)
-                - lgamma(i + 1) - lgamma(size_a - i + 1) - lgamma(size_b - i + 1)
-                - lgamma(n_experts - size_a - size_b + i + 1) - lgamma(n_experts + 1)
-            )
-        ) as expected_jaccard
-    from intersections
-    group by n_experts, size_a, size_b
+        *,
+        expected_jaccard(n_experts, size_a, size_b) as expected_jaccard
+    from sizes
 ),
 
 compared as (

@@ -11,6 +11,7 @@
 --   picks without replacement.
 -- Grain: metric, stack, layer. n = tokens of all labels, labels = #D.
 -- Reads: assignments
+-- Biased: mutual_information, normalized_mutual_information
 -- Example: --layer 4
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

@@ -18,60 +18,17 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   min_count integer >= 1 = 10: ids that occur less often are left out
-with chosen as (
-    select *
-    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
-    where
-        token_id is not null
-),
-
-assigned as (
+with favourites as (
     select
         stack,
         layer,
-        token_id,
-        expert as top_expert,
-        unnest(experts)::integer as expert
-    from chosen
-),
-
-counted as (
-    select
-        stack,
-        layer,
-        token_id,
-        expert,
-        count(*) as picks,
-        count_if(expert = top_expert) as top1
-    from assigned
-    where expert is not null
-    group by stack, layer, token_id, expert
-),
-
-occurring as (
-    select
-        stack,
-        layer,
-        token_id,
-        count(*) as tokens
-    from chosen
-    group by stack, layer, token_id
-    having count(*) >= $min_count
-),
-
-favourites as (
-    select
-        counted.stack,
-        counted.layer,
-        counted.token_id,
-        any_value(occurring.tokens) as tokens,
-        max(counted.picks) / any_value(occurring.tokens) as topk_share,
-        max(counted.top1) / any_value(occurring.tokens) as top1_share,
-        arg_max(counted.expert, (counted.picks, -counted.expert)) as topk_expert,
-        arg_max(counted.expert, (counted.top1, -counted.expert)) as top1_expert
-    from counted
-    inner join occurring using (stack, layer, token_id)
-    group by counted.stack, counted.layer, counted.token_id
+        tokens,
+        list_max(picks) / tokens as topk_share,
+        list_max(top1) / tokens as top1_share,
+        experts[list_position(picks, list_max(picks))] as topk_expert,
+        experts[list_position(top1, list_max(top1))] as top1_expert
+    from token_counts('token_decisions', $stack, $layer, $labels, $include_special)
+    where tokens >= $min_count
 ),
 
 ranked as (

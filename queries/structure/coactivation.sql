@@ -17,126 +17,23 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   mode varchar = paper: paper, or released
-with ordered as (
-    select
-        *,
-        -- grading the weights alone would leave the order of equal ones open; missing ones go last
-        list_grade_up(
-            list_zip(list_transform(weights, lambda w: coalesce(-w, 'infinity'::float)), range(len(weights)))
-        ) as weight_order
-    from filtered('decisions', $stack, $layer, $labels, $include_special)
-),
-
-chosen as (
-    select
-        stack,
-        layer,
-        if($mode = 'released', list_select(experts, weight_order), experts) as experts
-    from ordered
+with counted as (
+    select *
+    from pair_counts('decisions', $stack, $layer, $labels, $include_special, $mode = 'released')
     where
         case when $mode in ('paper', 'released') then true else error('mode takes paper or released') end
-),
-
-ranks as (
-    select unnest(range(1, max(top_k) + 1)) as rank
-    from layers
-),
-
-ranked_pairs as (
-    select
-        a.rank as first_rank,
-        b.rank as second_rank
-    from ranks as a
-    inner join ranks as b on a.rank < b.rank
-),
-
-counted_pairs as (
-    select *
-    from ranked_pairs
-    where $mode = 'paper' or second_rank = first_rank + 1
-),
-
-pairs as (
-    select
-        chosen.stack,
-        chosen.layer,
-        chosen.experts[counted_pairs.first_rank] as a,
-        chosen.experts[counted_pairs.second_rank] as b
-    from chosen
-    cross join counted_pairs
-),
-
-counted as (
-    select
-        stack,
-        layer,
-        a,
-        b,
-        count(*) as together
-    from pairs
-    where b is not null
-    group by stack, layer, a, b
-),
-
-mirrored as (
-    select
-        stack,
-        layer,
-        a as expert,
-        b as other_expert,
-        together
-    from counted
-    union all
-    select
-        stack,
-        layer,
-        b as expert,
-        a as other_expert,
-        together
-    from counted
-),
-
-summed as (
-    select
-        stack,
-        layer,
-        expert,
-        other_expert,
-        sum(together)::bigint as together
-    from mirrored
-    group by stack, layer, expert, other_expert
-),
-
-picked as (
-    select
-        stack,
-        layer,
-        unnest(experts) as expert
-    from chosen
-),
-
-totals as (
-    select
-        stack,
-        layer,
-        expert,
-        count(*) as n
-    from picked
-    where expert is not null
-    group by stack, layer, expert
 )
 
 select
     if($mode = 'paper', 'coactivation', 'adjacent_coactivation') as metric,
-    summed.stack,
-    summed.layer,
-    summed.expert::integer as expert,
-    summed.other_expert::integer as other_expert,
-    summed.together / totals.n as value,
+    counted.stack,
+    counted.layer,
+    counted.expert,
+    counted.other_expert,
+    counted.together / counted.picks as value,
     (layers.top_k - 1) / (layers.n_experts - 1) * if($mode = 'paper', 1, 2 / layers.top_k) as baseline,
-    totals.n,
-    summed.together as count
-from summed
-inner join totals using (stack, layer, expert)
+    counted.picks as n,
+    counted.together as count
+from counted
 inner join layers using (stack, layer)
-order by metric, summed.stack, summed.layer, summed.expert, summed.other_expert
+order by metric, counted.stack, counted.layer, counted.expert, counted.other_expert

@@ -15,51 +15,39 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   min_count integer >= 1 = 1: times that an expert must have received an id
-with chosen as (
+-- ids without gaps, so that sets are strings of bits, 4096 ids in each: pairs then cost words, not ids
+with numbered as (
     select
         stack,
         layer,
-        token_id,
-        experts
-    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
-    where
-        token_id is not null
+        row_number() over (partition by stack, layer order by token_id) - 1 as number,
+        experts,
+        picks
+    from token_counts('token_decisions', $stack, $layer, $labels, $include_special)
+    where list_max(picks) >= $min_count
 ),
 
 picked as (
     select
         stack,
         layer,
-        token_id,
-        unnest(experts) as expert
-    from chosen
+        number,
+        unnest(experts) as expert,
+        unnest(picks) as picks
+    from numbered
 ),
 
 received as (
-    select
-        stack,
-        layer,
-        expert,
-        token_id
+    select *
     from picked
-    where expert is not null
-    group by stack, layer, expert, token_id
-    having count(*) >= $min_count
-),
-
--- ids without gaps, so that sets are strings of bits, 4096 ids in each: pairs then cost words, not ids
-numbered as (
-    select
-        *,
-        dense_rank() over (partition by stack, layer order by token_id) - 1 as number
-    from received
+    where picks >= $min_count
 ),
 
 vocabularies as (
     select
         stack,
         layer,
-        max(number) + 1 as ids
+        count(*) as ids
     from numbered
     group by stack, layer
 ),
@@ -72,7 +60,7 @@ blocks as (
         number // 4096 as block,
         count(*) as size,
         bitstring_agg(number % 4096, 0, 4095) as bits
-    from numbered
+    from received
     group by stack, layer, expert, number // 4096
 ),
 

@@ -16,49 +16,12 @@
 --   labels varchar[] = null: only these labels (default: all)
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
-with chosen as (
-    select
-        shard,
-        stack,
-        layer,
-        label,
-        doc,
-        position,
-        expert,
-        experts
-    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
-),
-
-followed as (
-    select
-        stack,
-        layer,
-        label,
-        position,
-        expert,
-        experts,
-        lead(position) over text as next_position,
-        lead(expert) over text as next_expert,
-        lead(experts) over text as next_experts
-    from chosen
-    window text as (partition by shard, stack, layer, doc order by position)
-),
-
-compared as (
-    select
-        stack,
-        layer,
-        label,
-        expert = next_expert as is_same,
-        list_sum(list_transform(experts, lambda e: list_contains(next_experts, e)::integer)) as shared
-    from followed
-    where next_position = position + 1
-),
-
-expanded as (
-    select compared.* replace (coalesce(label_sets.label, compared.label) as label)
-    from compared
-    left join label_sets on compared.label = label_sets.label_set
+with expanded as (
+    select counted.* replace (coalesce(label_sets.label, counted.label) as label)
+    from
+        neighbour_counts('token_decisions', $stack, $layer, $labels, $include_special)
+            as counted
+    left join label_sets on counted.label = label_sets.label_set
 ),
 
 labelled as (
@@ -74,10 +37,10 @@ measured as (
         labelled.label,
         layers.n_experts as e,
         layers.top_k as k,
-        count(*) as n,
-        count_if(labelled.is_same) / count(*) as top1_same,
-        count_if(labelled.shared > 0) / count(*) as any_shared,
-        avg(labelled.shared) as mean_shared
+        sum(labelled.pairs)::bigint as n,
+        sum(labelled.same_top1) / sum(labelled.pairs) as top1_same,
+        sum(labelled.any_shared) / sum(labelled.pairs) as any_shared,
+        sum(labelled.shared) / sum(labelled.pairs) as mean_shared
     from labelled
     inner join layers using (stack, layer)
     group by labelled.stack, labelled.layer, labelled.label, layers.n_experts, layers.top_k

@@ -7,7 +7,7 @@
 -- Grain: metric, stack, layer, expert, rank from 1 to $n; by value, then by N_xe, then by id. token is the id
 --   where there is no vocabulary. n = N_x, all labels together; count = N_xe. No rows where the run dropped
 --   the ids of its tokens.
--- Reads: token_decisions, layers
+-- Reads: token_decisions, layers, vocab
 -- Example: --layer 4 --n 3
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)
@@ -17,89 +17,42 @@
 --     language codes); they say nothing about the text
 --   min_count integer >= 1 = 10: ids that occur less often are left out
 --   n integer >= 1 = 10: tokens of each expert
-with chosen as (
+with favourites as (
     select
         stack,
         layer,
         token_id,
-        token,
-        experts
-    from filtered('token_decisions', $stack, $layer, $labels, $include_special)
-    where
-        token_id is not null
-),
-
-assigned as (
-    select
-        stack,
-        layer,
-        token_id,
-        token,
-        unnest(experts)::integer as expert
-    from chosen
-),
-
-counted as (
-    select
-        stack,
-        layer,
-        token_id,
-        expert,
-        any_value(token) as token,
-        count(*) as picks
-    from assigned
-    where expert is not null
-    group by stack, layer, token_id, expert
-),
-
-occurring as (
-    select
-        stack,
-        layer,
-        token_id,
-        count(*) as tokens
-    from chosen
-    group by stack, layer, token_id
-    having count(*) >= $min_count
-),
-
-favourites as (
-    select
-        stack,
-        layer,
-        token_id,
-        any_value(token) as token,
-        arg_max(expert, (picks, -expert)) as expert,
-        max(picks) as picks
-    from counted
-    group by stack, layer, token_id
+        tokens,
+        list_max(picks) as picks,
+        experts[list_position(picks, list_max(picks))] as expert
+    from token_counts('token_decisions', $stack, $layer, $labels, $include_special)
+    where tokens >= $min_count
 ),
 
 ranked as (
     select
-        favourites.*,
-        occurring.tokens,
+        *,
         row_number() over (
-            partition by favourites.stack, favourites.layer, favourites.expert
-            order by favourites.picks / occurring.tokens desc, favourites.picks desc, favourites.token_id asc
+            partition by stack, layer, expert
+            order by picks / tokens desc, picks desc, token_id asc
         ) as rank
     from favourites
-    inner join occurring using (stack, layer, token_id)
 )
 
 select
     'expert_tokens' as metric,
     ranked.stack,
     ranked.layer,
-    ranked.expert,
+    ranked.expert::integer as expert,
     ranked.rank,
     ranked.token_id,
-    coalesce(ranked.token, ranked.token_id::varchar) as token,
+    coalesce(vocab.token, ranked.token_id::varchar) as token,
     ranked.picks / ranked.tokens as value,
     layers.top_k / layers.n_experts as baseline,
     ranked.tokens as n,
-    ranked.picks as count
+    ranked.picks::bigint as count
 from ranked
 inner join layers using (stack, layer)
+left join vocab on ranked.token_id = vocab.token_id
 where ranked.rank <= $n
 order by ranked.stack, ranked.layer, ranked.expert, ranked.rank

@@ -18,8 +18,9 @@ import pytest
 
 from collector import __main__ as cli
 from collector.config import CaptureConfig, DataConfig, LaunchConfig, ModelConfig
+from collector.look import terminal
 from collector.query.comparison import list_comparisons
-from collector.query.warehouse import list_queries
+from collector.query.warehouse import list_queries, open_run
 from tests.helpers.command_line import collector
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import collect_here, run_config, write_jsonl
@@ -126,6 +127,14 @@ def test_all_formats_say_the_same(run):
     table = list(csv.DictReader(io.StringIO(out["csv"].decode())))
     assert [float(row["value"]) for row in table] == [row["value"] for row in rows]
     assert len(out["table"].decode().strip().splitlines()) == 1 + len(rows)
+
+
+def test_lists_are_json_in_csv_and_short_in_a_table(run, capsysbinary):
+    rows = open_run(run).query("dynamic_k", layer=1).fetchall()
+    assert cli.parse(["query", str(run), "dynamic_k", "--layer", "1", "--format", "csv"]).run() == 0
+    table = list(csv.DictReader(io.StringIO(capsysbinary.readouterr().out.decode())))
+    assert [json.loads(row["shares"]) for row in table] == [row[-1] for row in rows]
+    assert terminal.cell([2 / 3, 1, None]) == "[0.6667, 1, ]"
 
 
 def test_two_runs_stand_side_by_side(run, capsys):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
+from collector.query.catalog import find_query
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
 from tests.helpers.synthetic import Shard, random_shard, write_run
@@ -58,6 +59,12 @@ def opened(layers: Sequence[Layer], shards: Sequence[Shard], *, store: Sequence[
     """The run of these shards, for as long as the context."""
     with tempfile.TemporaryDirectory() as folder:
         yield open_run(write_run(Path(folder, "run"), layers, shards, store=store))
+
+
+def by_sql(run: Run, name: str, **params: object) -> list[tuple]:
+    """What the query says over the views and macros as they are, of which nothing is counted on demand."""
+    query = find_query(name)
+    return run.cursor().sql(query.sql, params=run.bind(query, params)).fetchall()
 
 
 def keyed(run: Run, name: str, keys: int, **params: object) -> dict:

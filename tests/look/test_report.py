@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 import struct
@@ -409,6 +410,18 @@ def test_more_languages_and_experts_than_fit_are_capped_and_told(tmp_path, pair)
     assert len(set(columns["expert"])) == 353
     assert "Only the 353 most specialised of up to 400 experts are shown" in text
     assert run.parent.joinpath("report.html").stat().st_size < 5e6
+
+
+def test_languages_with_few_documents_are_marked(tmp_path, pair, page):
+    marked = {
+        figure["name"]
+        for figure in payload(page)["figures"]
+        if "\u2020" in json.dumps(figure["spec"], ensure_ascii=False)
+    }
+    assert {"specialization", "top-experts"} <= marked
+    assert "† marks 4 of the languages, which have fewer than 20 documents" in page
+    write(str(pair[0]), tmp_path / "report.html", resamples=0, min_documents=10)
+    assert "†" not in (tmp_path / "report.html").read_text()
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path, pair):

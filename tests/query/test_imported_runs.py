@@ -34,6 +34,7 @@ OF_IDS = {
     "conditional_mutual_information", "domain_specialization", "log_odds", "mutual_information", "reference_difference",
     "language_divergence", "language_overlap", "dropped_tokens", "effective_experts", "expert_load", "coactivation",
     "expert_token_overlap", "position_profile", "expert_tokens", "plan_transfer", "phase_divergence",
+    "committee", "label_npmi", "token_npmi",
 }  # fmt: skip
 """Queries that ids answer alone."""
 IN_PART = {
@@ -41,7 +42,8 @@ IN_PART = {
     "fertility", "token_trace",
 }  # fmt: skip
 OF_WEIGHTS = {
-    "router_entropy", "router_entropy_quantiles", "router_stats", "layer_transition", "routing_divergence"
+    "router_entropy", "router_entropy_quantiles", "router_stats", "dynamic_k", "layer_transition",
+    "routing_divergence",
 }  # fmt: skip
 """Queries of the routing that ids cannot answer. Those of what only a model tells are all the others."""
 
@@ -228,6 +230,7 @@ def flames(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
         *sorted((OF_IDS | IN_PART) - {"phase_divergence"}),
         "router_entropy",
         "router_entropy_quantiles",
+        "dynamic_k",
         "layer_transition",
     ],
 )

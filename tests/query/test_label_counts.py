@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from collector.query import label_counts
 from collector.query.catalog import find_query, list_queries
 from collector.query.rollup import making
-from collector.query.warehouse import Run, open_run
+from collector.query.warehouse import open_run
 from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
-from tests.helpers.query_runs import assert_same_rows, few_examples, opened, random_runs
+from tests.helpers.query_runs import assert_same_rows, by_sql, few_examples, opened, random_runs
 from tests.helpers.synthetic import Shard, random_shard, write_run
 
 LAYERS = [
@@ -45,12 +45,6 @@ def passes(monkeypatch) -> list[tuple[set, bool]]:
 
     monkeypatch.setattr(label_counts, "_count_pass", watched)
     return made
-
-
-def by_sql(run: Run, name: str, **params: object) -> list[tuple]:
-    """What the query says over the views as they are, which count nothing on demand."""
-    query = find_query(name)
-    return run.cursor().sql(query.sql, params=run.bind(query, params)).fetchall()
 
 
 @settings(few_examples, max_examples=5)  # each asks most queries four times

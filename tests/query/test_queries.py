@@ -13,6 +13,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 from hypothesis import given
@@ -190,8 +191,11 @@ def test_every_query_has_a_case() -> None:
 
 
 @few_examples
-@given(random=random_runs(), include_special=st.booleans(), m=st.none() | st.integers(1, 14), n=st.integers(1, 14))
-def test_agrees_with_numpy_on_random_runs(random, include_special, m, n) -> None:
+@given(
+    random=random_runs(), include_special=st.booleans(), m=st.none() | st.integers(1, 14), n=st.integers(1, 14),
+    share=st.sampled_from(["0.25", "0.5", "0.8", "1"]),
+)  # fmt: skip
+def test_agrees_with_numpy_on_random_runs(random, include_special, m, n, share) -> None:
     layers, shards = random
     with opened(layers, shards) as run:
         found = list(groups(layers, shards, include_special=include_special))
@@ -199,6 +203,7 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, m, n) -> None
         assert_same(keyed(run, "selection_frequency", 5, **special), frequency.selection_frequency(found))
         assert_same(keyed(run, "domain_specialization", 5, **special), frequency.domain_specialization(found))
         assert_same(keyed(run, "language_overlap", 5, m=m, **special), frequency.language_overlap(found, m))
+        assert_same(keyed(run, "committee", 3, m=m, share=share, **special), frequency.committee(found, m, share))
         assert_same(keyed(run, "router_entropy", 4, **special), frequency.router_entropy(found))
         quantiles = frequency.router_entropy_quantiles(found)
         assert_same(keyed(run, "router_entropy_quantiles", 4, **special), quantiles)
@@ -253,6 +258,21 @@ def test_overlap_is_symmetric_and_complete_with_itself(unequal: Run) -> None:
         assert -1e-12 <= value <= 1 + 1e-12
         if a == b:
             assert value == pytest.approx(0 if metric == "jsd" else 1, abs=1e-12)
+
+
+def test_a_committees_jaccard_is_the_mean_of_the_overlaps_of_different_labels(unequal: Run) -> None:
+    overlaps = unequal.query("language_overlap", m=2).filter("metric = 'jaccard' and label_a < label_b")
+    means = overlaps.aggregate("layer, avg(value), avg(baseline), count(*)", "layer").order("layer").fetchall()
+    found = unequal.query("committee", m=2).filter("metric = 'mean_jaccard'").project("layer, value, baseline, 3")
+    assert found.fetchall() == [pytest.approx(row) for row in means]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("committee", {"share": 0}), ("committee", {"share": 1.1}), ("dynamic_k", {"mass": 0})]
+)
+def test_a_share_is_above_0_and_at_most_1(name: str, given: dict[str, float], unequal: Run) -> None:
+    with pytest.raises(duckdb.Error, match=r"(share|mass) is above 0 and at most 1"):
+        unequal.query(name, **given).fetchall()
 
 
 def test_a_layer_that_takes_all_experts_shows_no_difference(unequal: Run) -> None:

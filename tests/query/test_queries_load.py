@@ -24,9 +24,9 @@ LAYERS = (Layer(layer=0, n_experts=7, top_k=2), Layer(layer=3, n_experts=5, top_
 @few_examples
 @given(
     random=random_runs(), include_special=st.booleans(), pooled=st.booleans(), store=STORED,
-    threshold=st.sampled_from([0.001, 0.2, 0.5]), m=st.none() | st.integers(1, 14),
+    threshold=st.sampled_from([0.001, 0.2, 0.5]), m=st.none() | st.integers(1, 14), mass=st.sampled_from([0.5, 0.9, 1]),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(random, include_special, pooled, store, threshold, m) -> None:
+def test_agrees_with_numpy_on_random_runs(random, include_special, pooled, store, threshold, m, mass) -> None:
     layers, shards = random
     decided = decisions(layers, shards, include_special=include_special)
     with opened(layers, shards, store=store) as run:
@@ -38,6 +38,10 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, pooled, store
         stats = frequency.router_stats(decided, pooled=pooled, stored=store)
         found = keyed(run, "router_stats", 4, include_special=include_special, pooled=pooled)
         assert_same({key: row for key, row in found.items() if store != LOGITS or "probability" not in key[0]}, stats)
+        assert_same(
+            keyed(run, "dynamic_k", 4, include_special=include_special, pooled=pooled, mass=mass),
+            frequency.dynamic_k(decided, pooled=pooled, mass=mass, probabilities=bool(store)),
+        )
         assert_same(
             keyed(run, "expert_load", 4, include_special=include_special, threshold=threshold),
             load.expert_load(decided, threshold=threshold),

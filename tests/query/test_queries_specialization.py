@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
-from tests.helpers.query_runs import LABELS, assert_same, few_examples, keyed, opened, random_runs
+from tests.helpers.query_runs import LABELS, VOCABULARY, assert_same, few_examples, keyed, opened, random_runs
 from tests.helpers.reference import specialization
 from tests.helpers.reference.base import decisions, groups
 from tests.helpers.synthetic import Shard, random_shard, write_run
@@ -25,8 +25,11 @@ LAYERS = (Layer(layer=0, n_experts=7, top_k=2), Layer(layer=3, n_experts=5, top_
 @given(
     random=random_runs(), include_special=st.booleans(), strength=st.sampled_from([0.1, 1.0, 50.0]),
     reference=st.sampled_from(LABELS), min_count=st.integers(1, 6), seed=st.integers(0, 9),
+    token_id=st.none() | st.integers(0, VOCABULARY - 1),
 )  # fmt: skip
-def test_agrees_with_numpy_on_random_runs(random, include_special, strength, reference, min_count, seed) -> None:
+def test_agrees_with_numpy_on_random_runs(
+    random, include_special, strength, reference, min_count, seed, token_id
+) -> None:
     layers, shards = random
     found = list(groups(layers, shards, include_special=include_special))
     decided = decisions(layers, shards, include_special=include_special)
@@ -47,6 +50,11 @@ def test_agrees_with_numpy_on_random_runs(random, include_special, strength, ref
         assert_same(
             keyed(run, "expert_tokens", 5, min_count=min_count, n=3, **special),
             specialization.expert_tokens(decided, min_count, 3),
+        )
+        assert_same(keyed(run, "label_npmi", 5, **special), specialization.label_npmi(found))
+        assert_same(
+            keyed(run, "token_npmi", 5, min_count=min_count, n=3, token_id=token_id, **special),
+            specialization.token_npmi(decided, min_count, 3, token_id),
         )
         assert_same(
             keyed(run, "conditional_mutual_information", 3, seed=seed, **special),
@@ -81,6 +89,12 @@ def test_chance_gives_the_baselines(indifferent: Run) -> None:
     assert 0.3 < z.std() < 1.3
     for *_, value, _, _ in indifferent.query("reference_difference").project("value, baseline, n").fetchall():
         assert abs(value) < 0.08
+    for *_, value, picks in indifferent.query("label_npmi").project("value, picks").fetchall():
+        assert picks
+        assert abs(value) < 0.05
+    association = [row[0] for row in indifferent.query("token_npmi", n=1000).project("value").fetchall()]
+    assert len(association) == 40 * (7 + 5)
+    assert abs(np.mean(association)) < 0.01
     (bits, bias), (portion, portion_bias) = (
         indifferent.query("mutual_information", layer=0).project("value, bias").fetchall()
     )
@@ -97,7 +111,8 @@ def test_chance_gives_the_baselines(indifferent: Run) -> None:
 
 def test_a_router_that_takes_all_experts_says_nothing(partial: Run) -> None:
     for name, column in (("log_odds", "value"), ("reference_difference", "value"), ("mutual_information", "value"),
-                         ("mutual_information", "bias"), ("conditional_mutual_information", "value")):  # fmt: skip
+                         ("mutual_information", "bias"), ("conditional_mutual_information", "value"),
+                         ("label_npmi", "value"), ("token_npmi", "value")):  # fmt: skip
         values = partial.query(name, layer=3, include_special=True).project(column).fetchall()
         assert values, name
         assert all(value == pytest.approx(0, abs=1e-9) for (value,) in values), name
@@ -123,6 +138,19 @@ def test_log_odds_of_two_labels_mirror_each_other(partial: Run) -> None:
     rows = {(row[3], row[4]): row[5] for row in partial.query("log_odds", labels=["en", "ko"], layer=0).fetchall()}
     for expert in range(7):
         assert rows["en", expert] == pytest.approx(-rows["ko", expert])
+
+
+def test_npmi_has_the_sign_of_lift_and_ranks_the_labels_of_an_expert_as_it_does(partial: Run) -> None:
+    keys = "layer, label, expert"
+    lifts = {row[:3]: row[3] for row in partial.query("domain_specialization").project(f"{keys}, lift").fetchall()}
+    found = {row[:3]: row[3] for row in partial.query("label_npmi").project(f"{keys}, value").fetchall()}
+    assert found.keys() == lifts.keys()
+    for key, lift in lifts.items():
+        if lift is not None:
+            assert found[key] == pytest.approx(0, abs=1e-9) if math.isclose(lift, 1) else (found[key] > 0) == (lift > 1)
+    for layer, expert in {(layer, expert) for layer, _, expert in lifts}:
+        own = [(lifts[layer, label, expert], found[layer, label, expert]) for label in ("en", "ko", "th")]
+        assert [value for _, value in sorted(own)] == sorted(value for _, value in own)
 
 
 def test_a_stronger_prior_pulls_to_zero(partial: Run) -> None:
@@ -175,5 +203,5 @@ def test_a_run_without_token_ids_has_no_rows_about_tokens(tmp_path: Path) -> Non
     shard = dataclasses.replace(shard, token_ids=np.array([None, None], object))
     run = open_run(write_run(tmp_path / "run", layers, [shard]))
     assert run.query("mutual_information").fetchall()
-    for name in ("vocabulary_specialization", "conditional_mutual_information"):
-        assert run.query(name).fetchall() == []
+    for name in ("vocabulary_specialization", "conditional_mutual_information", "token_npmi"):
+        assert run.query(name, **({"min_count": 1} if name == "token_npmi" else {})).fetchall() == []

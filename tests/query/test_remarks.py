@@ -83,7 +83,13 @@ def test_groups_of_tokens_have_no_characters(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["conditional_mutual_information", "expert_token_overlap", "expert_tokens", "vocabulary_specialization"],
+    [
+        "conditional_mutual_information",
+        "expert_token_overlap",
+        "expert_tokens",
+        "token_npmi",
+        "vocabulary_specialization",
+    ],
 )
 def test_a_run_that_dropped_its_token_ids(tmp_path, name: str) -> None:
     assert made(tmp_path).remarks(name) == []

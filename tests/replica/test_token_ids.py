@@ -148,6 +148,7 @@ def test_only_kept_ids_come_with_a_vocabulary(runs):
 
 WITHOUT_TOKENS = {"token_trace": "select * exclude (token_id, token) from shown",
                   "expert_tokens": "select * exclude (token_id, token) from shown",
+                  "token_npmi": "select * exclude (token_id, token) from shown",
                   "expert_profile": "from shown where aspect not in ('token', 'context')"}  # fmt: skip
 """Of the queries that show tokens themselves, what says nothing about them."""
 WITHOUT_IDS = ("token_trace", "expert_profile")

@@ -57,4 +57,4 @@ def _with_data(figure: Figure, subject: Subject, router: Router) -> dict[str, An
         name: figure.data(table.of(router) if table.by_layer else table, subject.coloured)
         for name, table in figure.tables.items()
     }
-    return figure.spec(charts.PAPER) | {"datasets": datasets}
+    return figure.spec(charts.PAPER, subject.few) | {"datasets": datasets}

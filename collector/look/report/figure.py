@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
 from collector.look.report.charts import COLOURED
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
 
     from collector.look.report.charts import Layout
     from collector.look.report.tables import Router, Side, Table
+
+
+MARK = "†"
+"""Marks labels with few documents."""
+_LABELS = ("label", "label_a", "label_b")
+"""Columns of labels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +36,8 @@ class Subject:
     """Maximum number of experts of a layer in matrices."""
     resamples: int
     """Bootstrap samples of intervals and shuffles of the test of specialization; 0 omits both."""
+    few: Sequence[str] = ()
+    """Labels with so few documents that their cells are marked."""
 
     @property
     def main(self) -> Sequence[Side]:
@@ -70,8 +79,21 @@ class Figure:
             columns[COLOURED] = [label in coloured for label in columns["label"]]
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def spec(self, layout: Layout) -> dict[str, Any]:
-        """Returns the drawing as a Vega-Lite specification without data."""
+    def spec(self, layout: Layout, few: Sequence[str] = ()) -> dict[str, Any]:
+        """Returns the drawing as a Vega-Lite specification without data; the names of labels in `few` are marked."""
         assert self.draw is not None
         found: dict[str, Any] = self.draw(layout).to_dict()
+        if few:
+            _mark(found, f"indexof({json.dumps(list(few))}, datum.label) < 0 ? datum.label : datum.label + ' {MARK}'")
         return found | {"description": f"{self.title}. {self.text}"}
+
+
+def _mark(spec: Any, expression: str) -> None:
+    """Sets what the axes of labels write, everywhere in a specification."""
+    if isinstance(spec, dict):
+        if spec.get("field") in _LABELS and isinstance(spec.get("axis"), dict):
+            spec["axis"]["labelExpr"] = expression
+        spec = [*spec.values()]
+    if isinstance(spec, list):
+        for part in spec:
+            _mark(part, expression)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from collector.look import terminal
 from collector.look.report import card, page, training
 from collector.look.report.tables import Side
-from collector.look.report.writing import RESAMPLES, save, start_of, subject_of
+from collector.look.report.writing import RESAMPLES, few_documents, save, start_of, subject_of
 from collector.query.sweeps import open_sweep
-from collector.query.warehouse import open_run
+from collector.query.warehouse import FEW_DOCUMENTS, open_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def write_sweep(
     root: str, out: Path, *, figures: Path | None = None, layer: int | None = None,
     labels: Sequence[str] | None = None, resamples: int = RESAMPLES,
+    min_documents: int = FEW_DOCUMENTS,
 ) -> list[Path]:  # fmt: skip
     """Writes the report of a sweep; arguments and errors are those of `write`.
 
@@ -31,14 +32,15 @@ def write_sweep(
     """
     sweep = open_sweep(root)
     last = Side(name=sweep.last.name, root=sweep.last.root, run=open_run(sweep.last.root))
-    subject = subject_of([last], labels, resamples)
+    subject = subject_of([last], labels, resamples, min_documents)
     start = start_of(subject, layer)
     drawn = training.figures(subject, sweep)
     facts = _card(sweep, last)
     table = card.label_table(last)
     text = page.render(
         subject, drawn, cards=[facts], labels=table, start=start, title="When specialization appears",
-        lead=_lead(sweep, facts, last, len(table.rows)), warnings=_warnings(sweep),
+        lead=_lead(sweep, facts, last, len(table.rows)),
+        warnings=[*_warnings(sweep), *few_documents(subject, min_documents)],
     )  # fmt: skip
     return save(text, out, subject, drawn, figures, start)
 

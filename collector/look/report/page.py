@@ -86,7 +86,7 @@ def _payload(subject: Subject, figures: Sequence[Figure], start: int) -> dict[st
         "tables": {name: _columns(table, subject.routers) for name, table in tables.items()},
         "figures": [
             {
-                "name": figure.name, "spec": figure.spec(charts.PAGE), "by_layer": figure.by_layer,
+                "name": figure.name, "spec": figure.spec(charts.PAGE, subject.few), "by_layer": figure.by_layer,
                 "coloured": "label" in figure.tables["rows"].columns and not figure.by_layer,
                 "tables": {name: f"{figure.name}/{name}" for name in figure.tables},
             }

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from collector.look import terminal
 from collector.look.report import answers, card, experts, export, interventions, languages, outputs, page, vocabulary
-from collector.look.report.figure import Figure, Subject
+from collector.look.report.figure import MARK, Figure, Subject
 from collector.look.report.tables import Side
-from collector.query.warehouse import open_run
+from collector.query.warehouse import FEW_DOCUMENTS, open_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,7 @@ def write(
     layer: int | None = None,
     labels: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
+    min_documents: int = FEW_DOCUMENTS,
 ) -> list[Path]:
     """Writes the report of a run.
 
@@ -48,6 +49,7 @@ def write(
         layer: layer that the page shows first and that single-layer figures show (default: the one in the middle).
         labels: labels whose curves are coloured (default: those with the most tokens).
         resamples: bootstrap samples of intervals and shuffles of the test of specialization; 0 omits both.
+        min_documents: labels with fewer documents are marked.
 
     Returns:
         The written files.
@@ -57,7 +59,7 @@ def write(
         ValueError: a run has no committed shard, or lacks the layer or a label.
     """
     sides = _sides(root, compare)
-    subject = subject_of(sides, labels, resamples)
+    subject = subject_of(sides, labels, resamples, min_documents)
     start = start_of(subject, layer)
     drawn = [
         *languages.figures(subject), *experts.figures(subject), *vocabulary.figures(subject), *outputs.figures(subject),
@@ -68,7 +70,7 @@ def write(
     text = page.render(
         subject, drawn, cards=cards, labels=table, start=start, title=f"{cards[0].model}: who uses which experts",
         lead=card.lead(cards[0], sides[0].run.info["layers"], len(table.rows)),
-        warnings=_warnings(cards, subject, len(table.rows)),
+        warnings=[*_warnings(cards, subject, len(table.rows)), *few_documents(subject, min_documents)],
     )  # fmt: skip
     return save(text, out, subject, drawn, figures, start)
 
@@ -99,7 +101,9 @@ def _sides(root: str, compare: str | None) -> list[Side]:
     return [Side(name=name, root=each, run=run) for name, each, run in zip(names, roots, runs, strict=True)]
 
 
-def subject_of(sides: Sequence[Side], coloured: Sequence[str] | None, resamples: int) -> Subject:
+def subject_of(
+    sides: Sequence[Side], coloured: Sequence[str] | None, resamples: int, min_documents: int
+) -> Subject:  # fmt: skip
     """Decides what a report of these runs shows.
 
     Raises:
@@ -114,11 +118,12 @@ def subject_of(sides: Sequence[Side], coloured: Sequence[str] | None, resamples:
         raise ValueError(
             f"--labels takes {page.MAX_COLOURED} at most, as many as there are colours; got {len(coloured)}"
         )
+    few = sides[0].run.sql(f"select label from labels where documents < {min_documents} order by label").fetchall()
     first = list(dict.fromkeys([*(coloured or ()), *by_tokens]))[:MAX_LABELS]
     routers = _routers(sides[0].run)
     return Subject(
         sides=sides, routers=routers, labels=sorted(first), coloured=list(coloured or by_tokens[:FEW]),
-        max_experts=math.isqrt(MAX_CELLS // len(routers)), resamples=resamples,
+        max_experts=math.isqrt(MAX_CELLS // len(routers)), resamples=resamples, few=[label for (label,) in few],
     )  # fmt: skip
 
 
@@ -140,6 +145,16 @@ def start_of(subject: Subject, layer: int | None) -> int:
             f"layer {layer} is not recorded in this run; it has {', '.join(map(str, sorted(set(layers))))}"
         )
     return layers.index(layer)
+
+
+def few_documents(subject: Subject, min_documents: int) -> list[dict[str, str]]:
+    """Returns the warning that tells what the marks at names of labels mean, if there are any."""
+    if not subject.few:
+        return []
+    text = (
+        f"{MARK} marks {len(subject.few)} of the languages, which have fewer than {min_documents:,} documents: what is "
+    )
+    return [{"head": "Few documents.", "text": text + "special about them may be chance (--min-documents)."}]
 
 
 def _warnings(cards: Sequence[card.Card], subject: Subject, labels: int) -> list[dict[str, str]]:

@@ -192,7 +192,9 @@ def whole(counts: DocumentCounts) -> Sums:
     return Sums.of(counts, *label_sums(counts, members, columns(counts), ones))
 
 
-def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None) -> Iterator[Sums]:
+def bootstrap(
+    counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None, left_out: int = 0
+) -> Iterator[Sums]:
     """Yields the sums of bootstrap samples, with each label's documents drawn with replacement.
 
     If labels are groups of tokens, a document has several labels: then all documents are drawn together, each with all
@@ -203,6 +205,7 @@ def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | 
         resamples: number of samples.
         seed: of the draws.
         size: documents drawn for each label (default: as many as it has).
+        left_out: how many documents fewer are drawn than a label has, but at least one.
 
     Yields:
         The samples in portions.
@@ -215,12 +218,13 @@ def bootstrap(counts: DocumentCounts, *, resamples: int, seed: int, size: int | 
            for rows in members.values()]  # fmt: skip
     documents = [int(document_D.max() if together else numbers.max()) + 1 for numbers in own]
     rngs = label_generators(("",) if together else tuple(members), seed)
-    largest = max(size or 0, *documents, *map(len, own))
+    sizes = [size or max(n - left_out, 1) for n in documents]
+    largest = max(*sizes, *documents, *map(len, own))
     for samples in portions(resamples, max(largest, len(own) * counts.n_experts * rows_per_label(counts))):
         if together:
-            drawn_SN = [draw(rngs[0], documents[0], size or documents[0], samples)] * len(own)
+            drawn_SN = [draw(rngs[0], documents[0], sizes[0], samples)] * len(own)
         else:
-            drawn_SN = [draw(rng, n, size or n, samples) for rng, n in zip(rngs, documents, strict=True)]
+            drawn_SN = [draw(*each, samples) for each in zip(rngs, documents, sizes, strict=True)]
         weights = (
             drawn if len(numbers) == drawn.shape[1] and not together else drawn[:, numbers]
             for drawn, numbers in zip(drawn_SN, own, strict=True)

@@ -76,6 +76,34 @@ def expected_jaccard(e: int, a: int, b: int) -> float:
     return float(total)
 
 
+def committee(found: Sequence[Group], m: int | None, share: str) -> dict:
+    """`share` as a decimal, so that it compares exactly."""
+    rows = {}
+    for one, together in grouped(found, lambda g: g.geometry).items():
+        e, size = one.n_experts, min(m or one.top_k, one.n_experts)
+        sets = [_most_used(g, size) for g in together]
+        enough = math.ceil(Fraction(share) * len(sets))
+        members = [expert for expert in range(e) if sum(expert in used for used in sets) >= enough]
+        chance = Fraction(size, e)
+        expected = e * sum(
+            math.comb(len(sets), votes) * chance**votes * (1 - chance) ** (len(sets) - votes)
+            for votes in range(enough, len(sets) + 1)
+        )
+        pairs = list(itertools.combinations(sets, 2))
+        jaccard = [len(a & b) / len(a | b) for a, b in pairs]
+        metrics = {
+            "committee_size": (len(members), float(expected)),
+            "committee_mass": (np.mean([g.picks[members].sum() / g.picks.sum() for g in together]), len(members) / e),
+            "mean_jaccard": (np.mean(jaccard), np.mean([expected_jaccard(e, len(a), len(b)) for a, b in pairs]))
+            if pairs
+            else (None, None),
+        }
+        for metric, values in metrics.items():
+            tokens = sum(g.tokens for g in together)
+            rows[metric, one.stack, one.layer] = (*values, tokens, len(sets), members)
+    return rows
+
+
 def _most_used(group: Group, m: int) -> set[int]:
     order = sorted(range(group.geometry.n_experts), key=lambda expert: (-group.picks[expert], expert))
     return {expert for expert in order[:m] if group.picks[expert]}
@@ -120,6 +148,27 @@ def router_stats(found: Sequence[Decision], *, pooled: bool, stored: Sequence[st
 
 
 QUANTILES = (Fraction(1, 20), Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(19, 20))
+
+
+def dynamic_k(found: Sequence[Decision], *, pooled: bool, mass: float, probabilities: bool) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        for label, own in grouped(decided, lambda d: None if pooled else d.label).items():
+            parts = {"weight_k": np.array([d.weights for d in own])}
+            if probabilities:
+                parts["probability_k"] = np.array([d.probabilities for d in own])
+            for metric, x_tn in parts.items():
+                needed = _needed(x_tn, mass)
+                (baseline,) = _needed(np.ones((1, x_tn.shape[1])), mass)
+                shares = [np.mean(needed == count) for count in range(1, one.top_k + 1)]
+                rows[metric, one.stack, one.layer, label] = (needed.mean(), baseline, len(own), shares)
+    return rows
+
+
+def _needed(x_tn: np.ndarray, mass: float) -> np.ndarray:
+    """[T] how many of each row's largest numbers have this share of its sum, to a part in a million."""
+    running_tn = np.cumsum(-np.sort(-x_tn.astype(np.float64), axis=1), axis=1)
+    return 1 + np.argmax(running_tn >= mass * (1 - 1e-6) * running_tn[:, -1:], axis=1)
 
 
 def _decisiveness(g: Group) -> dict[str, tuple[np.ndarray, float]]:

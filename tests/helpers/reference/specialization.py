@@ -90,6 +90,44 @@ def expert_tokens(found: Sequence[Decision], min_count: int, n: int) -> dict:
     return rows
 
 
+def label_npmi(found: Sequence[Group]) -> dict:
+    rows = {}
+    for one, together in grouped(found, lambda g: g.geometry).items():
+        joint_de = np.array([g.picks / g.tokens for g in together]) / len(together)
+        for g, joint_e in zip(together, joint_de, strict=True):
+            for expert, p in enumerate(joint_e):
+                value = _npmi(p, joint_de[:, expert].sum(), 1 / len(together))
+                rows["label_npmi", one.stack, one.layer, g.label, expert] = (value, 0, g.tokens, g.picks[expert])
+    return rows
+
+
+def token_npmi(found: Sequence[Decision], min_count: int, n: int, token_id: int | None) -> dict:
+    rows = {}
+    for one, decided in by_router(found).items():
+        total, tokens_of = len(decided), Counter(d.token_id for d in decided)
+        for expert in range(one.n_experts):
+            own = Counter(d.token_id for d in decided if expert in d.experts)
+            ranked = sorted(
+                (-_npmi(count / total, own.total() / total, tokens_of[x] / total), -count, x)
+                for x, count in own.items()
+                if tokens_of[x] >= min_count and token_id in (None, x)
+            )
+            for rank, (value, count, x) in enumerate(ranked[:n], start=1):
+                rows["token_npmi", one.stack, one.layer, expert, rank] = (
+                    x, f"token {x}", -value, 0, tokens_of[x], -count,
+                )  # fmt: skip
+    return rows
+
+
+def _npmi(joint: float, p: float, q: float) -> float | None:
+    """Of two events with probabilities p and q > 0; None if the first never happens."""
+    if joint == 0:
+        return -1 if p else None
+    if math.isclose(joint, p * q, rel_tol=1e-12):
+        return 0
+    return math.log(joint / (p * q)) / -math.log(joint)
+
+
 def _topk(decision: Decision) -> list[int]:
     return decision.experts
 
