@@ -177,11 +177,10 @@ class _Groups:
         self._labels: list[str] = label.dictionary.to_pylist()
         shard_t, tok_t, doc_t = (tokens[name].to_numpy().astype(np.int64) for name in ("shard", "tok", "doc"))
         label_t = label.indices.to_numpy().astype(np.int64)
-        self._starts = np.flatnonzero(np.append(True, shard_t[1:] != shard_t[:-1]))[: len(shard_t)]
-        self._shards = {shard: place for place, shard in enumerate(shard_t[self._starts].tolist())}
-        ends = np.append(self._starts[1:], len(shard_t))
+        starts = np.flatnonzero(np.append(True, shard_t[1:] != shard_t[:-1]))[: len(shard_t)]
+        self._shards = {shard: place for place, shard in enumerate(shard_t[starts].tolist())}
         self._groups: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
-        for start, end in zip(self._starts.tolist(), ends.tolist(), strict=True):
+        for start, end in itertools.pairwise([*starts.tolist(), len(shard_t)]):
             pair_t = doc_t[start:end] * len(self._labels) + label_t[start:end]
             pair_g, group_t = np.unique(pair_t, return_inverse=True)
             of_tok = np.full(int(tok_t[end - 1]) + 1, -1)
@@ -210,7 +209,7 @@ class _Groups:
         group = table["doc"].to_numpy()
         labels = pa.array(self._labels).take(pa.array(label_g[group]))
         table = table.set_column(table.column_names.index("doc"), "doc", pa.array(doc_g[group], pa.uint32()))
-        return table.append_column("label", labels).select(_EMPTY.column_names)
+        return table.append_column("label", labels).select(_EMPTY.column_names).cast(_EMPTY.schema)
 
 
 def _by_shard(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.Table]]:
