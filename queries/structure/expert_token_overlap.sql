@@ -15,26 +15,34 @@
 --   include_special boolean = false: also count the tokens that the tokenizer added itself (BOS, EOS,
 --     language codes); they say nothing about the text
 --   min_count integer >= 1 = 1: times that an expert must have received an id
--- ids without gaps, so that sets are strings of bits, 4096 ids in each: pairs then cost words, not ids
-with numbered as (
-    select
-        stack,
-        layer,
-        row_number() over (partition by stack, layer order by token_id) - 1 as number,
-        experts,
-        picks
+with counted as not materialized (
+    select *
     from token_counts('token_decisions', $stack, $layer, $labels, $include_special)
     where list_max(picks) >= $min_count
 ),
 
+ids as (
+    select distinct token_id
+    from counted
+),
+
+-- ids without gaps, so that sets are strings of bits, 4096 ids in each: pairs then cost words, not ids
+numbered as (
+    select
+        token_id,
+        row_number() over (order by token_id) - 1 as number
+    from ids
+),
+
 picked as (
     select
-        stack,
-        layer,
-        number,
-        unnest(experts) as expert,
-        unnest(picks) as picks
-    from numbered
+        counted.stack,
+        counted.layer,
+        numbered.number,
+        unnest(counted.experts) as expert,
+        unnest(counted.picks) as picks
+    from counted
+    inner join numbered using (token_id)
 ),
 
 received as (
@@ -48,7 +56,7 @@ vocabularies as (
         stack,
         layer,
         count(*) as ids
-    from numbered
+    from counted
     group by stack, layer
 ),
 

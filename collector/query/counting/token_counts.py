@@ -1,7 +1,7 @@
 """Computes the rows of the macro `token_counts`: how each router treated each token id.
 
-Memory: four bytes for each token of the run; for one router at a time, four for each id and expert, twice if the query
-reads `top1`; and six, or ten, for each id and expert that was chosen for it, of all routers.
+Memory: four bytes for each token of the run, 16 while ids are numbered; for one router at a time, four for each id and
+expert, twice if the query reads `top1`; and six, or ten, for each id and expert that was chosen for it, of all routers.
 """
 
 from __future__ import annotations
@@ -57,24 +57,18 @@ class _Counts:
     """Counts of one router. The row after the last id counts tokens without one."""
 
     def __init__(self, ids: int, experts: int) -> None:
-        self.experts = experts
         self.tokens_v = np.zeros(ids + 1, np.int64)
-        # Arrays of zeros take no memory before something is added to them.
+        # Zeros take no memory before something is added to them.
         self._picks, self._top1 = (np.zeros((ids + 1) * experts, np.uint32) for _ in range(2))
+        self.picks_ve, self.top1_ve = (flat.reshape(-1, experts) for flat in (self._picks, self._top1))
 
     def add(self, number_t: NDArray, experts_kt: Sequence[NDArray], top_t: NDArray | None) -> None:
         self.tokens_v += np.bincount(number_t, minlength=len(self.tokens_v))
-        start_t, one = number_t.astype(np.int64) * self.experts, np.uint32(1)
+        start_t, one = number_t.astype(np.int64) * self.picks_ve.shape[1], np.uint32(1)
         for expert_t in experts_kt:
             np.add.at(self._picks, start_t + expert_t, one)
         if top_t is not None:
             np.add.at(self._top1, start_t + top_t, one)
-
-    def picks(self, numbers: slice) -> NDArray:
-        return self._picks.reshape(-1, self.experts)[numbers]
-
-    def top1(self, numbers: slice) -> NDArray:
-        return self._top1.reshape(-1, self.experts)[numbers]
 
 
 def _parts(ids: int, experts: int) -> Iterator[slice]:
@@ -87,12 +81,12 @@ def _table(router: Layer, id_v: NDArray, counts: _Counts, numbers: slice, *, rea
     """Returns the rows of some ids."""
     tokens_v = counts.tokens_v[numbers]
     occurring = np.flatnonzero(tokens_v)
-    picks_ve = counts.picks(numbers)[occurring]
+    picks_ve = counts.picks_ve[numbers][occurring]
     number, expert = np.nonzero(picks_ve)
     starts = np.append(0, np.cumsum(np.bincount(number, minlength=len(occurring))))
-    values = {"experts": expert, "picks": picks_ve[number, expert]}
+    values: dict[str, NDArray] = {"experts": expert, "picks": picks_ve[number, expert]}
     if reads_top1:
-        values["top1"] = counts.top1(numbers)[occurring[number], expert]
+        values["top1"] = counts.top1_ve[numbers][occurring[number], expert]
     columns: dict[str, pa.Array] = {
         "stack": pa.array([router.stack], pa.string()).take(pa.array(np.zeros(len(occurring), np.int8))),
         "layer": pa.array(np.full(len(occurring), router.layer, np.uint8)),
