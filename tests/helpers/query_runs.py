@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
+from collector.query.groupings import LABEL
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
 from tests.helpers.synthetic import Shard, random_shard, write_run
@@ -58,6 +61,15 @@ def opened(layers: Sequence[Layer], shards: Sequence[Shard], *, store: Sequence[
     """The run of these shards, for as long as the context."""
     with tempfile.TemporaryDirectory() as folder:
         yield open_run(write_run(Path(folder, "run"), layers, shards, store=store))
+
+
+@functools.lru_cache(maxsize=8)
+def opened_once(folder: Path | str, by: str = LABEL) -> Run:
+    """A run that several tests read and none changes: opening it takes longer than most queries."""
+    return open_run(folder, by=by)
+
+
+atexit.register(opened_once.cache_clear)  # DuckDB tells of connections that are still open as of leaks
 
 
 def keyed(run: Run, name: str, keys: int, **params: object) -> dict:
