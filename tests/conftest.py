@@ -126,16 +126,17 @@ DROPPED = (
 
 @pytest.fixture(scope="session")
 def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The demo over 12 sentences per language, with pretrained and with random weights."""
+    """The demo over 12 sentences per language, with every recorder; and with random weights, without any."""
     from collector.upkeep.maps import make as make_map
     from collector.upkeep.weights import make as compare_weights
     from tests.helpers.runs import collect_here, run_config
 
     folder = tmp_path_factory.mktemp("demo")
     for weights in ("pretrained", "random"):
-        record, arms = ("outputs", "loss", "similarity", "vocabulary"), ()
+        record, arms = (), ()
         if weights == "pretrained":
-            record, arms = (*record, "effects"), tuple(f"{arm} operation=drop" for arm in DROPPED)
+            record = ("outputs", "loss", "similarity", "vocabulary", "effects")
+            arms = tuple(f"{arm} operation=drop" for arm in DROPPED)
         config = run_config(
             DataConfig(per_label=12),
             ModelConfig(weights=weights),
