@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import tempfile
@@ -73,6 +74,9 @@ def by_sql(run: Run, name: str, **params: object) -> list[tuple]:
 def opened_once(folder: Path | str, by: str = LABEL) -> Run:
     """A run that several tests read and none changes: opening it takes longer than most queries."""
     return open_run(folder, by=by)
+
+
+atexit.register(opened_once.cache_clear)  # DuckDB tells of connections that are still open as of leaks
 
 
 def keyed(run: Run, name: str, keys: int, **params: object) -> dict:
