@@ -9,6 +9,11 @@ with weights as (
     where is_shared
 ),
 
+counts as (
+    select *
+    from stratified('label_counts', $stack, $layer, $labels, $include_special)
+),
+
 matched as (
     select
         stack,
@@ -28,7 +33,7 @@ weighted as (
         sum(weights.weight * counts.picks) as picks,
         sum(weights.weight * counts.top1) as top1,
         sum(weights.weight * counts.weight_sum) as weight_sum
-    from stratified('label_counts', $stack, $layer, $labels, $include_special) as counts
+    from counts
     inner join weights using (stack, layer, label, stratum)
     group by counts.stack, counts.layer, counts.label, counts.expert
 )

@@ -6,6 +6,11 @@ with weights as (
     select *
     from stratum_weights('label_tokens', $stack, $layer, $labels, $include_special)
     where is_shared
+),
+
+outputs as (
+    select *
+    from stratified('label_outputs', $stack, $layer, $labels, $include_special)
 )
 
 select
@@ -21,6 +26,6 @@ select
     sum(weights.weight * outputs.weighted_norm) as weighted_norm,
     sum(weights.weight * outputs.squared_weighted_norm) as squared_weighted_norm,
     sum(weights.weight * outputs.contribution) as contribution
-from stratified('label_outputs', $stack, $layer, $labels, $include_special) as outputs
+from outputs
 inner join weights using (stack, layer, label, stratum)
 group by outputs.stack, outputs.layer, outputs.label, outputs.expert

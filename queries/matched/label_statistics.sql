@@ -6,6 +6,11 @@ with weights as (
     select *
     from stratum_weights('label_tokens', $stack, $layer, $labels, $include_special)
     where is_shared
+),
+
+statistics as (
+    select *
+    from stratified('label_statistics', $stack, $layer, $labels, $include_special)
 )
 
 select
@@ -20,6 +25,6 @@ select
     sum(weights.weight * statistics.margin) as margin,
     sum(weights.weight * statistics.dropped_picks) as dropped_picks,
     sum(weights.weight * statistics.dropped_tokens) as dropped_tokens
-from stratified('label_statistics', $stack, $layer, $labels, $include_special) as statistics
+from statistics
 inner join weights using (stack, layer, label, stratum)
 group by statistics.stack, statistics.layer, statistics.label

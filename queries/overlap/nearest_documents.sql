@@ -7,8 +7,8 @@
 --   The signature of a short document varies by chance, and is less like any other: compare labels whose
 --   documents are about as long.
 -- Source: nearest neighbours by cosine, as language_overlap compares labels.
--- Grain: metric, label, document, rank; the last two are null for a whole label, and the nearest neighbour has
---   rank 1. n = N, documents compared; for a label those of its documents whose neighbours were sought.
+-- Grain: metric, label, document, rank; the last two are null for a whole label, and the nearest neighbour
+--   has rank 1. n = N, documents compared; for a label those of its documents whose neighbours were sought.
 -- Reads: neighbours, document_labels
 -- Example: --labels eng_Latn,kor_Hang,jpn_Jpan --n 1
 -- Params:
