@@ -1,29 +1,28 @@
-"""Models that the tests run: the trained demo model, and a tiny OLMoE with random weights."""
+"""Models that the tests run: the trained demo model, and a tiny OLMoE with random weights.
+
+Fixtures import what they need: the process that hands out the tests would spend seconds on torch, while its workers
+wait for it.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import AutoTokenizer, OlmoeConfig, OlmoeModel
 
 from collector.config import DataConfig, LaunchConfig, ModelConfig
-from collector.data.corpus import read_sentences
-from collector.models import loading
-from collector.models.loading import DEMO_MODEL
-from collector.upkeep.maps import make as make_map
-from collector.upkeep.weights import make as compare_weights
 from tests.helpers.browser import browser as browser
 from tests.helpers.browser import chromium as chromium
-from tests.helpers.runs import collect_here, run_config, write_jsonl
-from tests.helpers.sweeps import sweep_here, write_checkpoints
+
+if TYPE_CHECKING:
+    from collector.models.loading import LoadedModel
 
 # Two threads of OpenMP wait for each other, awake, longer than tiny models compute: for these processes and their own.
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell has its background jobs ignore SIGINT, which their processes inherit, and tests interrupt theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +30,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 TINY = {"vocab_size": 8192, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2,
         "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Python's garbage collector passes over what is imported for the tests: it stays, and there is much of it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """DuckDB tells of leaks at exit unless its modules can be collected."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -45,15 +60,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """As OMP_NUM_THREADS says, unless whoever runs the tests set another number."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
-def demo_model() -> loading.LoadedModel:
+def demo_model() -> LoadedModel:
     """The demo model in float32, so that batching differs from no batching by rounding only."""
+    from collector.models import loading
+
     return loading.load(ModelConfig(dtype="float32"), "cpu")
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random 3-layer OLMoE (6 experts, top-2) and the demo tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, OlmoeConfig, OlmoeModel
+
+    from collector.models.loading import DEMO_MODEL
+
     folder = tmp_path_factory.mktemp("tiny-olmoe")
     torch.manual_seed(7)
     OlmoeModel(OlmoeConfig(**TINY)).save_pretrained(folder)
@@ -62,13 +92,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_folder: Path) -> loading.LoadedModel:
+def tiny_model(tiny_folder: Path) -> LoadedModel:
+    from collector.models import loading
+
     return loading.load(ModelConfig(model=str(tiny_folder)), "cpu")
 
 
 @pytest.fixture(scope="session")
 def tiny_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep over three random checkpoints, the last without a step, with 24 documents in two labels."""
+    from tests.helpers.runs import write_jsonl
+    from tests.helpers.sweeps import sweep_here, write_checkpoints
+
     folder = tmp_path_factory.mktemp("sweep")
     names = ("step2-tokens1M", "step10-tokens5M", "final")
     model = write_checkpoints(folder / "trained", names)
@@ -88,6 +123,8 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def mixed_texts() -> list[str]:
     """Real sentences of very different lengths and scripts."""
+    from collector.data.corpus import read_sentences
+
     wanted = {"en": 4, "ko": 3, "th": 3, "lo": 3, "bg": 2, "zh": 2}
     texts = []
     for sentence in read_sentences("heldout"):
@@ -106,12 +143,17 @@ DROPPED = (
 
 @pytest.fixture(scope="session")
 def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The demo over 12 sentences per language, with pretrained and with random weights."""
+    """The demo over 12 sentences per language, with every recorder; and with random weights, without any."""
+    from collector.upkeep.maps import make as make_map
+    from collector.upkeep.weights import make as compare_weights
+    from tests.helpers.runs import collect_here, run_config
+
     folder = tmp_path_factory.mktemp("demo")
     for weights in ("pretrained", "random"):
-        record, arms = ("outputs", "loss", "similarity", "vocabulary"), ()
+        record, arms = (), ()
         if weights == "pretrained":
-            record, arms = (*record, "effects"), tuple(f"{arm} operation=drop" for arm in DROPPED)
+            record = ("outputs", "loss", "similarity", "vocabulary", "effects")
+            arms = tuple(f"{arm} operation=drop" for arm in DROPPED)
         config = run_config(
             DataConfig(per_label=12),
             ModelConfig(weights=weights),

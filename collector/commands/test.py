@@ -17,8 +17,9 @@ class Test:
     """Test which experts specialize in which label, by a permutation test over documents.
 
     For every router, label and expert it tests whether a larger share of the label's tokens chooses the expert than of
-    all documents' tokens. Tokens of a document are correlated, so labels are shuffled between whole documents. q values
-    control the false discovery rate over all rows (Benjamini-Hochberg). The most certain rows come first.
+    all documents' tokens. Tokens of a document are correlated, so labels are shuffled between whole documents, and
+    Student's t of the label's documents has to agree. q values control the false discovery rate over all rows
+    (Benjamini-Hochberg). The most certain rows come first.
     """
 
     run_: RunPath

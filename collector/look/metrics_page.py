@@ -38,8 +38,7 @@ collector collect --per-label 12 --store text logits --record outputs loss simil
     --sample-tokens 100 --out runs/small --arms \\
     'no 31: layer=4 expert=31 operation=drop' 'no 31 #1: layer=4 expert=9 operation=drop' \\
     'kor_Hang: layer=4 expert=55 operation=drop' 'eng_Latn: layer=4 expert=44 operation=drop'
-collector collect --per-label 12 --store text logits --record outputs loss similarity vocabulary \\
-    --sample-tokens 100 --out runs/small-random --weights random
+collector collect --per-label 12 --store text logits --out runs/small-random --weights random
 collector weights runs/small --no-match
 collector map runs/small --layer 4 --method pca
 collector query runs/small --list --format markdown --beside runs/small-random > docs/metrics.md

@@ -8,21 +8,25 @@ is in memory at a time; documents come in the order of the run, and only those w
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from collector.query.matching import SEPARATOR
+from collector.query.rollup import counting
 from collector.query.rollup import files as rollups
+from collector.store import tables
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import duckdb
     from numpy.typing import NDArray
 
     from collector.query.warehouse import Run
+    from collector.store.tables import Layer
 
 STATISTICS = (*rollups.STATISTICS, "dropped_picks", "dropped_tokens")
 """Columns of the views `document_counts` and `label_statistics` that are sums over tokens, besides `tokens`."""
@@ -42,6 +46,16 @@ where stack = $stack and layer = $layer
     and ($include_special or not is_special)
 order by shard, doc, label, is_special
 """
+_GROUPS = """
+select shard, tok, doc, label
+from labelled_tokens
+where ($labels is null or list_contains($labels, split_part(label, chr(31), 1)))
+    and ($include_special or not is_special)
+order by shard, tok
+"""
+_EMPTY = rollups.SCHEMAS[rollups.DOCUMENTS].empty_table().append_column("label", pa.array([], pa.string()))
+_BATCH = 100_000
+"""Rows of a router that are read at a time."""
 _OUTPUT_ROWS = f"""
 select shard, doc, experts, {", ".join(OUTPUTS.values())}
 from document_outputs
@@ -135,18 +149,84 @@ def document_counts(
     """
     chosen = None if labels is None else list(labels)
     run.check(stack=stack, layer=layer, labels=chosen)
-    chosen = None if chosen is None else run.with_sets(chosen)
-    for router in run.info["layers"]:
-        if stack in (None, router["stack"]) and layer in (None, router["layer"]):
-            where = {"stack": router["stack"], "layer": router["layer"]}
-            params = {**where, "labels": chosen, "include_special": include_special}
-            rows = _counted(run).sql(_ROWS, params=params).to_arrow_table()
+    params = {"labels": None if chosen is None else run.with_sets(chosen), "include_special": include_special}
+    groups = None if run.has_rollup else _Groups(run, params)
+    for router in tables.recorded_layers(run.info):
+        if stack in (None, router.stack) and layer in (None, router.layer):
+            where: dict[str, Any] = {"stack": router.stack, "layer": router.layer}
+            if groups is None:
+                rows = _counted(run).sql(_ROWS, params={**where, **params}).to_arrow_table()
+            else:
+                rows = groups.count(router)
             if rows.num_rows:
-                counts = _dense(rows, n_experts=router["n_experts"], top_k=router["top_k"], **where)
+                counts = _dense(rows, n_experts=router.n_experts, top_k=router.top_k, **where)
                 if outputs:
-                    of_experts = _counted(run).sql(_OUTPUT_ROWS, params=params).to_arrow_table()
+                    of_experts = _counted(run).sql(_OUTPUT_ROWS, params={**where, **params}).to_arrow_table()
                     counts = dataclasses.replace(counts, outputs_ODE=_outputs(counts, of_experts))
                 yield counts if run.matching is None else _by_stratum(counts)
+
+
+class _Groups:
+    """Counts a run without a rollup by document and label, as the view `document_counts` does in SQL, but in numpy."""
+
+    def __init__(self, run: Run, params: Mapping[str, object]) -> None:
+        """Numbers the groups of the tokens to count: those of a document with the same label."""
+        self._run, self._lacks = run, tuple(run.lacks)
+        tokens = _counted(run).sql(_GROUPS, params=params).to_arrow_table()
+        label = tokens["label"].combine_chunks().dictionary_encode()
+        self._labels: list[str] = label.dictionary.to_pylist()
+        shard_t, tok_t, doc_t = (tokens[name].to_numpy().astype(np.int64) for name in ("shard", "tok", "doc"))
+        label_t = label.indices.to_numpy().astype(np.int64)
+        starts = np.flatnonzero(np.append(True, shard_t[1:] != shard_t[:-1]))[: len(shard_t)]
+        self._shards = {shard: place for place, shard in enumerate(shard_t[starts].tolist())}
+        self._groups: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
+        for start, end in itertools.pairwise([*starts.tolist(), len(shard_t)]):
+            pair_t = doc_t[start:end] * len(self._labels) + label_t[start:end]
+            pair_g, group_t = np.unique(pair_t, return_inverse=True)
+            of_tok = np.full(int(tok_t[end - 1]) + 1, -1)
+            of_tok[tok_t[start:end]] = group_t
+            self._groups.append((of_tok, pair_g // len(self._labels), pair_g % len(self._labels)))
+
+    def count(self, router: Layer) -> pa.Table:
+        """Returns the rows of a router, of the columns of `_ROWS` in its order."""
+        columns = ", ".join(counting.columns_of(router, self._lacks))
+        found = self._run.cursor().sql(
+            f"select shard, tok, {columns} from {self._run.base('routing')} where stack = $stack and layer = $layer",
+            params={"stack": router.stack, "layer": router.layer},
+        )
+        counted = [self._of_shard(shard, router, rows) for shard, rows in _by_shard(found.to_arrow_reader(_BATCH))]
+        whole = pa.concat_tables([_EMPTY, *filter(None, counted)])
+        return whole.sort_by([(name, "ascending") for name in ("shard", "doc", "label", "is_special")])
+
+    def _of_shard(self, shard: int, router: Layer, rows: pa.Table) -> pa.Table | None:
+        if shard not in self._shards:
+            return None
+        of_tok, doc_g, label_g = self._groups[self._shards[shard]]
+        tok_t = rows["tok"].to_numpy()
+        group_t = np.where(tok_t < len(of_tok), of_tok[np.minimum(tok_t, len(of_tok) - 1)], -1)
+        counted = counting.count_rows(shard, router, rows.filter(group_t >= 0), group_t[group_t >= 0], self._lacks)
+        table = counted.table()
+        group = table["doc"].to_numpy()
+        labels = pa.array(self._labels).take(pa.array(label_g[group]))
+        table = table.set_column(table.column_names.index("doc"), "doc", pa.array(doc_g[group], pa.uint32()))
+        return table.append_column("label", labels).select(_EMPTY.column_names).cast(_EMPTY.schema)
+
+
+def _by_shard(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.Table]]:
+    """Joins batches to one table for each shard, whose rows are recorded together."""
+    open_shard = -1
+    parts: list[pa.RecordBatch] = []
+    for batch in batches:
+        shard_t = batch["shard"].to_numpy()
+        starts = np.flatnonzero(np.append(True, shard_t[1:] != shard_t[:-1])).tolist()
+        for start, end in itertools.pairwise([*starts, len(shard_t)]):
+            if shard_t[start] != open_shard:
+                if parts:
+                    yield open_shard, pa.Table.from_batches(parts)
+                open_shard, parts = int(shard_t[start]), []
+            parts.append(batch.slice(start, end - start))
+    if parts:
+        yield open_shard, pa.Table.from_batches(parts)
 
 
 def document_losses(

@@ -84,7 +84,7 @@ class LabelCounts:
             query: the query.
             values: its parameters.
         """
-        if not set(self._above) & set(query.reads):
+        if not {*_COUNTED, *self._above} & {*query.reads}:
             return
         stack, layer = values.get("stack"), values.get("layer")
         asked = {one for one in self._layers if stack in (None, one.stack) and layer in (None, one.layer)}

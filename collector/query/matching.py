@@ -99,8 +99,9 @@ def find_strata(match: str | Sequence[str] | None, by: str) -> list[Grouping]:
 def crossed(by: Grouping | None, strata: Sequence[Grouping]) -> Grouping:
     """Returns the grouping by label and stratum; it groups documents if `by` and all `strata` do, else tokens."""
     parts = [*([] if by is None else [by]), *strata]
+    # Every token and document has a stratum; DuckDB may take inner joins in another order, by shards alone.
     joins = "\n".join(
-        f"inner join (\n{part.sql}\n) as part_{place} using (shard, {'tok' if part.of == 'token' else 'doc'})"
+        f"left join (\n{part.sql}\n) as part_{place} using (shard, {'tok' if part.of == 'token' else 'doc'})"
         for place, part in enumerate(parts)
     )
     label, *names = ["documents.label"] * (by is None) + [f"part_{place}.label" for place in range(len(parts))]
@@ -111,7 +112,7 @@ def crossed(by: Grouping | None, strata: Sequence[Grouping]) -> Grouping:
         # Groupings of documents read them under the name that they have where documents are grouped.
         select = (
             "with recorded_documents as (\n    select *\n    from documents\n)\n\n"
-            f"select tokens.shard, tokens.tok, {pair}\nfrom tokens\ninner join documents using (shard, doc)\n{joins}"
+            f"select tokens.shard, tokens.tok, {pair}\nfrom tokens\nleft join documents using (shard, doc)\n{joins}"
         )
     else:
         of, reads = "document", reads | {"recorded_documents"}

@@ -29,7 +29,7 @@ from collector.store import tables
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     import pyarrow as pa
@@ -71,6 +71,7 @@ class Run:
         strata: Run | None = None,
         match: str = "",
         has_rollup: bool = False,
+        replaced: Collection[str] = (),
     ) -> None:
         self.connection = connection
         """In-memory DuckDB that holds the views."""
@@ -92,6 +93,8 @@ class Run:
         """Weighs labels alike in the strata that they share, if they are matched."""
         self.has_rollup: bool = has_rollup if strata is None else strata.has_rollup
         """Whether the views read counts of documents from a rollup."""
+        self._replaced = replaced
+        """Derived views, which replace base relations of the same name."""
 
     def query(self, name: str, **params: object) -> duckdb.DuckDBPyRelation:
         """Runs a query of `queries/`.
@@ -226,6 +229,10 @@ class Run:
         """What the source of an imported run did not have; empty for any other run."""
         return frozenset(tables.lacking(self.info))
 
+    def base(self, relation: str) -> str:
+        """Returns the name of a base relation as it was recorded, without the labels of a grouping."""
+        return f"recorded_{relation}" if relation in self._replaced else relation
+
     def has(self, relation: str) -> bool:
         """Whether this run has what a relation reads, which depends on what was recorded."""
         return relation not in self._absent
@@ -340,7 +347,7 @@ def opened(located: Located, connection: duckdb.DuckDBPyConnection) -> Run:
     return Run(
         connection, located.info, complete=located.complete, by=located.by, schema=located.schema,
         several_labels=located.several_labels, label_counts=counts, absent=located.absent, match=located.match,
-        has_rollup=not counts_tokens(located.views),
+        has_rollup=not counts_tokens(located.views), replaced=located.views,
         strata=None if located.strata is None else opened(located.strata, connection),
     )  # fmt: skip
 

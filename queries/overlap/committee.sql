@@ -12,6 +12,7 @@
 --   router probability; here it is their picks that count.
 -- Grain: metric, stack, layer. n = tokens of all labels, labels = #D; members = the committee's experts.
 -- Reads: assignments
+-- Biased: mean_jaccard
 -- Example: --layer 0 --share 0.25
 -- Params:
 --   stack varchar = null: only the routers of this stack, as `layers` names it (default: all)

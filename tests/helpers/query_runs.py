@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from collector.query.catalog import find_query
+from collector.query.groupings import LABEL
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
 from tests.helpers.synthetic import Shard, random_shard, write_run
@@ -65,6 +68,15 @@ def by_sql(run: Run, name: str, **params: object) -> list[tuple]:
     """What the query says over the views and macros as they are, of which nothing is counted on demand."""
     query = find_query(name)
     return run.cursor().sql(query.sql, params=run.bind(query, params)).fetchall()
+
+
+@functools.lru_cache(maxsize=8)
+def opened_once(folder: Path | str, by: str = LABEL) -> Run:
+    """A run that several tests read and none changes: opening it takes longer than most queries."""
+    return open_run(folder, by=by)
+
+
+atexit.register(opened_once.cache_clear)  # DuckDB tells of connections that are still open as of leaks
 
 
 def keyed(run: Run, name: str, keys: int, **params: object) -> dict:

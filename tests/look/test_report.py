@@ -21,6 +21,7 @@ from collector.query.document_counts import document_counts
 from collector.query.warehouse import list_queries, open_run
 from collector.store.run_directory import SUCCESS, RunDirectory
 from collector.store.tables import Layer
+from tests.helpers.query_runs import opened_once
 from tests.helpers.report_runs import LABELS, collect_pair, payload, synthetic_run
 from tests.helpers.synthetic import Shard, random_shard
 
@@ -67,7 +68,7 @@ def test_every_cell_is_the_query_s(page, pair, figure, query, keys, where):
         for router, columns in zip(data["routers"], tables, strict=True)
         for *cells, value in zip(*(columns[key] for key in keys), columns["value"], strict=True)
     }
-    rows = open_run(pair[0]).query(query).filter(where).project(f"layer, {', '.join(keys)}, value").fetchall()
+    rows = opened_once(pair[0]).query(query).filter(where).project(f"layer, {', '.join(keys)}, value").fetchall()
     assert len(shown) == len(rows) > 0
     for *cells, value in rows:
         assert shown[tuple(cells)] == pytest.approx(value, rel=5e-4)
@@ -224,7 +225,7 @@ def test_each_figure_has_its_sql_and_a_command_that_runs(page, pair):
     for name, options, by_layer in set(commands):
         assert queries[name].sql in unescape(page)
         given = dict(re.findall(r"--(\S+) (\S+)", re.sub(r"--interval.*", "", unescape(options))))
-        rows = open_run(pair[0]).query(name, **given, **({"layer": 2} if by_layer else {}))
+        rows = opened_once(pair[0]).query(name, **given, **({"layer": 2} if by_layer else {}))
         assert rows.limit(1).fetchall(), name
 
 

@@ -149,28 +149,42 @@ def test_no_command_runs_the_code_of_a_checkpoint_or_asks_whether_it_may(canary,
     folder, marker = canary
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "Hello there", "label": "x"}\n', encoding="utf-8")
-    collect = f"""
-from collector.config import *; from collector.fleet import driver
+    program = f"""
+import sys
+from pathlib import Path
+
+from collector import __main__ as cli
+from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
+from collector.fleet import driver
+
+def nothing_ran(command):
+    assert not Path({str(marker)!r}).exists(), command
+
+for arguments in (
+    ["quantize", {str(folder)!r}, {str(tmp_path / "quantized")!r}], ["trace", "Hello", "--model", {str(folder)!r}]
+):
+    sys.argv[1:] = arguments
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert end.code == 0, (arguments, end.code)
+    nothing_ran(arguments)
 config = resolve(data=DataConfig(data=({str(texts)!r},)), model=ModelConfig(model={str(folder)!r}),
                  capture=CaptureConfig(record=("loss",)), device="cpu")
 try:
     driver.collect_in_process({str(tmp_path / "run")!r}, config)
 except ValueError as error:
     assert "no lm_head.weight" in str(error), error
+nothing_ran("collect")
+print("all three ran")
 """
-    commands = [
-        ["-m", "collector", "quantize", str(folder), str(tmp_path / "quantized")],
-        ["-m", "collector", "trace", "Hello", "--model", str(folder)],
-        ["-c", collect],
-    ]
-    for command in commands:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, input="y\n" * 10, text=True, capture_output=True, timeout=300,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "[y/N]" not in done.stdout + done.stderr
-        assert not marker.exists(), command
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, input="y\n" * 20, text=True, capture_output=True, timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("all three ran\n")
+    assert "[y/N]" not in done.stdout + done.stderr
 
 
 def test_a_family_that_only_its_own_code_knows_is_refused_without_advising_a_flag(canary) -> None:

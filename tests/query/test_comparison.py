@@ -20,7 +20,15 @@ from collector import open_run, open_runs
 from collector.query.comparison import Comparison, list_comparisons
 from collector.query.warehouse import list_queries
 from collector.store.tables import Layer
-from tests.helpers.query_runs import LABELS, VOCABULARY, assert_same, assert_same_rows, few_examples, geometries
+from tests.helpers.query_runs import (
+    LABELS,
+    VOCABULARY,
+    assert_same,
+    assert_same_rows,
+    few_examples,
+    geometries,
+    opened_once,
+)
 from tests.helpers.reference import comparison as reference
 from tests.helpers.synthetic import VOCABULARY_ENTRIES, Shard, joined, random_shard, write_run
 
@@ -187,7 +195,7 @@ def test_rows_that_only_one_run_has_stand_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("query", list_queries(), ids=lambda query: query.name)
 def test_the_grain_names_the_columns_that_tell_rows_apart(query, folder: Path) -> None:
-    relation = open_run(folder).query(query.name)
+    relation = opened_once(folder).query(query.name)
     keys = query.keys(relation.columns)
     assert keys == relation.columns[: len(keys)] or query.name == "top_experts"
     rows = relation.aggregate(f"count(*) as rows, {', '.join(keys)}", ", ".join(keys))

@@ -15,6 +15,7 @@ from collector.query.warehouse import open_run
 from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
 from tests.helpers.command_line import collector
+from tests.helpers.query_runs import opened_once
 from tests.helpers.synthetic import Shard, write_run
 
 LAYERS = (Layer(layer=1, n_experts=3, top_k=1), Layer(layer=4, n_experts=3, top_k=1))
@@ -99,18 +100,18 @@ def test_the_order_of_rows_does_not_matter(folder) -> None:
 
 def test_each_set_is_an_arm_that_drops_its_experts(folder, tmp_path) -> None:
     path = saved(folder, tmp_path / "set.json", BY_LABEL)
-    arms = read_arms(open_run(folder), path)
+    arms = read_arms(opened_once(folder), path)
     assert [tell_arm(arm) for arm in arms] == [
         "en: layer=1 expert=0 operation=drop; layer=4 expert=2 operation=drop",
         "ko: layer=1 expert=2 operation=drop; layer=4 expert=2 operation=drop",
     ]
     with pytest.raises(ValueError, match="--split tests experts in half of the documents"):
-        read_arms(open_run(folder), path, split=True)
+        read_arms(opened_once(folder), path, split=True)
 
 
 def test_a_named_set_is_the_arm_of_that_name(folder, tmp_path) -> None:
     path = saved(folder, tmp_path / "set.json", "most_loaded")
-    run = open_run(folder)
+    run = opened_once(folder)
     assert read_arms(run, path) == read_arms(run, "most_loaded")
 
 
@@ -152,9 +153,9 @@ def test_what_is_no_file_of_sets_is_refused(folder, tmp_path, text, message) -> 
     path = tmp_path / "set.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_arms(open_run(folder), str(path))
+        read_arms(opened_once(folder), str(path))
     with pytest.raises(FileNotFoundError, match="no such file; collector experts --save writes one"):
-        read_arms(open_run(folder), str(tmp_path / "none.json"))
+        read_arms(opened_once(folder), str(tmp_path / "none.json"))
 
 
 # ---- what is refused ----
@@ -187,19 +188,19 @@ def rows(*experts: tuple[int, int], stack: str = "decoder") -> list[dict]:
 
 
 def test_easysteer_switches_the_experts_of_a_layer_off(folder) -> None:
-    assert written(open_run(folder), rows((4, 2), (4, 0)), "easysteer") == (
+    assert written(opened_once(folder), rows((4, 2), (4, 0)), "easysteer") == (
         '{"layer_configs": {"4": {"mode": "deactivate", "expert_ids": [0, 2]}}}\n'
     )
 
 
 def test_esft_has_every_layer_with_experts(folder) -> None:
-    assert written(open_run(folder), rows((4, 2), (4, 0)), "esft") == (
+    assert written(opened_once(folder), rows((4, 2), (4, 0)), "esft") == (
         '{"experts": {"1": [], "4": [0, 2]}, "shared_experts": false, "non_expert_modules": false}\n'
     )
 
 
 def test_llama_cpp_omits_the_same_experts_in_every_layer(folder) -> None:
-    run = open_run(folder)
+    run = opened_once(folder)
     assert written(run, rows((1, 2), (4, 2), (4, 0), (1, 0)), "llama.cpp") == "--omit-experts 0,2\n"
     for differing in (rows((1, 2), (4, 1)), rows((4, 1))):
         with pytest.raises(
@@ -211,7 +212,7 @@ def test_llama_cpp_omits_the_same_experts_in_every_layer(folder) -> None:
 
 def test_layers_are_those_of_one_decoder(folder) -> None:
     with pytest.raises(ValueError, match="esft numbers the layers of one decoder, and this set has experts of encoder"):
-        written(open_run(folder), rows((1, 0), stack="encoder"), "esft")
+        written(opened_once(folder), rows((1, 0), stack="encoder"), "esft")
 
 
 # ---- the command ----

@@ -23,7 +23,7 @@ from collector.query.warehouse import list_queries, open_run
 from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
 from tests.helpers.command_line import exit_status
-from tests.helpers.query_runs import assert_same, keyed
+from tests.helpers.query_runs import assert_same, keyed, opened_once
 from tests.helpers.reference import frequency
 from tests.helpers.reference.base import groups
 from tests.helpers.synthetic import Shard, random_shard, write_run
@@ -236,15 +236,15 @@ def test_groups_are_chosen_by_name_and_unknown_ones_refused(folder) -> None:
 @pytest.mark.parametrize("by", GROUPINGS)
 def test_a_condition_on_the_router_reaches_the_files(folder, with_rollup, by) -> None:
     relations = ("routing", "decisions", "assignments", "label_statistics")
-    for path, relation in itertools.product((folder, with_rollup), relations):
-        run = open_run(path, by=by)
+    runs = [open_run(path, by=by) for path in (folder, with_rollup)]
+    for run, relation in itertools.product(runs, relations):
         plan = run.connection.sql(f"explain select * from {relation} where layer = 3").fetchall()[0][1]
         assert "Filters: layer = 3" in plan, relation
 
 
 @pytest.mark.parametrize("by", GROUPINGS)
 def test_a_grouped_run_has_the_same_relations_and_columns(folder, by) -> None:
-    plain, grouped = open_run(folder), open_run(folder, by=by)
+    plain, grouped = opened_once(folder), open_run(folder, by=by)
     names = {row[0] for row in plain.sql("select view_name from duckdb_views() where not internal").fetchall()}
     without = VIEWS_OF_DOCUMENTS if find_grouping(by).of == "token" else set()
     assert without < names

@@ -91,21 +91,29 @@ def keyed(rows: list[dict], column: str) -> dict:
 # ---- intervals ----
 
 
-@pytest.mark.parametrize("name", LABEL_LEVEL)
-def test_a_sample_answers_as_a_run_of_the_drawn_documents(name: str, run: Run, shard: Shard, tmp_path: Path) -> None:
-    answer, asked = ask(run, name, {})
+@pytest.fixture(scope="module")
+def drawn(shard: Shard, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Three runs of the documents that seed 1 draws for three samples."""
     labels = [label for label, _ in shard.documents]
     rngs = dict(zip(sorted(set(labels)), resampling.label_generators(("en", "ko", "th"), 1), strict=True))
-    drawn = {label: resampling.draw(rng, labels.count(label), labels.count(label), 3) for label, rng in rngs.items()}
+    times = {label: resampling.draw(rng, labels.count(label), labels.count(label), 3) for label, rng in rngs.items()}
+    folder, runs = tmp_path_factory.mktemp("drawn"), []
+    for sample in range(3):
+        places = {label: iter(times[label][sample].astype(int)) for label in times}
+        drawn = repeated(shard, np.array([next(places[label]) for label in labels]))
+        runs.append(open_run(write_run(folder / f"{sample}", LAYERS, [drawn])))
+    return runs
+
+
+@pytest.mark.parametrize("name", LABEL_LEVEL)
+def test_a_sample_answers_as_a_run_of_the_drawn_documents(name: str, run: Run, drawn: list[Run]) -> None:
+    answer, asked = ask(run, name, {})
     of_losses = name == "loss"
     for counts in document_losses(run) if of_losses else document_counts(run, outputs=True):
         same_layer = pa.compute.scalar(True) if of_losses else pa.compute.field("layer") == counts.layer
         here = answer.filter((pa.compute.field("stack") == counts.stack) & same_layer)
         values = sampled_values(asked, here, counts, resamples=3, seed=1)
-        for sample in range(3):
-            places = {label: iter(drawn[label][sample].astype(int)) for label in drawn}
-            times = np.array([next(places[label]) for label in labels])
-            again = open_run(write_run(tmp_path / f"{counts.layer}-{sample}", LAYERS, [repeated(shard, times)]))
+        for sample, again in enumerate(drawn):
             every = {"n": 1000} if name == "top_experts" else {}
             where = {} if of_losses else {"layer": counts.layer}
             rows = again.query(name, **where, **every).to_arrow_table().to_pylist()

@@ -325,7 +325,11 @@ def test_a_label_can_hold_a_quote_or_a_comma(tmp_path: Path) -> None:
     assert run.sql("select tokens from labels where label = 'o''brien'").fetchall() == [(1,)]
 
 
+@pytest.fixture(scope="module")
+def uncommitted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return open_run(write_run(tmp_path_factory.mktemp("uncommitted") / "run", UNEQUAL, [], complete=False))
+
+
 @pytest.mark.parametrize("name", QUERIES)
-def test_a_run_without_a_commit_has_no_rows(name: str, tmp_path: Path) -> None:
-    run = open_run(write_run(tmp_path / "run", UNEQUAL, [], complete=False))
-    assert run.query(name).fetchall() == []
+def test_a_run_without_a_commit_has_no_rows(name: str, uncommitted: Run) -> None:
+    assert uncommitted.query(name).fetchall() == []

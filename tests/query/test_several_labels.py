@@ -20,6 +20,7 @@ from collector.query.rollup import making
 from collector.query.warehouse import list_queries, open_run
 from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
+from tests.helpers.query_runs import opened_once
 from tests.helpers.synthetic import Shard, joined, random_shard, write_run
 
 LAYERS = (Layer(layer=1, n_experts=8, top_k=2, has_capacity=True), Layer(layer=4, n_experts=5, top_k=3))
@@ -113,27 +114,31 @@ def test_every_query_is_here() -> None:
 @pytest.mark.parametrize("name", BY_LABEL)
 def test_label_by_label_a_document_counts_for_each_of_its_labels(folders, name: str, chosen) -> None:
     params = {"labels": chosen} | ({"reference": (chosen or ["ko"])[0]} if name == "reference_difference" else {})
-    expected = rows(open_run(folders["twin"]), name, **params)
+    expected = rows(opened_once(folders["twin"]), name, **params)
     if name in ("language_divergence", "reference_difference", "routing_divergence") and chosen == ["de"]:
-        assert expected == rows(open_run(folders["run"]), name, **params) == []
+        assert expected == rows(opened_once(folders["run"]), name, **params) == []
         return
-    assert_equal(rows(open_run(folders["run"]), name, **params), expected)
+    assert_equal(rows(opened_once(folders["run"]), name, **params), expected)
     if name not in OF_STORED:
-        assert_equal(rows(open_run(folders["rollup"]), name, **params), expected)
+        assert_equal(rows(opened_once(folders["rollup"]), name, **params), expected)
 
 
 @pytest.mark.parametrize("name", [*POOLED, *HAVE_POOLED])
 def test_all_labels_together_a_document_counts_once(folders, name: str) -> None:
     params = {"pooled": True} if name in HAVE_POOLED else {"n": 2} if name == "paths" else {}
-    expected = rows(open_run(folders["single"]), name, **params)
-    assert_equal(rows(open_run(folders["run"]), name, **params), expected)
+    expected = rows(opened_once(folders["single"]), name, **params)
+    assert_equal(rows(opened_once(folders["run"]), name, **params), expected)
     if name == "expert_load":
-        assert_equal(rows(open_run(folders["rollup"]), name, **params), expected)
+        assert_equal(rows(opened_once(folders["rollup"]), name, **params), expected)
 
 
 def test_the_labels_of_an_expert_are_single_ones(folders) -> None:
     run, twin = (
-        [row for row in rows(open_run(folders[name]), "expert_profile", expert=1, layer=4) if row["aspect"] == "label"]
+        [
+            row
+            for row in rows(opened_once(folders[name]), "expert_profile", expert=1, layer=4)
+            if row["aspect"] == "label"
+        ]
         for name in ("run", "twin")
     )
     assert [(row["item"], row["n"], row["count"]) for row in run] == [(r["item"], r["n"], r["count"]) for r in twin]
@@ -156,7 +161,7 @@ def test_a_neighbour_agrees_in_each_label_that_both_have(folders) -> None:
 
 
 def test_views_of_labels(folders) -> None:
-    run = open_run(folders["run"])
+    run = opened_once(folders["run"])
     counts = {label: sum(label in labels for labels in LABELS) for label in ("de", "en", "fr", "ko")}
     assert dict(run.sql("select label, documents from labels order by label").fetchall()) == counts
     pairs = run.sql(
@@ -172,7 +177,7 @@ def test_views_of_labels(folders) -> None:
 def test_a_grouping_takes_the_place_of_all_labels(folders) -> None:
     run = open_run(folders["run"], by="length")
     assert sum(row[0] for row in run.sql("select documents from labels").fetchall()) == len(LABELS)
-    assert_equal(rows(run, "expert_load"), rows(open_run(folders["single"]), "expert_load"))
+    assert_equal(rows(run, "expert_load"), rows(opened_once(folders["single"]), "expert_load"))
 
 
 # -- intervals and tests -----------------------------------------------------------------------------
@@ -202,7 +207,7 @@ def test_labels_of_the_same_documents_are_drawn_together(both) -> None:
 
 def test_shuffling_moves_whole_sets_of_labels(folders) -> None:
     """The statistic is that of each label against all documents without it, each once."""
-    counts = next(document_counts(open_run(folders["run"]), layer=4))
+    counts = next(document_counts(opened_once(folders["run"]), layer=4))
     table = specialization_test([counts], resamples=99)
     order = np.argsort(counts.shard_D * 100 + counts.doc_D)
     sets = [LABELS[number] for number in range(len(order))]
@@ -257,7 +262,7 @@ def test_a_curve_of_documents_per_label_is_refused(both) -> None:
 
 
 def test_the_explorer_finds_a_document_under_each_of_its_labels(folders) -> None:
-    run = open_run(folders["run"])
+    run = opened_once(folders["run"])
     for label in ("de", "en", "fr", "ko"):
         found = [document.doc_id for document in views.documents(run, label, "tokens > 3")]
         assert found == [f"doc {number}" for number, labels in enumerate(LABELS) if label in labels]

@@ -11,8 +11,9 @@ import pytest
 from collector import token_ids
 from collector.config import CaptureConfig, DataConfig, ModelConfig, resolve
 from collector.data import plan
-from collector.query.warehouse import list_queries, open_run
+from collector.query.warehouse import list_queries
 from collector.store.run_directory import VOCAB
+from tests.helpers.query_runs import opened_once
 from tests.helpers.runs import collect_here, content, run_config, write_jsonl
 
 KEY = "correct horse battery staple"
@@ -158,7 +159,7 @@ WITHOUT_IDS = ("token_trace", "expert_profile", "paths")
 
 def answers(run, name):
     """All cells of a query's rows, in order; those of lists one by one."""
-    shown = open_run(run.root).query(name)
+    shown = opened_once(run.root).query(name)
     rows = (shown.query("shown", WITHOUT_TOKENS[name]) if name in WITHOUT_TOKENS else shown).fetchall()
     return [each for row in rows for cell in row for each in (cell if isinstance(cell, list) else [cell])]
 

@@ -11,8 +11,7 @@ The interval of a row lies between two quantiles of its values in the samples, w
 - Bias: divergences, similarities and numbers of experts depend on the sample size, so each sample adds the bias of the
   answer a second time. If the bias (mean of the samples - value) exceeds what chance explains, the interval is shifted
   back by twice the bias. Sets change in jumps, so what follows from a single one and whole numbers are not shifted.
-  `weighted_jaccard` has a kink, where the samples do not show the bias: its intervals are those of the module
-  `weighted_jaccard`.
+  `weighted_jaccard` has a kink, where the samples do not show the bias: see the module `weighted_jaccard`.
 
 Guarantees: the result has the query's rows, in its order and with all its columns; the same seed gives the same
 interval, whatever other labels or layers are requested. Memory: 8 bytes x rows of a router's answer x resamples, and
@@ -126,27 +125,12 @@ def router_intervals(
 
 
 def sampled_values(
-    asked: SampledQuery,
-    rows: pa.Table,
-    counts: DocumentCounts,
-    *,
-    resamples: int,
-    seed: int,
-    size: int | None = None,
-    left_out: int = 0,
-    note: Callable[[Sums], None] | None = None,
-) -> NDArray[np.float64]:
-    """Returns a router's R rows in S bootstrap samples, [R, S].
+    asked: SampledQuery, rows: pa.Table, counts: DocumentCounts, *, resamples: int, seed: int, size: int | None = None,
+    left_out: int = 0, note: Callable[[Sums], None] | None = None,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Returns a router's R rows in S bootstrap samples, [R, S]; for `size` and `left_out` see `bootstrap`.
 
-    Args:
-        asked: the query.
-        rows: its answer for the router.
-        counts: of the router.
-        resamples: number of samples.
-        seed: of the draws.
-        size: documents drawn for each label (default: as many as it has).
-        left_out: how many documents fewer are drawn than a label has.
-        note: called with each portion of the samples.
+    `note` is called with each portion of the samples.
     """
     values = []
     for sums in bootstrap(counts, resamples=resamples, seed=seed, size=size, left_out=left_out):

@@ -80,8 +80,23 @@ def count(
         lacks: what the source of an imported run did not have.
     """
     own = [("stack", "=", layer.stack), ("layer", "=", layer.layer)]
-    rows = pq.read_table(routing, columns=_columns(layer), filters=own)
-    key_t = 2 * doc_t[rows["tok"].to_numpy()] + rows["is_special"].to_numpy()
+    rows = pq.read_table(routing, columns=["tok", *columns_of(layer, lacks)], filters=own)
+    return count_rows(shard, layer, rows, doc_t[rows["tok"].to_numpy()], lacks)
+
+
+def count_rows(
+    shard: int, layer: Layer, rows: pa.Table, doc_t: NDArray[np.int64], lacks: Sequence[str] = ()
+) -> ShardCounts:  # fmt: skip
+    """Counts rows of one router.
+
+    Args:
+        shard: number of their shard.
+        layer: the router.
+        rows: T rows with the columns of `columns_of`.
+        doc_t: [T] document of each row, or another group of tokens.
+        lacks: what the source of an imported run did not have.
+    """
+    key_t = 2 * doc_t + rows["is_special"].to_numpy()
     key_g, group_t = np.unique(key_t, return_inverse=True)
     experts_tk = _picks(rows, "e", layer)
     weights_tk = None if "weights" in lacks else _picks(rows, "w", layer)
@@ -105,9 +120,11 @@ def count(
     )  # fmt: skip
 
 
-def _columns(layer: Layer) -> list[str]:
-    picks = [f"{letter}{i}" for letter in ("ewd" if layer.has_capacity else "ew") for i in range(layer.top_k)]
-    return ["tok", "is_special", *picks, *routing_table.STATISTICS]
+def columns_of(layer: Layer, lacks: Sequence[str] = ()) -> list[str]:
+    """Returns the columns of `routing` that are counted."""
+    letters = "e" + ("" if "weights" in lacks else "w") + ("d" if layer.has_capacity else "")
+    picks = [f"{letter}{i}" for letter in letters for i in range(layer.top_k)]
+    return ["is_special", *picks, *(name for name in routing_table.STATISTICS if name not in lacks)]
 
 
 def _picks(rows: pa.Table, letter: str, layer: Layer) -> NDArray:
