@@ -52,7 +52,7 @@ FREQUENCY = ("domain_specialization", "selection_frequency", "top_experts", "eff
 OF_WEIGHTS = ("selection_frequency", "top_experts")
 """Queries of the family that also need weights or the expert with the highest weight."""
 GROWING = ("domain_specialization", "selection_frequency", "router_entropy", "router_entropy_quantiles")
-ONE_LAYER = {name: {"layer": 0} for name in ("routing_divergence", "expert_token_overlap", "expert_profile",
+ONE_LAYER = {name: {"layer": 0} for name in ("routing_divergence", "expert_profile",
                                             "conditional_mutual_information")}  # fmt: skip
 
 
