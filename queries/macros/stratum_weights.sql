@@ -1,6 +1,6 @@
 -- Question: What does a token of each label weigh in each stratum, if labels are matched?
--- Formula: tokens = N_gD, those of label D in stratum g; least = the minimum of N_gD over the labels
---   compared; is_shared = every one of these has tokens in g. weight = least / N_gD where it is shared, else 0:
+-- Formula: tokens = N_gD, those of label D in stratum g; least = the minimum of N_gD over the labels that
+--   are compared; is_shared = each of these has tokens in g; weight = least / N_gD where it is, else 0:
 --   each label then has `least` tokens in g, as many as the one with the fewest, and as many as any other in
 --   all. The arguments are those of `stratified`, for a view with the column tokens.
 -- Source: coarsened exact matching, Iacus, King and Porro 2012, with the expectation over all ways to draw as
