@@ -150,14 +150,14 @@ def document_counts(
     chosen = None if labels is None else list(labels)
     run.check(stack=stack, layer=layer, labels=chosen)
     params = {"labels": None if chosen is None else run.with_sets(chosen), "include_special": include_special}
-    groups = None if run.has_rollup else _Groups(run, params)
+    by_token = None if run.has_rollup else _Counting(run, params)
     for router in tables.recorded_layers(run.info):
         if stack in (None, router.stack) and layer in (None, router.layer):
             where: dict[str, Any] = {"stack": router.stack, "layer": router.layer}
-            if groups is None:
+            if by_token is None:
                 rows = _counted(run).sql(_ROWS, params={**where, **params}).to_arrow_table()
             else:
-                rows = groups.count(router)
+                rows = by_token.count(router)
             if rows.num_rows:
                 counts = _dense(rows, n_experts=router.n_experts, top_k=router.top_k, **where)
                 if outputs:
@@ -166,26 +166,27 @@ def document_counts(
                 yield counts if run.matching is None else _by_stratum(counts)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Groups:
-    """Counts a run without a rollup by document and label, as the view `document_counts` does in SQL, but in numpy."""
+    """Groups of the tokens of one shard: those of a document with the same label. g groups."""
+
+    of_tok: NDArray[np.int32]
+    """Group of each token by its number; -1 for those that do not count."""
+    doc_g: NDArray[np.int64]
+    label_g: pa.Array
+
+
+class _Counting:
+    """Counts a run without a rollup by document and label, as the view `document_counts` does in SQL, but in numpy.
+
+    Memory holds 4 bytes per token, and the rows of one shard and router.
+    """
 
     def __init__(self, run: Run, params: Mapping[str, object]) -> None:
-        """Numbers the groups of the tokens to count: those of a document with the same label."""
+        """Groups the tokens to count; `params` are those of `_GROUPS`."""
         self._run, self._lacks = run, tuple(run.lacks)
-        tokens = _counted(run).sql(_GROUPS, params=params).to_arrow_table()
-        label = tokens["label"].combine_chunks().dictionary_encode()
-        self._labels: list[str] = label.dictionary.to_pylist()
-        shard_t, tok_t, doc_t = (tokens[name].to_numpy().astype(np.int64) for name in ("shard", "tok", "doc"))
-        label_t = label.indices.to_numpy().astype(np.int64)
-        starts = np.flatnonzero(np.append(True, shard_t[1:] != shard_t[:-1]))[: len(shard_t)]
-        self._shards = {shard: place for place, shard in enumerate(shard_t[starts].tolist())}
-        self._groups: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
-        for start, end in itertools.pairwise([*starts.tolist(), len(shard_t)]):
-            pair_t = doc_t[start:end] * len(self._labels) + label_t[start:end]
-            pair_g, group_t = np.unique(pair_t, return_inverse=True)
-            of_tok = np.full(int(tok_t[end - 1]) + 1, -1)
-            of_tok[tok_t[start:end]] = group_t
-            self._groups.append((of_tok, pair_g // len(self._labels), pair_g % len(self._labels)))
+        tokens = _counted(run).sql(_GROUPS, params=params)
+        self._groups = {shard: _groups(rows) for shard, rows in _by_shard(tokens.to_arrow_reader(_BATCH))}
 
     def count(self, router: Layer) -> pa.Table:
         """Returns the rows of a router, of the columns of `_ROWS` in its order."""
@@ -199,17 +200,28 @@ class _Groups:
         return whole.sort_by([(name, "ascending") for name in ("shard", "doc", "label", "is_special")])
 
     def _of_shard(self, shard: int, router: Layer, rows: pa.Table) -> pa.Table | None:
-        if shard not in self._shards:
+        if shard not in self._groups:
             return None
-        of_tok, doc_g, label_g = self._groups[self._shards[shard]]
-        tok_t = rows["tok"].to_numpy()
-        group_t = np.where(tok_t < len(of_tok), of_tok[np.minimum(tok_t, len(of_tok) - 1)], -1)
-        counted = counting.count_rows(shard, router, rows.filter(group_t >= 0), group_t[group_t >= 0], self._lacks)
-        table = counted.table()
+        groups, tok_t = self._groups[shard], rows["tok"].to_numpy()
+        group_t = np.where(tok_t < len(groups.of_tok), groups.of_tok[np.minimum(tok_t, len(groups.of_tok) - 1)], -1)
+        rows, group_t = rows.filter(group_t >= 0), group_t[group_t >= 0].astype(np.int64)
+        table = counting.count_rows(shard, router, rows, group_t, self._lacks).table()
         group = table["doc"].to_numpy()
-        labels = pa.array(self._labels).take(pa.array(label_g[group]))
-        table = table.set_column(table.column_names.index("doc"), "doc", pa.array(doc_g[group], pa.uint32()))
-        return table.append_column("label", labels).select(_EMPTY.column_names).cast(_EMPTY.schema)
+        doc = pa.array(groups.doc_g[group], pa.uint32())
+        table = table.set_column(table.column_names.index("doc"), "doc", doc)
+        table = table.append_column("label", groups.label_g.take(pa.array(group)))
+        return table.select(_EMPTY.column_names).cast(_EMPTY.schema)
+
+
+def _groups(tokens: pa.Table) -> _Groups:
+    label = tokens["label"].combine_chunks().dictionary_encode()
+    tok_t, doc_t = (tokens[name].to_numpy().astype(np.int64) for name in ("tok", "doc"))
+    pair_t = doc_t * len(label.dictionary) + label.indices.to_numpy()
+    pair_g, group_t = np.unique(pair_t, return_inverse=True)
+    doc_g, label_g = np.divmod(pair_g, len(label.dictionary))
+    of_tok = np.full(int(tok_t.max()) + 1, -1, np.int32)
+    of_tok[tok_t] = group_t
+    return _Groups(of_tok=of_tok, doc_g=doc_g, label_g=label.dictionary.take(pa.array(label_g)))
 
 
 def _by_shard(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.Table]]:
