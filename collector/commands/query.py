@@ -84,7 +84,7 @@ class Query:
         remarks: list[str] = []
         if not find_query(self.name).biased:
             rows = run.query(self.name, **params)
-        elif inference.is_quick(run):
+        elif inference.is_quick(run, self.name, **params):
             rows = duckdb.from_arrow(inference.corrected(run, self.name, **params))
         else:
             rows = run.query(self.name, **params)

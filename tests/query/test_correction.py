@@ -10,7 +10,7 @@ import pytest
 from collector.query import inference
 from collector.query.catalog import list_queries
 from collector.query.document_counts import document_counts
-from collector.query.inference import resampling
+from collector.query.inference import correction, resampling
 from collector.query.inference.answers import ask
 from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
@@ -76,3 +76,11 @@ def test_the_command_corrects_and_names_labels_with_little_text(folder: Path) ->
     assert done.stdout.splitlines()[0].startswith('"metric","stack","layer","value","corrected",')
     assert "th, ko, en: fewer than 20 documents, or 20 picks per expert" in done.stderr
     assert "fewer than" not in collector("query", str(folder), "repetition").stderr
+
+
+def test_a_large_run_without_a_rollup_says_what_it_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correction, "_FEW_PICKS", 60)
+    assert "corrected" in collector("query", str(folder), "effective_experts", "--layer", "3").stdout
+    done = collector("query", str(folder), "effective_experts")
+    assert "corrected" not in done.stdout
+    assert f"without the column `corrected`, which takes counts of documents: collector rollup {folder}" in done.stderr

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from collector.query.catalog import find_query
 from collector.query.inference.answers import ask
 from collector.query.inference.bootstrap import fewest_documents, routers, sampled_values
 
@@ -25,14 +26,26 @@ if TYPE_CHECKING:
 
 RESAMPLES = 200
 """Samples that make the mean exact to 7 % of the standard error."""
-_FEW_PICKS = 30_000_000
+_FEW_PICKS = 50_000_000
 """Picks of a run without a rollup that are counted by document in a few seconds."""
 
 
-def is_quick(run: Run) -> bool:
-    """Whether the documents of a run are counted already, or in a few seconds."""
+def is_quick(run: Run, name: str, **params: object) -> bool:
+    """Whether the documents that a query asks about are counted already, or in a few seconds.
+
+    Args:
+        run: an opened run.
+        name: of the query.
+        **params: of the query, as for `Run.query`.
+    """
+    values = run.bind(find_query(name), params)
     (tokens,) = run.cursor().sql("select coalesce(sum(tokens), 0) from documents").fetchall()[0]
-    return run.has_rollup or tokens * sum(router["top_k"] for router in run.info["layers"]) <= _FEW_PICKS
+    picks = sum(
+        tokens * router["top_k"]
+        for router in run.info["layers"]
+        if values.get("stack") in (None, router["stack"]) and values.get("layer") in (None, router["layer"])
+    )
+    return run.has_rollup or picks <= _FEW_PICKS
 
 
 def corrected(run: Run, name: str, *, resamples: int = RESAMPLES, seed: int = 0, **params: object) -> pa.Table:
