@@ -83,4 +83,6 @@ def test_a_large_run_without_a_rollup_says_what_it_takes(folder: Path, monkeypat
     assert "corrected" in collector("query", str(folder), "effective_experts", "--layer", "3").stdout
     done = collector("query", str(folder), "effective_experts")
     assert "corrected" not in done.stdout
-    assert f"without the column `corrected`, which takes counts of documents: collector rollup {folder}" in done.stderr
+    assert (
+        f"without the column `corrected`: it takes counts of documents, see `collector rollup {folder}`" in done.stderr
+    )
