@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
-from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from collector import collect_in_process, open_run
 from collector.config import DataConfig, ModelConfig, resolve
-from collector.models.loading import DEMO_MODEL
+from collector.demo.train import train_tokenizer
 from collector.query.interventions import FEWEST_DOCUMENTS, prepare_intervention
-from tests.conftest import TINY
 from tests.helpers.runs import collect_here, run_config, write_jsonl
+from tests.helpers.sweeps import TINY
 
 ARMS, CONTROLS = 50, 19
 LEVEL = 0.05
@@ -24,9 +24,9 @@ def collected(tmp_path_factory):
     """A run of a model with random weights, and its effects: each arm drops two random experts of each layer."""
     folder = tmp_path_factory.mktemp("level")
     torch.manual_seed(0)
-    config = OlmoeConfig(**TINY | {"num_hidden_layers": 2, "num_experts": 24})
+    config = OlmoeConfig(**TINY | {"num_experts": 24})
     OlmoeForCausalLM(config).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder / "model")
+    train_tokenizer([], config.vocab_size).save_pretrained(folder / "model")
     data = DataConfig(data=(str(write_jsonl(folder / "texts.jsonl", 6)),), docs_per_shard=4)
     run = collect_here(folder / "run", run_config(data, ModelConfig(model=str(folder / "model")), max_length=30))
     rng = np.random.default_rng(0)
