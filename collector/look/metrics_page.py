@@ -100,10 +100,12 @@ def _section(query: Query, shared: Sequence[Param], pair: Comparison | None) -> 
     own = [param for param in query.params if param not in shared]
     missing = [f"`{param.name}`" for param in shared if param not in query.params]
     reads = ", ".join(f"`{name}`" for name in query.reads)
+    biased = ", ".join(f"`{metric}`" for metric in query.biased)
     parts = [
         f"## {query.name}\n\n{query.question}\n",
         f"```text\n{query.formula}\n```\n",
-        f"- Source: {_joined(query.source)}\n- One row per {_joined(query.grain)}\n- Reads {reads}\n",
+        f"- Source: {_joined(query.source)}\n- One row per {_joined(query.grain)}\n- Reads {reads}\n"
+        + (f"- [Corrected](uncertainty.md#few-documents) for the number of documents: {biased}\n" if biased else ""),
         _params_table(own) if own else "",
         f"Without the parameters {', '.join(missing)}.\n" if missing else "",
         _example(query, pair),
