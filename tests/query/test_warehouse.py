@@ -334,7 +334,9 @@ def tables_of(sql: str) -> set[str]:
     code = "\n".join(line for line in sql.splitlines() if not line.strip().startswith("--"))
     calls = re.findall(rf"\b(?:{'|'.join(MACROS)})\(\s*((?:'[\w.]+',\s*)+)", code)
     given = [name for names in calls for name in re.findall(r"'([\w.]+)'", names)]
-    found = set(re.findall(r"\b(?:from|join) ((?:other\.)?\w+)", code)) - set(re.findall(r"(\w+) as \(\n", code))
+    found = set(re.findall(r"\b(?:from|join) ((?:other\.)?\w+)", code)) - set(
+        re.findall(r"(\w+) as (?:not )?(?:materialized )?\(\n", code)
+    )
     return (found - MACROS.keys()).union(given)
 
 
