@@ -151,19 +151,18 @@ def document_counts(
     run.check(stack=stack, layer=layer, labels=chosen)
     params = {"labels": None if chosen is None else run.with_sets(chosen), "include_special": include_special}
     by_token = None if run.has_rollup else _Counting(run, params)
-    for router in tables.recorded_layers(run.info):
-        if stack in (None, router.stack) and layer in (None, router.layer):
-            where: dict[str, Any] = {"stack": router.stack, "layer": router.layer}
-            if by_token is None:
-                rows = _counted(run).sql(_ROWS, params={**where, **params}).to_arrow_table()
-            else:
-                rows = by_token.count(router)
-            if rows.num_rows:
-                counts = _dense(rows, n_experts=router.n_experts, top_k=router.top_k, **where)
-                if outputs:
-                    of_experts = _counted(run).sql(_OUTPUT_ROWS, params={**where, **params}).to_arrow_table()
-                    counts = dataclasses.replace(counts, outputs_ODE=_outputs(counts, of_experts))
-                yield counts if run.matching is None else _by_stratum(counts)
+    for router in tables.asked_layers(tables.recorded_layers(run.info), {"stack": stack, "layer": layer}):
+        where: dict[str, Any] = {"stack": router.stack, "layer": router.layer}
+        if by_token is None:
+            rows = _counted(run).sql(_ROWS, params={**where, **params}).to_arrow_table()
+        else:
+            rows = by_token.count(router)
+        if rows.num_rows:
+            counts = _dense(rows, n_experts=router.n_experts, top_k=router.top_k, **where)
+            if outputs:
+                of_experts = _counted(run).sql(_OUTPUT_ROWS, params={**where, **params}).to_arrow_table()
+                counts = dataclasses.replace(counts, outputs_ODE=_outputs(counts, of_experts))
+            yield counts if run.matching is None else _by_stratum(counts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

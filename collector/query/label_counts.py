@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from collector.query.counting.rows import BATCH, batches, nobody, recorded_labels
+from collector.query.counting.rows import BATCH, batches, nobody
 from collector.query.groupings import reads_of
+from collector.query.numbering import recorded_labels
+from collector.store import tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -86,8 +88,7 @@ class LabelCounts:
         """
         if not {*_COUNTED, *self._above} & {*query.reads}:
             return
-        stack, layer = values.get("stack"), values.get("layer")
-        asked = {one for one in self._layers if stack in (None, one.stack) and layer in (None, one.layer)}
+        asked = {*tables.asked_layers(self._layers, values)}
         weights = self._has_weights and any(column in query.sql for column in _OF_WEIGHTS)
         with self._lock:
             self._count(asked - self._done[weights], weights=weights)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -174,6 +174,12 @@ def recorded_layers(info: Mapping[str, Any]) -> tuple[Layer, ...]:
     """
     keys = [field.name for field in dataclasses.fields(Layer)]
     return tuple(Layer(**{key: one[key] for key in keys}) for one in info["layers"])
+
+
+def asked_layers(layers: Iterable[Layer], values: Mapping[str, Any]) -> list[Layer]:
+    """The routers that a query asks about: those of its parameters `stack` and `layer`, null for all."""
+    stack, layer = values.get("stack"), values.get("layer")
+    return [one for one in layers if stack in (None, one.stack) and layer in (None, one.layer)]
 
 
 def constant(name: str, rows: int) -> pa.DictionaryArray:

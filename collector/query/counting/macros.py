@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from collector.query.catalog import query_folder
 from collector.query.counting import neighbour_counts, pair_counts, token_counts
 from collector.query.counting.rows import Asked
+from collector.store import tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,8 +37,7 @@ def provide(
         layers: the run's routers.
         has_weights: whether the run has weights.
     """
-    stack, layer = values.get("stack"), values.get("layer")
-    routers = [one for one in layers if stack in (None, one.stack) and layer in (None, one.layer)]
+    routers = tables.asked_layers(layers, values)
     for name, module in _COMPUTED.items():
         if f" {name}(" in query.sql:
             asked = Asked(cursor=cursor, query=query, values=values, routers=routers, has_weights=has_weights)

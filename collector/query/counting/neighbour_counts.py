@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from collector.query.counting.rows import BATCH, Places, recorded_labels
+from collector.query.counting.rows import BATCH
+from collector.query.numbering import Places, recorded_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +35,8 @@ _ABSENT = 2**32 - 1
 
 def rows(asked: Asked) -> pa.Table:
     """Compares neighbours for each router. Axes: N tokens of the run, T of a batch."""
-    places, labels = Places(asked.cursor), recorded_labels(asked.cursor)
-    is_followed_n = _is_followed(places)
+    places, labels = Places.of_run(asked.cursor), recorded_labels(asked.cursor)
+    is_followed_n = _is_followed(asked, places)
     found = [_SCHEMA.empty_table()]
     for router in asked.routers:
         sums = _compare(_read(asked, router, places, labels), is_followed_n, len(labels))
@@ -43,10 +44,13 @@ def rows(asked: Asked) -> pa.Table:
     return pa.concat_tables(found)
 
 
-def _is_followed(places: Places) -> NDArray[np.bool_]:
+def _is_followed(asked: Asked, places: Places) -> NDArray[np.bool_]:
     """Returns whether the token in the next place is the next one of the same document, of shape [N]."""
-    doc_n, position_n = places.column("doc", _ABSENT), places.column("position", _ABSENT)
-    is_followed_n = np.zeros(places.count, bool)
+    doc_n, position_n = (
+        places.column(asked.cursor.sql(f"select shard, tok, {name} from tokens"), np.uint32, _ABSENT)
+        for name in ("doc", "position")
+    )
+    is_followed_n = np.zeros(places.tokens, bool)
     is_followed_n[:-1] = (doc_n[1:] == doc_n[:-1]) & (position_n[1:] == position_n[:-1] + 1)
     is_followed_n[places.ends] = False
     return is_followed_n
@@ -66,9 +70,9 @@ class _Decided:
 
 def _read(asked: Asked, router: Layer, places: Places, labels: Sequence[str]) -> _Decided:
     dtype = np.min_scalar_type(router.n_experts - 1)
-    experts_kn = [np.zeros(places.count, dtype) for _ in range(router.top_k)]
-    top_n = np.zeros(places.count, dtype) if asked.has_weights else None
-    label_n = np.full(places.count, _ABSENT, np.uint32)
+    experts_kn = [np.zeros(places.tokens, dtype) for _ in range(router.top_k)]
+    top_n = np.zeros(places.tokens, dtype) if asked.has_weights else None
+    label_n = np.full(places.tokens, _ABSENT, np.uint32)
     columns = ["shard", "tok", "coalesce(place, 0)::uinteger"]
     for batch in asked.batches(router, columns, weights=asked.has_weights, names=labels):
         shard_t, tok_t, label_t = batch.columns

@@ -1,6 +1,6 @@
 """Streams what routers decided about tokens, a batch of rows at a time, as arrays.
 
-Axes: T rows of a batch, N tokens of the run (see `Places`), k experts of a row.
+Axes: T rows of a batch, k experts of a row.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from collector.query.numbering import LABEL_PLACES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
 
 BATCH = 40_000
 """Rows of a batch, so that its arrays fit the processor's cache."""
-PLACES = "(select unnest($names) as label, unnest(range(1, len($names) + 1))::uinteger as place)"
-"""The number of each label, to be joined: a search in the list would take as long as there are labels, for every row.
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ def batches(
     least = min(layer.top_k for layer in layers)
     experts = [f"e{i}" if i < least else f"coalesce(e{i}::usmallint, {nobody(layers)})" for i in range(top_k)]
     weighed = [f"w{i}" if i < least else f"coalesce(w{i}, '-infinity')" for i in range(top_k) if weights]
-    labelled = f"left join {PLACES} using (label)" if "names" in params else ""
+    labelled = f"left join {LABEL_PLACES} using (label)" if "names" in params else ""
     # As constants, layers let DuckDB skip row groups.
     numbers = ", ".join(str(layer.layer) for layer in layers)
     found = cursor.sql(
@@ -116,43 +115,3 @@ def batches(
 def nobody(layers: Sequence[Layer]) -> int:
     """Returns the placeholder expert for picks that a layer does not have."""
     return max(layer.n_experts for layer in layers)
-
-
-def recorded_labels(cursor: duckdb.DuckDBPyConnection) -> list[str]:
-    """Returns the labels of rows: those of the run, and the sets that documents with several are recorded by."""
-    recorded = "select label from labels union select label_set from label_sets order by 1"
-    return [name for (name,) in cursor.execute(recorded).fetchall()]
-
-
-class Places:
-    """Numbers all tokens of a run, shard by shard, in the order in which they are recorded."""
-
-    def __init__(self, cursor: duckdb.DuckDBPyConnection) -> None:
-        self._cursor = cursor
-        last = cursor.execute("select shard, max(tok) from tokens group by shard").fetchall()
-        lengths = np.zeros(max((shard for shard, _ in last), default=-1) + 1, np.int64)
-        for shard, tok in last:
-            lengths[shard] = tok + 1
-        self._starts = np.append(0, np.cumsum(lengths))
-        self.count = int(self._starts[-1])
-        """N; more than there are tokens if some numbers are not used."""
-        self.ends = self._starts[1:][lengths > 0] - 1
-        """The last place of each shard."""
-
-    def of(self, shard_t: NDArray, tok_t: NDArray) -> NDArray[np.int64]:
-        """Returns the places of tokens, of shape [T]."""
-        return self._starts[shard_t] + tok_t
-
-    def column(self, select: str, missing: int) -> NDArray[np.uint32]:
-        """Returns a column of the table of tokens, of shape [N].
-
-        Args:
-            select: SQL of it, an unsigned integer of 32 bits; its nulls are left out.
-            missing: value where there is none.
-        """
-        values_n = np.full(self.count, missing, np.uint32)
-        rows = self._cursor.sql(f"select shard, tok, {select} as value from tokens where value is not null")
-        for batch in rows.to_arrow_reader(BATCH):
-            shard_t, tok_t, value_t = map(np.from_dlpack, batch.columns)
-            values_n[self.of(shard_t, tok_t)] = value_t
-        return values_n

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from collector.query.counting.rows import Places
+from collector.query.numbering import Places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,8 +33,9 @@ _CELLS = 2**20
 
 def rows(asked: Asked) -> pa.Table:
     """Counts the token ids of each router. Axes: V ids that occur in the run, E experts, N tokens."""
-    places = Places(asked.cursor)
-    id_n = places.column("token_id", _NO_ID)
+    places = Places.of_run(asked.cursor)
+    known = asked.cursor.sql("select shard, tok, token_id from tokens where token_id is not null")
+    id_n = places.column(known, np.uint32, _NO_ID)
     id_v = np.unique(id_n)
     number_n = np.searchsorted(id_v, id_n).astype(np.uint32)
     id_v = id_v[id_v != _NO_ID]  # the last one, if any; its number is then V

@@ -20,6 +20,7 @@ import pyarrow as pa
 from collector.query.catalog import find_query
 from collector.query.inference.answers import ask
 from collector.query.inference.bootstrap import fewest_documents, routers, sampled_values
+from collector.store import tables
 
 if TYPE_CHECKING:
     from collector.query.warehouse import Run
@@ -40,11 +41,7 @@ def is_quick(run: Run, name: str, **params: object) -> bool:
     """
     values = run.bind(find_query(name), params)
     (tokens,) = run.cursor().sql("select coalesce(sum(tokens), 0) from documents").fetchall()[0]
-    picks = sum(
-        tokens * router["top_k"]
-        for router in run.info["layers"]
-        if values.get("stack") in (None, router["stack"]) and values.get("layer") in (None, router["layer"])
-    )
+    picks = sum(tokens * router.top_k for router in tables.asked_layers(tables.recorded_layers(run.info), values))
     return run.has_rollup or picks <= _FEW_PICKS
 
 

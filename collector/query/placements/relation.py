@@ -57,7 +57,7 @@ def rows(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], values: Map
     """
     cluster = Cluster(gpus=values["gpus"], replicas=values["replicas"])  # type: ignore[arg-type]
     chosen = {name: values[name] for name in ("layer", "labels", "include_special")}
-    asked = [one for one in layers if values["stack"] in (None, one.stack) and values["layer"] in (None, one.layer)]
+    asked = tables.asked_layers(layers, values)
     found = [_SCHEMA.empty_table()]
     for stack in dict.fromkeys(one.stack for one in asked):
         counted = cursor.sql(_PICKS, params={"stack": stack, **chosen}).to_arrow_table()

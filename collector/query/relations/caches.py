@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from collector.query.relations.places import Places, shards
+from collector.query.numbering import LABEL_PLACES, Places, recorded_labels, shards
+from collector.store import tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,6 @@ _PORTION = 2_000_000
 """Tokens of a portion, unless a single shard has more."""
 _BLOCK = 32_000
 """Tokens that are worked on at a time, so that their sets fit the processor's cache, unless a document has more."""
-_NAMES = "select label from labels union select label_set from label_sets order by 1"
 _DOCUMENT = "(shard::bigint << 32) + doc as document"
 _IDS = f"select {_DOCUMENT}, doc_id from documents where shard between $first and $last order by document"
 _DOCUMENTS = f"""
@@ -49,9 +49,10 @@ select shard, tok, {_DOCUMENT}
 from tokens
 where stack = $stack and shard between $first and $last and ($include_special or not is_special)
 """
-_LABELS = """
-select shard, tok, coalesce(list_position($names, label), 0)::bigint - 1 as label
+_LABELS = f"""
+select shard, tok, coalesce(place, 0)::bigint - 1 as label
 from routing
+left join {LABEL_PLACES} using (label)
 where stack = $stack and layer = $layer and shard between $first and $last
 """
 _PICKS = """
@@ -103,8 +104,8 @@ def rows(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], values: Map
             document that are not counted; seed of the random orders; and stack, layer, labels and include_special as
             usual.
     """
-    names = [name for (name,) in cursor.sql(_NAMES).fetchall()]
-    asked = [one for one in layers if values["stack"] in (None, one.stack) and values["layer"] in (None, one.layer)]
+    names = recorded_labels(cursor)
+    asked = tables.asked_layers(layers, values)
     counts = {one: np.zeros((len(_COUNTS), len(names)), np.int64) for one in asked}
     for numbers, tokens in _portions(*shards(cursor)):
         for stack in dict.fromkeys(one.token_stack for one in asked):

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from collector.store import tables
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -62,7 +64,7 @@ def rows(cursor: duckdb.DuckDBPyConnection, layers: Sequence[Layer], values: Map
     Raises:
         ValueError: labels are groups of tokens, so that a document has several.
     """
-    asked = [one for one in layers if values["stack"] in (None, one.stack) and values["layer"] in (None, one.layer)]
+    asked = tables.asked_layers(layers, values)
     compared: _Compared | None = None
     for router in asked:
         counted = cursor.sql(_COUNTS, params=_where(router, values)).to_arrow_table()

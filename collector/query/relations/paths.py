@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from collector.query.relations.places import Places
+from collector.query.numbering import Places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
