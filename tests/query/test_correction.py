@@ -16,9 +16,7 @@ from collector.query.warehouse import Run, open_run
 from collector.store.tables import Layer
 from tests.helpers.command_line import collector
 from tests.helpers.synthetic import Shard, random_shard, write_run
-
-LAYERS = [Layer(layer=0, n_experts=6, top_k=2, has_capacity=True), Layer(layer=3, n_experts=5, top_k=1)]
-DOCUMENTS = [("en", 7), ("ko", 5), ("en", 3), ("ko", 9), ("en", 12), ("th", 4), ("th", 6), ("ko", 2)]
+from tests.query.test_inference import DOCUMENTS, LAYERS
 
 
 @pytest.fixture(scope="module")

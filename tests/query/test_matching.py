@@ -23,10 +23,8 @@ from collector.store.run_directory import RunDirectory
 from collector.store.tables import Layer
 from tests.helpers.command_line import collector
 from tests.helpers.synthetic import Shard, random_shard, write_run
-from tests.query.test_inference import repeated
+from tests.query.test_inference import DOCUMENTS, LAYERS, repeated
 
-LAYERS = [Layer(layer=0, n_experts=6, top_k=2, has_capacity=True), Layer(layer=3, n_experts=5, top_k=1)]
-DOCUMENTS = [("en", 7), ("ko", 5), ("en", 3), ("ko", 9), ("en", 12), ("th", 4), ("th", 6), ("ko", 2)]
 SEVERAL = [("en", 7), (f"en{LABEL_SEPARATOR}ko", 5), ("ko", 3), ("en", 9), (f"ko{LABEL_SEPARATOR}th", 12), ("th", 4)]
 LABEL_LEVEL = [query.name for query in list_queries() if query.is_label_level]
 OF_TOKENS = [name for name in LABEL_LEVEL if "contribution" not in name]
@@ -324,6 +322,11 @@ def test_a_difference_of_the_mix_alone_is_no_difference_of_labels(kind: str, eff
         assert not found[kind]
         assert all(low <= 0 <= high for low, high in low_high[kind].values())
         assert halves[kind] < 0.8 < halves[None]
+
+
+def test_a_probe_is_not_matched(run: Run) -> None:
+    with pytest.raises(ValueError, match="a probe sees whole documents, which are divided here into strata"):
+        inference.label_probe(document_counts(run), folds=2)
 
 
 def test_curves_are_matched(run: Run) -> None:

@@ -103,6 +103,8 @@ def _columns(
     probes: list[tuple[str | None, int | None, NDArray[np.float32]]] = []
     for one in counts:
         require_document_labels(one)
+        if one.stratum_D is not None:
+            raise ValueError("a probe sees whole documents, which are divided here into strata: ask without --match")
         texts = texts or _choose(one, folds, seed)
         probes.append((one.stack, one.layer, _signatures(one, texts.document_D)))
     if texts is None:
